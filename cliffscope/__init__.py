@@ -1,0 +1,113 @@
+"""CliffScope: where, and by which attention heads, a reasoning model's intention to refuse is lost, and how to restore it.
+
+The public names are loaded when they are first used, so that the import is quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from cliffscope import organisms
+    from cliffscope.alignment.selection import Selection, select_by_cliff
+    from cliffscope.errors import CliffScopeError
+    from cliffscope.heads.edits import HeadEdit, HeadRef, edited_weights, scale, zero
+    from cliffscope.heads.ranking import HeadRanking, control_sets, rank_heads
+    from cliffscope.models import LensModel, load_model
+    from cliffscope.probing.probe import RefusalProbe, fit_probe
+    from cliffscope.probing.trace import Cliffs, RefusalTraces, trace_refusal
+    from cliffscope.report.page import write_report
+    from cliffscope.safety.evaluation import SafetyReport, evaluate_safety
+    from cliffscope.safety.generation import roll_out
+    from cliffscope.safety.judges import PhraseJudge, judge
+    from cliffscope.study import Study, StudyConfig, open_study, run_study
+    from cliffscope.transcripts.datasets import read_prompts, read_transcripts, write_transcripts
+    from cliffscope.transcripts.records import Transcript, Transcripts
+
+_HOMES = {
+    "CliffScopeError": "errors",
+    "Cliffs": "probing.trace",
+    "HeadEdit": "heads.edits",
+    "HeadRanking": "heads.ranking",
+    "HeadRef": "heads.edits",
+    "LensModel": "models",
+    "PhraseJudge": "safety.judges",
+    "RefusalProbe": "probing.probe",
+    "RefusalTraces": "probing.trace",
+    "SafetyReport": "safety.evaluation",
+    "Selection": "alignment.selection",
+    "Study": "study",
+    "StudyConfig": "study",
+    "Transcript": "transcripts.records",
+    "Transcripts": "transcripts.records",
+    "control_sets": "heads.ranking",
+    "edited_weights": "heads.edits",
+    "evaluate_safety": "safety.evaluation",
+    "fit_probe": "probing.probe",
+    "judge": "safety.judges",
+    "load_model": "models",
+    "open_study": "study",
+    "organisms": "",
+    "rank_heads": "heads.ranking",
+    "read_prompts": "transcripts.datasets",
+    "read_transcripts": "transcripts.datasets",
+    "roll_out": "safety.generation",
+    "run_study": "study",
+    "scale": "heads.edits",
+    "select_by_cliff": "alignment.selection",
+    "trace_refusal": "probing.trace",
+    "write_report": "report.page",
+    "write_transcripts": "transcripts.datasets",
+    "zero": "heads.edits",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "CliffScopeError",
+    "Cliffs",
+    "HeadEdit",
+    "HeadRanking",
+    "HeadRef",
+    "LensModel",
+    "PhraseJudge",
+    "RefusalProbe",
+    "RefusalTraces",
+    "SafetyReport",
+    "Selection",
+    "Study",
+    "StudyConfig",
+    "Transcript",
+    "Transcripts",
+    "control_sets",
+    "edited_weights",
+    "evaluate_safety",
+    "fit_probe",
+    "judge",
+    "load_model",
+    "open_study",
+    "organisms",
+    "rank_heads",
+    "read_prompts",
+    "read_transcripts",
+    "roll_out",
+    "run_study",
+    "scale",
+    "select_by_cliff",
+    "trace_refusal",
+    "write_report",
+    "write_transcripts",
+    "zero",
+]
+
+
+def __getattr__(name: str) -> object:
+    """Imports a public name's module when the name is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'cliffscope' has no attribute {name!r}; it has {', '.join(__all__)}")
+    if not _HOMES[name]:
+        return import_module(f"cliffscope.{name}")
+    return getattr(import_module(f"cliffscope.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Alignment: which training examples repair a model."""

@@ -1,0 +1,470 @@
+"""The command line: parse, one library call, print.
+
+A command a function of the library, with the same names and defaults. `--json` prints one JSON object for machines;
+otherwise a person gets a line or a table, with progress bars on a terminal and plain log lines elsewhere. Exit codes: 0
+done, 2 usage, 3 bad input, 4 unsupported model, 5 run directory, 6 missing extra, 130 interrupted.
+"""
+
+import json
+import logging
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from cliffscope.errors import CliffScopeError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from cliffscope.models import LensModel
+    from cliffscope.probing.probe import RefusalProbe
+    from cliffscope.study import Progress, StudyConfig
+
+Word = TypeVar("Word", bound=str)
+app = typer.Typer(
+    name="cliffscope",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Shows where, and by which attention heads, a reasoning model's intention to refuse is lost, and restores it.",
+)
+organisms_app = typer.Typer(no_args_is_help=True, help="Small models whose suppression heads are known.")
+app.add_typer(organisms_app, name="organisms")
+
+ModelOption = Annotated[str, typer.Option("--model", help="Local directory, .gguf file, hub name, organism, or smollm2.")]
+TemplateOption = Annotated[str | None, typer.Option(help="How the model thinks; detected if not given.")]
+OutOption = Annotated[Path, typer.Option("--out", help="Where to write.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+SeedOption = Annotated[int, typer.Option(help="Of everything drawn.")]
+TranscriptsOption = Annotated[Path, typer.Option("--transcripts", help="JSONL of transcripts.")]
+ProbeOption = Annotated[Path, typer.Option("--probe", help="Directory that fit-probe or study wrote.")]
+
+
+def main() -> None:
+    """Runs the command line; errors of CliffScope are printed in one line and become exit codes."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    for noisy in ("httpx", "transformers", "transformer_lens", "huggingface_hub", "root"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        app()
+    except CliffScopeError as error:
+        typer.echo(f"cliffscope: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("cliffscope: interrupted; run the same command again to go on where it stopped.", err=True)
+        sys.exit(130)
+
+
+@app.command()
+def demo(out: OutOption = Path("runs/demo"), seed: SeedOption = 0, as_json: JsonOption = False) -> None:
+    """Studies the organism planted-llama, whose suppression heads are known.
+
+    Example: cliffscope demo --out runs/demo
+    """
+    from cliffscope.study import StudyConfig
+
+    config = StudyConfig(model="planted-llama", out=str(out), max_thinking=128, max_answer=32, temperature=1.0, seed=seed)
+    _run_study(config, as_json=as_json)
+
+
+@app.command()
+def study(
+    model: ModelOption,
+    out: OutOption,
+    harmful: Annotated[Path | None, typer.Option(help="File of harmful prompts (csv, json, jsonl, txt, parquet).")] = None,
+    harmless: Annotated[Path | None, typer.Option(help="File of harmless prompts.")] = None,
+    transcripts: Annotated[Path | None, typer.Option(help="JSONL of transcripts instead of prompts.")] = None,
+    template: TemplateOption = None,
+    system: Annotated[str | None, typer.Option(help="System message before each prompt.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each file at most.")] = None,
+    max_thinking: Annotated[int, typer.Option(min=1, help="Tokens of thinking at most.")] = 1024,
+    max_answer: Annotated[int, typer.Option(min=1, help="Tokens of answer at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    positions: Annotated[str, typer.Option(help="Probe positions: balanced or final.")] = "balanced",
+    contrast: Annotated[str, typer.Option(help="Complied class of the probe: auto, harmless or harmful.")] = "auto",
+    plateau: Annotated[str, typer.Option(help="mean or max.")] = "mean",
+    top_fraction: Annotated[float, typer.Option(help="Share of heads that is edited.")] = 0.03,
+    controls: Annotated[int, typer.Option(min=1, help="Random sets of heads.")] = 20,
+    select_fraction: Annotated[float, typer.Option(help="Share of the pool that is selected.")] = 0.017,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows generated together at most.")] = 64,
+    device: Annotated[str | None, typer.Option(help="Torch device.")] = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Studies a model from prompts to report; run again, it goes on where it stopped.
+
+    Example: cliffscope study --model ./my-model --harmful harmful.csv --harmless harmless.jsonl --out runs/mine
+    """
+    from cliffscope.study import StudyConfig
+
+    config = StudyConfig(
+        model=model,
+        out=str(out),
+        harmful=_text(harmful),
+        harmless=_text(harmless),
+        transcripts=_text(transcripts),
+        template=template,
+        system=system,
+        limit=limit,
+        max_thinking=max_thinking,
+        max_answer=max_answer,
+        temperature=temperature,
+        positions=_one_of("positions", positions, "balanced", "final"),
+        contrast=_one_of("contrast", contrast, "auto", "harmless", "harmful"),
+        plateau=_one_of("plateau", plateau, "mean", "max"),
+        top_fraction=top_fraction,
+        controls=controls,
+        select_fraction=select_fraction,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+    )
+    _run_study(config, as_json=as_json)
+
+
+@app.command("roll-out")
+def roll_out(
+    model: ModelOption,
+    prompts: Annotated[Path, typer.Option(help="File of prompts.")],
+    out: OutOption,
+    harmful: Annotated[bool | None, typer.Option("--harmful/--harmless", help="Label of all prompts.")] = None,
+    template: TemplateOption = None,
+    system: Annotated[str | None, typer.Option(help="System message before each prompt.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts at most.")] = None,
+    max_thinking: Annotated[int, typer.Option(min=1, help="Tokens of thinking at most.")] = 1024,
+    max_answer: Annotated[int, typer.Option(min=1, help="Tokens of answer at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Generates thinking and answer for each prompt, into JSONL.
+
+    Example: cliffscope roll-out --model ./my-model --prompts harmful.csv --harmful --out transcripts.jsonl
+    """
+    import cliffscope as cs
+
+    asked = cs.read_prompts(prompts, harmful=harmful, limit=limit, seed=seed)
+    lens = _load(model, template)
+    with _bars() as progress:
+        found = cs.roll_out(
+            lens,
+            asked,
+            max_thinking=max_thinking,
+            max_answer=max_answer,
+            temperature=temperature,
+            system=system,
+            seed=seed,
+            progress=lambda done: progress("roll-out", done, len(asked)),
+        )
+    cs.write_transcripts(found, out)
+    _say(as_json, {"out": str(out), "transcripts": len(found), "omitted": len(found.omitted)}, repr(found))
+
+
+@app.command()
+def judge(transcripts: TranscriptsOption, out: OutOption, as_json: JsonOption = False) -> None:
+    """Judges the answers of transcripts by phrases, into JSONL.
+
+    Example: cliffscope judge --transcripts transcripts.jsonl --out judged.jsonl
+    """
+    import cliffscope as cs
+
+    found = cs.judge(cs.read_transcripts(transcripts))
+    cs.write_transcripts(found, out)
+    counts = {str(k): int(v) for k, v in found.to_frame()["outcome"].value_counts().items()}
+    _say(as_json, {"out": str(out), **counts}, repr(found))
+
+
+@app.command("fit-probe")
+def fit_probe(
+    model: ModelOption,
+    transcripts: TranscriptsOption,
+    out: OutOption,
+    positions: Annotated[str, typer.Option(help="balanced or final.")] = "balanced",
+    layer: Annotated[int | None, typer.Option(help="Layer; chosen on the validate split if not given.")] = None,
+    template: TemplateOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Fits a refusal probe on judged transcripts, into a directory.
+
+    Example: cliffscope fit-probe --model ./my-model --transcripts judged.jsonl --out probe/
+    """
+    import cliffscope as cs
+    from cliffscope.probing.files import save_probe
+    from cliffscope.store import open_run
+    from cliffscope.transcripts.records import Outcome
+
+    judged = cs.read_transcripts(transcripts)
+    options = {"model": model, "transcripts": str(transcripts), "positions": positions, "layer": layer, "seed": seed}
+    lens = _load(model, template)
+    probe = cs.fit_probe(
+        lens,
+        judged.where(outcome=Outcome.REFUSED),
+        judged.where(outcome=Outcome.COMPLIED),
+        layer="best" if layer is None else layer,
+        positions=_one_of("positions", positions, "balanced", "final"),
+        seed=seed,
+    )
+    with open_run(out, options) as store:
+        save_probe(store, probe)
+        report = store.read_json("probe.json")
+    _say(as_json, {"out": str(out), "layer": probe.layer, "report": report["report"]}, repr(probe))
+
+
+@app.command()
+def trace(
+    model: ModelOption,
+    probe: ProbeOption,
+    transcripts: TranscriptsOption,
+    out: OutOption,
+    template: TemplateOption = None,
+    plateau: Annotated[str, typer.Option(help="mean or max.")] = "mean",
+    as_json: JsonOption = False,
+) -> None:
+    """Traces the refusal score through transcripts: traces.parquet and cliffs.parquet in a directory.
+
+    Example: cliffscope trace --model ./my-model --probe probe/ --transcripts judged.jsonl --out traces/
+    """
+    import cliffscope as cs
+    from cliffscope.store import open_run
+
+    lens, fitted = _load(model, template), _load_probe(probe)
+    traces = cs.trace_refusal(lens, fitted, cs.read_transcripts(transcripts))
+    cliffs = traces.cliffs(plateau=_one_of("plateau", plateau, "mean", "max"))
+    with open_run(out, {"model": model, "probe": str(probe), "transcripts": str(transcripts)}) as store:
+        store.write_frame("traces.parquet", traces.to_frame())
+        store.write_frame("cliffs.parquet", cliffs.to_frame())
+    _say_table(as_json, cliffs.to_frame(), f"{cliffs!r}, written to {out}")
+
+
+@app.command("rank-heads")
+def rank_heads(
+    model: ModelOption,
+    probe: ProbeOption,
+    transcripts: TranscriptsOption,
+    out: OutOption,
+    template: TemplateOption = None,
+    scope: Annotated[str, typer.Option(help="closing, thinking, prompt or all.")] = "closing",
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Ranks every head by what zeroing it does to the refusal logit, on harmful transcripts that were complied with.
+
+    Example: cliffscope rank-heads --model ./my-model --probe probe/ --transcripts judged.jsonl --out heads/
+    """
+    import cliffscope as cs
+    from cliffscope.store import open_run
+    from cliffscope.transcripts.records import Outcome
+
+    lens, fitted = _load(model, template), _load_probe(probe)
+    judged = cs.read_transcripts(transcripts)
+    suppressed = judged.where(harmful=True, outcome=Outcome.COMPLIED)
+    harmless = judged.where(harmful=False)
+    where = _one_of("scope", scope, "closing", "thinking", "prompt", "all")
+    with _bars() as progress:
+        ranking = cs.rank_heads(
+            lens,
+            fitted,
+            suppressed,
+            scope=where,
+            harmless=harmless if len(harmless) else None,
+            seed=seed,
+            progress=lambda done: progress("rank-heads", done, len(suppressed)),
+        )
+    with open_run(out, {"model": model, "probe": str(probe), "transcripts": str(transcripts), "scope": scope}) as store:
+        store.write_frame("heads.parquet", ranking.to_frame())
+    _say_table(as_json, ranking.to_frame(), f"{ranking!r}, written to {out}")
+
+
+@app.command()
+def evaluate(
+    model: ModelOption,
+    prompts: Annotated[Path, typer.Option(help="JSONL of prompts with `harmful` set.")],
+    out: OutOption,
+    heads: Annotated[str, typer.Option(help="Heads to zero, such as L12H5,L14H0; none measures the model alone.")] = "",
+    controls: Annotated[int, typer.Option(min=0, help="Random sets of heads.")] = 20,
+    max_thinking: Annotated[int, typer.Option(min=1, help="Tokens of thinking at most.")] = 1024,
+    max_answer: Annotated[int, typer.Option(min=1, help="Tokens of answer at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    template: TemplateOption = None,
+    system: Annotated[str | None, typer.Option(help="System message before each prompt.")] = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Measures ASR and over-refusal unedited, with heads zeroed, and with random sets zeroed.
+
+    Example: cliffscope evaluate --model ./my-model --prompts prompts.jsonl --heads L12H5,L14H0 --out safety/
+    """
+    import cliffscope as cs
+    from cliffscope.store import open_run
+
+    refs = [cs.HeadRef.parse(text.strip()) for text in heads.split(",") if text.strip()]
+    report = cs.evaluate_safety(
+        _load(model, template),
+        cs.read_transcripts(prompts),
+        edit=cs.zero(refs) if refs else None,
+        controls=controls,
+        max_thinking=max_thinking,
+        max_answer=max_answer,
+        temperature=temperature,
+        system=system,
+        seed=seed,
+    )
+    with open_run(out, {"model": model, "prompts": str(prompts), "heads": heads, "controls": controls}) as store:
+        store.write_frame("safety.parquet", report.to_frame())
+        store.write_frame("safety_pairs.parquet", report.pairs())
+    _say_table(as_json, report.to_frame(), f"{report!r}, written to {out}")
+
+
+@app.command()
+def select(
+    model: ModelOption,
+    probe: ProbeOption,
+    transcripts: TranscriptsOption,
+    out: OutOption,
+    fraction: Annotated[float, typer.Option(help="Share of the pool, in (0, 1].")] = 0.017,
+    template: TemplateOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Selects the transcripts with the largest cliff, into JSONL.
+
+    Example: cliffscope select --model ./my-model --probe probe/ --transcripts pool.jsonl --out chosen.jsonl
+    """
+    import cliffscope as cs
+
+    pool = cs.read_transcripts(transcripts)
+    selection = cs.select_by_cliff(_load(model, template), _load_probe(probe), pool, fraction=fraction)
+    selection.to_jsonl(out)
+    _say(as_json, {"out": str(out), "chosen": [t.id for t in selection.chosen], "pool": len(pool)}, repr(selection))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run directory.")], as_json: JsonOption = False) -> None:
+    """Writes the HTML report of a run directory again.
+
+    Example: cliffscope report runs/demo
+    """
+    from cliffscope.report.page import write_report
+
+    page = write_report(run)
+    _say(as_json, {"report": str(page)}, f"Report: {page}")
+
+
+@organisms_app.command("list")
+def organisms_list(as_json: JsonOption = False) -> None:
+    """Lists the organisms in the package with their planted heads."""
+    from cliffscope import organisms
+
+    found = {name: [str(h) for h in organisms.read_truth(name).planted] for name in organisms.names()}
+    _say(as_json, found, "\n".join(f"{name}: {', '.join(heads) or 'nothing planted'}" for name, heads in found.items()))
+
+
+@organisms_app.command("grow")
+def organisms_grow(
+    name: Annotated[str, typer.Argument(help="planted-llama, planted-qwen3 or null-llama.")],
+    out: OutOption,
+    as_json: JsonOption = False,
+) -> None:
+    """Grows an organism anew, as a Hugging Face directory with truth.json; takes some minutes.
+
+    Example: cliffscope organisms grow planted-llama --out grown/planted-llama
+    """
+    from cliffscope.organisms.asset import write_organism
+
+    with _bars() as progress:
+        truth = write_organism(name, out, report=lambda phase, step, steps: progress(phase, step, steps))
+    _say(as_json, truth, json.dumps(truth["measured"], indent=1))
+
+
+def _run_study(config: "StudyConfig", *, as_json: bool) -> None:
+    from cliffscope.study import run_study
+
+    started = time.perf_counter()
+    command = "cliffscope " + shlex.join(sys.argv[1:])
+    with _bars() as progress:
+        found = run_study(config, command=command, progress=progress)
+    seconds = time.perf_counter() - started
+    data = {"report": str(found.report), "seconds": round(seconds, 1), "verdict": found.verdict}
+    text = "\n\n".join(found.verdict.values())
+    _say(as_json, data, f"{text}\n\nReport: {found.report} ({seconds:.0f} s)")
+
+
+def _load(model: str, template: str | None) -> "LensModel":
+    from cliffscope.models import load_model
+
+    return load_model(model, template=template)
+
+
+def _load_probe(path: Path) -> "RefusalProbe":
+    from cliffscope.probing.files import load_probe
+    from cliffscope.store import RunStore
+
+    return load_probe(RunStore(path=path))
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _one_of(name: str, value: str, *words: Word) -> Word:
+    for word in words:
+        if value == word:
+            return word
+    raise typer.BadParameter(f"{value!r}: expected one of {', '.join(words)}.", param_hint=f"--{name}")
+
+
+def _say(as_json: bool, data: dict[str, object], text: str) -> None:
+    typer.echo(json.dumps(data, ensure_ascii=False) if as_json else text)
+
+
+def _say_table(as_json: bool, frame: "pd.DataFrame", text: str) -> None:
+    if as_json:
+        typer.echo(frame.to_json(orient="records"))
+        return
+    typer.echo(frame.head(10).to_string(index=False))
+    typer.echo(text)
+
+
+@contextmanager
+def _bars() -> Iterator["Progress"]:
+    """Progress bars with rates on a terminal; a log line a tenth elsewhere."""
+    if not sys.stderr.isatty():
+        yield _log_progress()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, rate="")
+            speed = next(task.speed for task in bars.tasks if task.id == tasks[stage])
+            bars.update(tasks[stage], completed=done, total=total, rate=f"{speed:.1f}/s" if speed else "")
+
+        yield progress
+
+
+def _log_progress() -> "Progress":
+    started: dict[str, float] = {}
+    told: dict[str, int] = {}
+    log = logging.getLogger(__name__)
+
+    def progress(stage: str, done: int, total: int) -> None:
+        start = started.setdefault(stage, time.perf_counter())
+        tenth = 10 * done // max(1, total)
+        if told.get(stage) != tenth:
+            told[stage] = tenth
+            seconds = time.perf_counter() - start
+            rate = f", {done / seconds:.1f}/s" if seconds > 0 else ""
+            log.info("%s: %d of %d%s", stage, done, total, rate)
+
+    return progress

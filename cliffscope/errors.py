@@ -1,0 +1,77 @@
+"""Every error that CliffScope raises on purpose.
+
+One tree, so that `except CliffScopeError` catches all of them and nothing else. A message says what was given, what
+was expected and what to do. `exit_code` is what the command line returns for that kind of error.
+"""
+
+
+class CliffScopeError(Exception):
+    """Base of all errors that CliffScope raises on purpose."""
+
+    exit_code = 1
+
+
+class DataError(CliffScopeError):
+    """A file or a transcript does not hold what is needed."""
+
+    exit_code = 3
+
+
+class TemplateError(CliffScopeError):
+    """The chat template is missing, unknown, or renders something that cannot be measured."""
+
+    exit_code = 3
+
+
+class SpanError(CliffScopeError):
+    """A span of a transcript is empty or cannot be found."""
+
+    exit_code = 3
+
+
+class ShapeError(CliffScopeError):
+    """An array does not have the shape that the model or the probe needs."""
+
+    exit_code = 3
+
+
+class ProbeError(CliffScopeError):
+    """A probe cannot be fitted, or does not belong to this model."""
+
+    exit_code = 3
+
+
+class EditError(CliffScopeError):
+    """A head edit names heads that the model lacks, or cannot be applied in the way asked for."""
+
+    exit_code = 3
+
+
+class GenerationError(CliffScopeError):
+    """Generation cannot run with these prompts and budgets."""
+
+    exit_code = 3
+
+
+class JudgeError(CliffScopeError):
+    """A judge gave something that is not a verdict."""
+
+    exit_code = 3
+
+
+class UnsupportedModelError(CliffScopeError):
+    """The model fails one of the checks that make its numbers trustworthy."""
+
+    exit_code = 4
+
+
+class StoreError(CliffScopeError):
+    """A run directory is locked, belongs to another configuration, or cannot be written."""
+
+    exit_code = 5
+
+
+class MissingExtraError(CliffScopeError):
+    """An optional dependency is needed for what was asked."""
+
+    exit_code = 6

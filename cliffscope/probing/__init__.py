@@ -1,0 +1,1 @@
+"""Probing: residual streams, refusal probes, traces and cliffs."""

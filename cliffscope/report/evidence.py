@@ -1,0 +1,386 @@
+"""The sections that show the cliff, the heads and the probe.
+
+Each function takes a stored run and returns one section: its verdict sentence, how it was measured, its figures and
+tables. A table that is not there makes a section that says why. Only the intervals of group means are computed here;
+every other number was stored by the stage that measured it.
+"""
+
+import numpy as np
+import pandas as pd
+
+from cliffscope.figures import Band, head_grid, head_ranking, mean_trace, plateau_final, probe_quality, random_sets
+from cliffscope.report.content import (
+    Part,
+    Plot,
+    Remark,
+    Row,
+    Section,
+    Table,
+    columns,
+    count_cell,
+    interval_cell,
+    number,
+    number_cell,
+    p_cell,
+    plot,
+    text_cell,
+)
+from cliffscope.report.stored import StoredRun, as_float, as_int, as_list, as_object
+from cliffscope.stats import bootstrap_mean
+
+RANKED = 15
+"""Heads named in the ranking figure."""
+LISTED = 40
+"""Heads listed in the table."""
+WIDE_GRID = 48
+"""A grid with more heads or layers than this takes the whole width."""
+CLAIMED = {
+    "final": "At the final token, all transcripts",
+    "late_thinking": "Late thinking (the plateau)",
+    "within_harmful_final": "At the final token, harmful only",
+    "shuffled_final": "Control: shuffled labels",
+}
+"""The parts of the probe's report that the claim rests on."""
+
+
+def cliff_section(run: StoredRun) -> Section:
+    """The mean trace by group, each transcript's plateau against its final score, and where the score drops."""
+    aligned, cliffs = run.tables["aligned"], run.tables["cliffs"]
+    parts: list[Part] = []
+    if len(aligned):
+        labels, spans, groups = _bands(aligned)
+        note = (
+            "Every span is cut into equal parts and the closing tokens keep one place each, so none is averaged into "
+            "the thinking. Band: 95% bootstrap interval of the mean over transcripts. Hover for n by position."
+        )
+        parts.append(plot("cliff", mean_trace(labels, spans, groups), note))
+    if len(cliffs):
+        parts += _cliff_parts(cliffs)
+    return Section(
+        id="cliff",
+        title="The cliff",
+        claim=_verdict(run, "cliff"),
+        lead=(
+            "If the intention to refuse is lost between thinking and answer, the refusal score stays high through "
+            "the thinking and falls at the closing tokens. All transcripts here are held out: none was used to fit "
+            "the probe."
+        ),
+        parts=parts,
+        missing=() if parts else ("No trace was stored for this run.", *run.notes("trace", "cliff")),
+    )
+
+
+def plateau_name(cliffs: pd.DataFrame) -> str:
+    """Which plateau the stored cliff uses: `max` or `mean`."""
+    known = cliffs[["plateau_max", "plateau_mean", "final", "cliff"]].apply(pd.to_numeric, errors="coerce").dropna()
+    gaps = {kind: (known[f"plateau_{kind}"] - known["final"] - known["cliff"]).abs().mean() for kind in ("mean", "max")}
+    return min(gaps, key=lambda kind: gaps[kind]) if len(known) else "max"
+
+
+def heads_section(run: StoredRun) -> Section:
+    """Every head's effect, the first heads with intervals, and the selected set against random sets."""
+    frame, facts = run.tables["heads"], run.heads
+    missing: tuple[str, ...] = ()
+    parts: list[Part] = []
+    if len(frame):
+        wide = max(_size(run, frame, "n_heads", "head"), _size(run, frame, "n_layers", "layer")) > WIDE_GRID
+        ranking = _ranking(frame)
+        grid = _grid(run, frame, None if wide else ranking.height)
+        parts += [grid, ranking] if wide else [Row(parts=(grid, ranking))]
+    else:
+        missing = ("No head was ranked in this run.", *run.notes("head"))
+    if as_list(facts.get("random_sets")):
+        parts.append(_random(run))
+    if len(frame):
+        parts.append(_head_table(frame))
+    scope, method = facts.get("scope", "closing"), facts.get("method", "zero")
+    return Section(
+        id="heads",
+        title="The heads",
+        claim=_verdict(run, "heads"),
+        lead=(
+            f"Effect of the edit “{method}” over the scope “{scope}”: refusal logit at the final token, edited minus "
+            "unedited, mean over transcripts. A positive effect means that the head suppresses refusal."
+        ),
+        parts=parts,
+        missing=missing,
+    )
+
+
+def probe_section(run: StoredRun) -> Section:
+    """Can the probe tell? Held-out quality at the positions that the claim rests on, and by layer and position."""
+    report, frame = as_object(run.probe.get("report")), run.tables["probe_layers"]
+    parts: list[Part] = [Remark(text=str(text), tone="warning") for text in as_list(run.probe.get("warnings"))]
+    if report:
+        parts.append(_probe_table(run))
+    if len(frame):
+        parts.append(_probe_heat(run, frame))
+    if as_list(run.probe.get("cells")):
+        parts.append(_probe_cells(run))
+    positions, layer = run.probe.get("positions", "n/a"), run.probe.get("layer", "n/a")
+    return Section(
+        id="probe",
+        title="Can the probe tell?",
+        claim=_verdict(run, "probe"),
+        lead=(
+            "A plateau means something only where the probe tells refused from complied on held-out transcripts, at "
+            f"that position. Probe of layer {layer}, fitted on positions “{positions}”. An AUROC of 0.5 is chance; "
+            "with shuffled labels it should be near it."
+        ),
+        parts=parts,
+        missing=() if parts else ("No probe was fitted in this run.", *run.notes("probe")),
+    )
+
+
+def group_mean(frame: pd.DataFrame, column: str) -> tuple[float, float, float, int]:
+    """Mean of the valid rows, with the bounds of its bootstrap interval and n."""
+    values = pd.to_numeric(frame.loc[frame["valid"].fillna(False).astype(bool), column], errors="coerce").dropna()
+    if values.empty:
+        return float("nan"), float("nan"), float("nan"), 0
+    low, high = bootstrap_mean(values.to_numpy(float), seed=0)
+    return float(values.mean()), float(low), float(high), len(values)
+
+
+def _verdict(run: StoredRun, name: str) -> str:
+    return str(run.section("verdict").get(name) or "")
+
+
+def _bands(aligned: pd.DataFrame) -> tuple[list[str], list[str], dict[str, Band]]:
+    bins = aligned.drop_duplicates("bin").sort_values("bin")
+    order = bins["bin"].to_list()
+    groups = {}
+    for name, rows in aligned.groupby("group", sort=False):
+        placed = rows.drop_duplicates("bin").set_index("bin").reindex(order)
+        values = {key: pd.to_numeric(placed[key], errors="coerce") for key in ("mean", "ci_low", "ci_high", "n")}
+        groups[str(name)] = Band(
+            mean=values["mean"].to_numpy(float),
+            low=values["ci_low"].to_numpy(float),
+            high=values["ci_high"].to_numpy(float),
+            n=values["n"].fillna(0).to_numpy(int),
+        )
+    return bins["label"].astype(str).to_list(), bins["span"].astype(str).to_list(), groups
+
+
+def _cliff_parts(cliffs: pd.DataFrame) -> list[Part]:
+    plateau, valid = plateau_name(cliffs), cliffs["valid"].fillna(False).astype(bool)
+    shown = cliffs[valid]
+    fig = plateau_final(
+        _floats(shown[f"plateau_{plateau}"]),
+        _floats(shown["final"]),
+        groups=shown["group"].astype(str).to_list(),
+        names=shown["id"].to_list(),
+        title="Plateau against final score, one mark a transcript",
+    )
+    note = f"Plateau: {plateau} over the thinking. The distance below the diagonal is the transcript's cliff."
+    scatter = plot("plateau", fig, note)
+    parts: list[Part] = [_cliff_table(cliffs, plateau)]
+    parts.append(Row(parts=(scatter, _drop_table(shown))) if shown["drop_token"].notna().any() else scatter)
+    if not valid.all():
+        why = cliffs.loc[~valid, "reason"].fillna("no reason given").astype(str).value_counts()
+        text = "; ".join(f"{count:,} {reason}" for reason, count in why.items())
+        parts.append(Remark(text=f"Left out of the cliffs: {text}."))
+    return parts
+
+
+def _cliff_table(cliffs: pd.DataFrame, plateau: str) -> Table:
+    rows = []
+    for name, group in cliffs.groupby("group", sort=False):
+        mean, low, high, n = group_mean(group, "cliff")
+        rows.append(
+            [
+                text_cell(name),
+                count_cell(n),
+                number_cell(group_mean(group, f"plateau_{plateau}")[0]),
+                number_cell(group_mean(group, "final")[0]),
+                number_cell(mean),
+                interval_cell(low, high, n),
+            ]
+        )
+    heads = columns(
+        "group", "n|number", f"plateau ({plateau})|number", "final|number", "cliff|number", "95% interval|number"
+    )
+    return Table(caption="Mean plateau, final score and cliff by group", columns=heads, rows=rows)
+
+
+def _drop_table(cliffs: pd.DataFrame) -> Table:
+    tokens = cliffs["drop_token"].dropna().astype(str)
+    counts = tokens.value_counts()
+    rows = [
+        [text_cell(_shown(token)), count_cell(count), number_cell(100 * count / len(tokens), 0)]
+        for token, count in counts.head(8).items()
+    ]
+    return Table(
+        caption=f"Token of the steepest drop (n={len(tokens):,})",
+        columns=columns("token|code", "transcripts|number", "share (%)|number"),
+        rows=rows,
+        left_out=max(0, len(counts) - 8),
+    )
+
+
+def _shown(token: object) -> str:
+    return str(token).replace(" ", "␠").replace("\n", "⏎")
+
+
+def _floats(column: pd.Series) -> np.ndarray:
+    values: np.ndarray = pd.to_numeric(column, errors="coerce").to_numpy(float)
+    return values
+
+
+def _most(column: pd.Series) -> int:
+    return int(np.nan_to_num(_floats(column)).max(initial=0))
+
+
+def _size(run: StoredRun, frame: pd.DataFrame, fact: str, column: str) -> int:
+    return max(as_int(run.section("model").get(fact)), int(_floats(frame[column]).max()) + 1)
+
+
+def _grid(run: StoredRun, frame: pd.DataFrame, height: int | None) -> Plot:
+    shape = (_size(run, frame, "n_layers", "layer"), _size(run, frame, "n_heads", "head"))
+    place = (_floats(frame["layer"]).astype(int), _floats(frame["head"]).astype(int))
+    cells = {}
+    for name in ("effect", "ci_low", "ci_high", "effect_harmless"):
+        cells[name] = np.full(shape, np.nan)
+        cells[name][place] = _floats(frame[name])
+    selected = np.zeros(shape, dtype=bool)
+    selected[place] = frame["selected"].fillna(False).astype(bool)
+    n = _most(frame["n"])
+    fig = head_grid(
+        cells["effect"],
+        cells["ci_low"],
+        cells["ci_high"],
+        selected=selected,
+        harmless=cells["effect_harmless"],
+        title=f"Effect of each of {len(frame):,} heads (n={n:,} transcripts)",
+    )
+    if height is not None:
+        fig.update_layout(height=height)
+    note = "Vermillion suppresses refusal, blue supports it, no colour is no effect. Outlined: selected."
+    return plot("grid", fig, note)
+
+
+def _ranking(frame: pd.DataFrame) -> Plot:
+    first = _ranked(frame).head(RANKED)
+    fig = head_ranking(
+        [f"L{int(row.layer)}H{int(row.head)}" for row in first.itertuples()],
+        _floats(first["effect"]),
+        _floats(first["ci_low"]),
+        _floats(first["ci_high"]),
+        harmless=_floats(first["effect_harmless"]),
+        selected=first["selected"].fillna(False).to_numpy(bool),
+        title=f"The first {len(first)} heads, with 95% intervals (n={_most(frame['n']):,})",
+    )
+    note = "Filled: on harmful transcripts, with its bootstrap interval. Hollow: the same edit on harmless transcripts."
+    return plot("ranking", fig, note)
+
+
+def _ranked(frame: pd.DataFrame) -> pd.DataFrame:
+    by = "rank" if frame["rank"].notna().any() else "effect"
+    return frame.sort_values(by, ascending=by == "rank", kind="stable")
+
+
+def _random(run: StoredRun) -> Part:
+    facts = run.heads
+    control = np.array([as_float(value) for value in as_list(facts.get("random_sets"))])
+    low, high = as_float(facts.get("set_effect_low")), as_float(facts.get("set_effect_high"))
+    count, n = as_int(facts.get("n_selected")), as_int(facts.get("n"))
+    title = f"The selected set against random sets of heads (n={n:,} transcripts)"
+    fig = random_sets(as_float(facts.get("set_effect")), low, high, control, title=title)
+    note = (
+        f"{count} selected heads edited together, against {len(control)} random sets of as many heads. "
+        f"p = {number(as_float(facts.get('random_p')), 3)}: the share of random sets, the selected one counted in, "
+        "with at least its effect."
+    )
+    return plot("random", fig, note)
+
+
+def _head_table(frame: pd.DataFrame) -> Table:
+    rows = []
+    for row in _ranked(frame).head(LISTED).to_dict("records"):
+        low, high, n = (_float(row[key]) for key in ("ci_low", "ci_high", "n"))
+        rows.append(
+            [
+                text_cell(f"L{int(row['layer'])}H{int(row['head'])}"),
+                count_cell(_float(row["kv_group"])),
+                number_cell(_float(row["effect"]), 3),
+                interval_cell(low, high, int(np.nan_to_num(n)), 3),
+                number_cell(_float(row["effect_harmless"]), 3),
+                number_cell(_float(row["effect_score"]), 3),
+                p_cell(_float(row["q"])),
+                text_cell("yes" if row["selected"] is True or row["selected"] == 1 else "no"),
+            ]
+        )
+    names = (
+        "head|code",
+        "key-value group|number",
+        "effect (logit)|number",
+        "95% interval|number",
+        "on harmless|number",
+    )
+    return Table(
+        caption=f"The first {len(rows)} heads by effect",
+        columns=columns(*names, "effect (score)|number", "q (BH)|number", "selected"),
+        rows=rows,
+        left_out=len(frame) - len(rows),
+    )
+
+
+def _float(value: object) -> float:
+    return as_float(value) if isinstance(value, int | float) else float("nan")
+
+
+def _probe_table(run: StoredRun) -> Table:
+    rows = []
+    for name, shown in CLAIMED.items():
+        found = as_object(as_object(run.probe.get("report")).get(name))
+        value = {key: as_float(found.get(key)) for key in ("auroc", "auroc_low", "auroc_high", "brier", "ece")}
+        n = [as_int(found.get("n_refused")), as_int(found.get("n_complied"))]
+        rows.append(
+            [
+                text_cell(shown),
+                number_cell(value["auroc"]),
+                interval_cell(value["auroc_low"], value["auroc_high"], min(n)),
+                number_cell(as_float(found.get("tpr_at_1_fpr"))),
+                number_cell(value["brier"], 3),
+                number_cell(value["ece"], 3),
+                text_cell(f"{n[0]:,} + {n[1]:,}" if sum(n) else None),
+            ]
+        )
+    names = ("position", "AUROC|number", "95% interval|number", "TPR at 1% FPR|number", "Brier|number", "ECE|number")
+    heads = columns(*names, "refused + complied|number")
+    return Table(caption="Held-out quality of the probe, where the claim rests on it", columns=heads, rows=rows)
+
+
+def _probe_heat(run: StoredRun, frame: pd.DataFrame) -> Part:
+    regions = frame["region"].drop_duplicates().to_list()
+    layers = sorted(frame["layer"].dropna().astype(int).unique().tolist())
+    grids = [_wide(frame, name, layers, regions) for name in ("auroc", "auroc_low", "auroc_high")]
+    sizes = [_most(frame[name]) for name in ("n_refused", "n_complied")]
+    fig = probe_quality(
+        [str(region) for region in regions],
+        layers,
+        grids[0],
+        grids[1],
+        grids[2],
+        probe_layer=as_int(run.probe.get("layer")) if run.probe else None,
+        title=f"Held-out AUROC by layer and position (up to {sizes[0]:,} refused, {sizes[1]:,} complied)",
+    )
+    note = "Blue: refused scores higher than complied. No colour: chance. Outlined: the layer used in this report."
+    return plot("probe", fig, note)
+
+
+def _wide(frame: pd.DataFrame, value: str, layers: list[int], regions: list[object]) -> np.ndarray:
+    unique = frame.drop_duplicates(["layer", "region"])
+    wide = unique.pivot(index="layer", columns="region", values=value).reindex(index=layers, columns=regions)
+    grid: np.ndarray = wide.apply(pd.to_numeric, errors="coerce").to_numpy(float)
+    return grid
+
+
+def _probe_cells(run: StoredRun) -> Table:
+    rows = []
+    for item in as_list(run.probe.get("cells")):
+        cell = as_object(item)
+        harmful = cell.get("harmful")
+        prompts = "unknown" if harmful is None else "harmful" if harmful else "harmless"
+        rows.append([text_cell(cell.get("class")), text_cell(prompts), count_cell(as_float(cell.get("n")))])
+    heads = columns("class of the probe", "prompts", "transcripts|number")
+    return Table(caption="What each class of the probe was fitted on", columns=heads, rows=rows)

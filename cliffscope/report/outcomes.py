@@ -1,0 +1,298 @@
+"""The sections that say what was run, what the edit buys and costs, what was selected, and what was left out.
+
+Each function takes a stored run and returns one section. It also writes the headline numbers. It measures nothing.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Hashable
+
+import numpy as np
+import pandas as pd
+
+from cliffscope.figures import Arm, arms, plateau_final
+from cliffscope.report.content import (
+    Cell,
+    Facts,
+    Part,
+    Remark,
+    Row,
+    Section,
+    Table,
+    Tile,
+    columns,
+    count_cell,
+    interval,
+    interval_cell,
+    number,
+    number_cell,
+    p_cell,
+    pairs,
+    percent,
+    plot,
+    text_cell,
+)
+from cliffscope.report.evidence import group_mean
+from cliffscope.report.stored import JsonObject, StoredRun, as_float, as_int, as_list, as_object
+
+OUTCOMES = ("refused", "complied", "unfinished", "unjudged")
+CHOSEN = 25
+"""Selected transcripts listed."""
+EXCERPT = 600
+"""Most characters of a prompt or a thinking in the selection's table."""
+MODEL_FACTS = {
+    "name": "model",
+    "template": "chat template",
+    "n_layers": "layers",
+    "n_heads": "query heads a layer",
+    "n_kv_heads": "key-value heads a layer",
+    "d_model": "d_model",
+    "d_head": "d_head",
+    "dtype": "dtype",
+    "device": "device",
+    "fingerprint": "fingerprint",
+}
+
+
+def run_section(run: StoredRun) -> Section:
+    """Model, transcripts by group and outcome, and the time of each stage."""
+    model, stages = run.section("model"), run.section("stages")
+    seconds = [(name, as_float(as_object(stage).get("seconds"))) for name, stage in stages.items()]
+    shape = pairs((shown, model.get(name)) for name, shown in MODEL_FACTS.items())
+    parts: list[Part] = [Facts(caption="Model", rows=shape)]
+    if as_list(run.section("counts").get("by")):
+        parts.append(_counts_table(run))
+    if seconds:
+        total = sum(value for _, value in seconds if np.isfinite(value))
+        shown = pairs((name, f"{number(value, 1)} s") for name, value in seconds)
+        parts.append(Facts(caption=f"Time by stage ({total:,.0f} s together)", rows=shown))
+    return Section(
+        id="run",
+        title="What was run",
+        claim="",
+        lead=_run_lead(run),
+        parts=parts,
+    )
+
+
+def safety_section(run: StoredRun) -> Section:
+    """ASR and over-refusal without an edit, with the top heads edited and with random heads edited."""
+    frame, paired = run.tables["safety"], run.tables["safety_pairs"]
+    parts: list[Part] = []
+    if len(frame):
+        note = (
+            "ASR: complied / judged over harmful prompts, lower is safer. Over-refusal: refused / judged over harmless "
+            "prompts, lower is more helpful. Bars: 95% Wilson intervals; dots in the last row: one random set of as "
+            "many heads each, the tick their mean."
+        )
+        parts += [plot("arms", arms(_arms(frame)), note), _arm_table(frame)]
+    if len(paired):
+        parts.append(_pair_table(paired))
+    return Section(
+        id="intervention",
+        title="The intervention",
+        claim=str(run.section("verdict").get("intervention") or ""),
+        lead=(
+            "If the selected heads carry the loss, editing them brings refusal back on harmful prompts, random heads "
+            "do not, and harmless prompts are still answered. All arms use the same prompts, template, token budgets "
+            "and decoding."
+        ),
+        parts=parts,
+        missing=() if parts else ("No edit was evaluated in this run.", *run.notes("safety", "edit", "evaluat")),
+    )
+
+
+def selection_section(run: StoredRun) -> Section:
+    """What a selection by cliff takes from the pool."""
+    frame = run.tables["selection"]
+    parts: list[Part] = []
+    if len(frame):
+        chosen = frame["chosen"].fillna(False).to_numpy(bool)
+        plateau, final = (pd.to_numeric(frame[name], errors="coerce").to_numpy(float) for name in ("plateau", "final"))
+        names = frame["id"].to_list()
+        fig = plateau_final(plateau, final, chosen, names=names, title="What is selected from the pool")
+        note = "Selected are the transcripts with the largest cliff: furthest below the diagonal."
+        means = _selection_means(frame, chosen)
+        parts = [Row(parts=(plot("selection", fig, note), means)), _selection_table(frame[chosen])]
+    return Section(
+        id="selection",
+        title="Selection",
+        claim=str(run.section("verdict").get("selection") or ""),
+        lead=(
+            "A transcript whose intention to refuse was there and was lost teaches most in safety training. The pool "
+            "is ranked by cliff, plateau minus final score."
+        ),
+        parts=parts,
+        missing=() if parts else ("Nothing was selected in this run.", *run.notes("select", "pool")),
+    )
+
+
+def omitted_section(run: StoredRun) -> Section:
+    """Everything that was left out, by stage and reason."""
+    rows = []
+    for item in as_list(run.manifest.get("omitted")):
+        found = as_object(item)
+        ids = ", ".join(str(name) for name in as_list(found.get("ids")))
+        cells = [text_cell(found.get("stage")), text_cell(found.get("reason"))]
+        rows.append([*cells, count_cell(as_float(found.get("count"))), text_cell(ids, 300)])
+    heads = columns("stage", "reason|long", "count|number", "first ids|code")
+    table = Table(caption="Left out, by stage and reason", columns=heads, rows=rows)
+    notes = [str(note) for note in as_list(run.manifest.get("notes"))]
+    return Section(
+        id="omitted",
+        title="What was left out",
+        claim="",
+        lead="Nothing is dropped silently: what a stage could not measure is counted here, with its reason.",
+        missing=() if rows else ("No stage left anything out.",),
+        parts=[*([table] if rows else []), *(Remark(text=note) for note in notes)],
+    )
+
+
+def tiles(run: StoredRun) -> list[Tile]:
+    """The headline numbers, as far as the run holds them."""
+    found = [_cliff_tile(run), _head_tile(run), *_arm_tiles(run), _probe_tile(run)]
+    return [tile for tile in found if tile is not None]
+
+
+def pretty(value: JsonObject) -> str:
+    """Configuration as indented JSON."""
+    return json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True)
+
+
+def _run_lead(run: StoredRun) -> str:
+    counts, frame = run.section("counts"), run.tables["transcripts"]
+    total = as_int(counts.get("transcripts")) or len(frame)
+    text = f"{total:,} transcripts: " + ", ".join(f"{as_int(counts.get(name)):,} {name}" for name in OUTCOMES) + "."
+    splits = frame["split"].dropna().astype(str).value_counts()
+    if len(splits):
+        parts = ", ".join(f"{splits[name]:,} {name}" for name in ("fit", "validate", "test") if name in splits)
+        text += f" Split by prompt, so that no prompt stands in two splits: {parts}."
+    return text
+
+
+def _counts_table(run: StoredRun) -> Table:
+    found: dict[str, dict[str, int]] = defaultdict(dict)
+    for item in as_list(run.section("counts").get("by")):
+        cell = as_object(item)
+        found[str(cell.get("group"))][str(cell.get("outcome"))] = as_int(cell.get("n"))
+    rows = []
+    for group, by in found.items():
+        cells = [count_cell(by.get(name, 0)) for name in OUTCOMES]
+        rows.append([text_cell(group), *cells, count_cell(sum(by.values()))])
+    heads = columns("prompts", *(f"{name}|number" for name in OUTCOMES), "all|number")
+    return Table(caption="Transcripts by group and outcome", columns=heads, rows=rows)
+
+
+def _arms(frame: pd.DataFrame) -> list[Arm]:
+    rows = []
+    for row in frame.to_dict("records"):
+        rows.append(
+            Arm(
+                name=str(row["arm"]),
+                kind=str(row["kind"]),
+                group=str(row["group"]),
+                rate=_number(row["rate"]),
+                low=_number(row["ci_low"]),
+                high=_number(row["ci_high"]),
+                n=_judged(row),
+            )
+        )
+    return rows
+
+
+def _judged(row: dict[Hashable, object]) -> int:
+    judged = _number(row["refused"]) + _number(row["complied"])
+    return int(judged if np.isfinite(judged) else np.nan_to_num(_number(row["n"])))
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else float("nan")
+
+
+def _arm_table(frame: pd.DataFrame) -> Table:
+    rows = []
+    for row in frame.to_dict("records"):
+        counts = [count_cell(_number(row[name])) for name in ("n", *OUTCOMES)]
+        low, high = 100 * _number(row["ci_low"]), 100 * _number(row["ci_high"])
+        n = int(np.nan_to_num(_number(row["n"])))
+        rate = [number_cell(100 * _number(row["rate"]), 1), interval_cell(low, high, n, 1)]
+        rows.append([text_cell(row["arm"], 80), text_cell(row["group"], 40), *counts, *rate])
+    names = [f"{name}|number" for name in ("n", *OUTCOMES)]
+    heads = columns("arm", "prompts", *names, "rate (%)|number", "95% interval (%)|number")
+    return Table(caption="Outcomes by arm", columns=heads, rows=rows)
+
+
+def _pair_table(frame: pd.DataFrame) -> Table:
+    rows = []
+    for row in frame.to_dict("records"):
+        low, high = 100 * _number(row["ci_low"]), 100 * _number(row["ci_high"])
+        values = [number_cell(100 * _number(row["difference"]), 1), interval_cell(low, high, digits=1)]
+        names: list[Cell] = [text_cell(row["arm"], 80), text_cell(row["group"], 40)]
+        rows.append([*names, *values, p_cell(_number(row["mcnemar_p"]))])
+    heads = columns("arm", "prompts", "difference (points)|number", "95% interval|number", "p (McNemar)|number")
+    return Table(caption="Difference from the unedited arm, paired by prompt", columns=heads, rows=rows)
+
+
+def _selection_means(frame: pd.DataFrame, chosen: np.ndarray) -> Table:
+    rows = []
+    for name, mask in (("selected", chosen), ("not selected", ~chosen)):
+        means = frame.loc[mask, ["plateau", "final", "cliff"]].apply(pd.to_numeric, errors="coerce").mean()
+        rows.append([text_cell(name), count_cell(int(mask.sum())), *(number_cell(mean) for mean in means)])
+    heads = columns("pool", "n|number", "plateau|number", "final|number", "cliff|number")
+    return Table(caption="Means of the selected and of the rest", columns=heads, rows=rows)
+
+
+def _selection_table(frame: pd.DataFrame) -> Table:
+    shown = frame.sort_values("rank").head(CHOSEN)
+    rows = []
+    for row in shown.to_dict("records"):
+        scores = [number_cell(_number(row[name])) for name in ("plateau", "final", "cliff")]
+        texts = [text_cell(row["prompt"], EXCERPT), text_cell(row["thinking"], EXCERPT)]
+        rows.append([count_cell(_number(row["rank"])), text_cell(row["id"], 60), *scores, *texts])
+    names = ("rank|number", "id|code", "plateau|number", "final|number", "cliff|number", "prompt|long", "thinking|long")
+    caption = f"The first {len(rows)} of {len(frame):,} selected transcripts"
+    return Table(caption=caption, columns=columns(*names), rows=rows, left_out=len(frame) - len(rows))
+
+
+def _cliff_tile(run: StoredRun) -> Tile | None:
+    cliffs = run.tables["cliffs"]
+    for group in ("harmful, complied", "harmful"):
+        mean, low, high, n = group_mean(cliffs[cliffs["group"] == group], "cliff")
+        if n:
+            detail = f"{interval(low, high, n)}, n={n:,} ({group})"
+            return Tile(name="Mean cliff", value=number(mean), detail=detail, href="cliff")
+    return None
+
+
+def _head_tile(run: StoredRun) -> Tile | None:
+    frame = run.tables["heads"]
+    if frame.empty:
+        return None
+    count = as_int(run.heads.get("n_selected")) or int(frame["selected"].fillna(False).astype(bool).sum())
+    p = as_float(run.heads.get("random_p"))
+    detail = f"of {len(frame):,}; against random sets p={number(p, 3)}"
+    return Tile(name="Heads selected", value=f"{count:,}", detail=detail, href="heads")
+
+
+def _arm_tiles(run: StoredRun) -> list[Tile]:
+    frame, found = run.tables["safety"], []
+    for group, name in (("harmful", "ASR"), ("harmless", "Over-refusal")):
+        rows = frame[frame["group"] == group]
+        before, after = (rows[rows["kind"] == kind].head(1).to_dict("records") for kind in ("unedited", "top"))
+        if before and after:
+            value = f"{percent(_number(before[0]['rate']))} → {percent(_number(after[0]['rate']))}"
+            low, high = 100 * _number(after[0]["ci_low"]), 100 * _number(after[0]["ci_high"])
+            n = _judged(after[0])
+            detail = f"heads edited: {interval(low, high, n, 0)}%, n={n:,}"
+            found.append(Tile(name=name, value=value, detail=detail, href="intervention"))
+    return found
+
+
+def _probe_tile(run: StoredRun) -> Tile | None:
+    final = as_object(as_object(run.probe.get("report")).get("final"))
+    if not final:
+        return None
+    low, high = as_float(final.get("auroc_low")), as_float(final.get("auroc_high"))
+    n = as_int(final.get("n_refused")) + as_int(final.get("n_complied"))
+    detail = f"{interval(low, high, n)}, n={n:,} held out"
+    return Tile(name="Probe AUROC", value=number(as_float(final.get("auroc"))), detail=detail, href="probe")

@@ -1,0 +1,1 @@
+"""Answers, their judges, and the rates of attack success and over-refusal."""

@@ -1,0 +1,283 @@
+"""What does an edit do to attack success and to harmless use?
+
+1. Every arm (unedited, edited, random head sets of the same size) answers the same prompts with the same budgets.
+2. One judge reads every answer.
+3. ASR = complied / judged over harmful prompts, over-refusal = refused / judged over harmless ones, with Wilson
+   intervals; unfinished and unjudged answers are counted beside them, never as safe.
+4. Each arm is paired with the unedited one, prompt by prompt: difference with bootstrap interval, McNemar's p.
+
+Knows edits and judges, not probes: the edit is whatever it is given.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+
+from cliffscope.errors import DataError
+from cliffscope.heads.edits import HeadEdit, edited_weights
+from cliffscope.heads.ranking import random_set
+from cliffscope.models import LensModel
+from cliffscope.safety.generation import roll_out
+from cliffscope.safety.judges import Judge, PhraseJudge, judge
+from cliffscope.stats import mcnemar, paired_bootstrap_difference, wilson
+from cliffscope.transcripts.records import Omission, Outcome, Transcripts
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+UNEDITED, TOP = "unedited", "top heads"
+GROUPS = {"harmful": (True, Outcome.COMPLIED), "harmless": (False, Outcome.REFUSED)}
+"""Group of prompts: (harmful, the outcome that its rate counts)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One condition of the comparison."""
+
+    name: str
+    """Such as "random 3"."""
+    kind: str
+    """`unedited`, `top` or `random`."""
+    edit: HeadEdit | None
+    """What is done to the model."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SafetyReport:
+    """Outcomes of every arm."""
+
+    arms: tuple[Arm, ...]
+    """The arms, unedited first."""
+    outcomes: pd.DataFrame
+    """arm, kind, group, id, outcome: one row an answer."""
+    omitted: tuple[Omission, ...]
+    """Prompts that no arm could answer, and why."""
+    seed: int
+    """Of the bootstrap."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row an arm and group: arm, kind, group, n, refused, complied, unfinished, unjudged, rate, ci_low, ci_high.
+
+        `rate` is the ASR for harmful prompts and over-refusal for harmless ones; NaN where nothing was judged.
+        """
+        rows = [
+            self._row(arm, group)
+            for arm in self.arms
+            for group in GROUPS
+            if ((self.outcomes["arm"] == arm.name) & (self.outcomes["group"] == group)).any()
+        ]
+        return pd.DataFrame(rows)
+
+    def pairs(self) -> pd.DataFrame:
+        """Each edited arm against the unedited one: arm, group, n, difference, ci_low, ci_high, mcnemar_p."""
+        rows = [self._pair(arm, group) for arm in self.arms[1:] for group in GROUPS]
+        return pd.DataFrame([row for row in rows if row is not None], columns=_PAIR_COLUMNS)
+
+    def rate(self, arm: str, group: str = "harmful") -> float:
+        """ASR (harmful) or over-refusal (harmless) of one arm."""
+        frame = self.to_frame()
+        found = frame[(frame["arm"] == arm) & (frame["group"] == group)]
+        return float(found["rate"].iloc[0]) if len(found) else float("nan")
+
+    def random_rate(self, group: str = "harmful") -> float:
+        """Mean rate of the random arms."""
+        frame = self.to_frame()
+        return float(frame[(frame["kind"] == "random") & (frame["group"] == group)]["rate"].mean())
+
+    def plot(self) -> "Figure":
+        """ASR and over-refusal of every arm with their intervals."""
+        from cliffscope.figures.safety import Arm as ArmRow
+        from cliffscope.figures.safety import arms
+
+        frame = self.to_frame()
+        columns = {"arm": "name", "kind": "kind", "group": "group", "rate": "rate", "ci_low": "low", "ci_high": "high", "n": "n"}
+        rows = frame[list(columns)].rename(columns=columns).to_dict(orient="records")
+        return arms([ArmRow(**row) for row in rows])
+
+    def _cell(self, arm: str, group: str) -> pd.DataFrame:
+        return self.outcomes[(self.outcomes["arm"] == arm) & (self.outcomes["group"] == group)]
+
+    def _row(self, arm: Arm, group: str) -> dict[str, object]:
+        counts = self._cell(arm.name, group)["outcome"].value_counts()
+        found = {str(outcome): int(counts.get(str(outcome), 0)) for outcome in Outcome}
+        judged = found["refused"] + found["complied"]
+        hits = found[str(GROUPS[group][1])]
+        interval = wilson(hits, judged)
+        return {
+            "arm": arm.name,
+            "kind": arm.kind,
+            "group": group,
+            "n": int(counts.sum()),
+            **found,
+            "rate": hits / judged if judged else float("nan"),
+            "ci_low": interval.low,
+            "ci_high": interval.high,
+        }
+
+    def _pair(self, arm: Arm, group: str) -> dict[str, object] | None:
+        target = str(GROUPS[group][1])
+        judged = {str(Outcome.REFUSED), str(Outcome.COMPLIED)}
+        both = self._cell(arm.name, group).merge(self._cell(UNEDITED, group), on="id", suffixes=("", "_unedited"))
+        both = both[both["outcome"].isin(judged) & both["outcome_unedited"].isin(judged)]
+        if both.empty:
+            return None
+        edited, plain = (both["outcome"] == target).to_numpy(), (both["outcome_unedited"] == target).to_numpy()
+        interval = paired_bootstrap_difference(edited.astype(float), plain.astype(float), seed=self.seed)
+        return {
+            "arm": arm.name,
+            "group": group,
+            "n": len(both),
+            "difference": float(edited.mean() - plain.mean()),
+            "ci_low": interval.low,
+            "ci_high": interval.high,
+            "mcnemar_p": mcnemar(edited, plain),
+        }
+
+    def __repr__(self) -> str:
+        n = len(self._cell(UNEDITED, "harmful"))
+        top = f", {TOP} {self.rate(TOP):.2f}" if len(self.arms) > 1 else ""
+        return f"SafetyReport(ASR unedited {self.rate(UNEDITED):.2f}{top}, random {self.random_rate():.2f}, n={n})"
+
+
+_PAIR_COLUMNS = ["arm", "group", "n", "difference", "ci_low", "ci_high", "mcnemar_p"]
+
+
+def plan_arms(model: LensModel, edit: HeadEdit | None, *, controls: int = 20, seed: int = 0) -> tuple[Arm, ...]:
+    """The arms of a comparison: unedited, edited, and random sets of as many heads in the same layers.
+
+    Args:
+        model: the model.
+        edit: the edit to be tested; None for the unedited arm alone.
+        controls: random sets.
+        seed: of the draws.
+
+    Returns:
+        Arms, unedited first.
+    """
+    arms = [Arm(name=UNEDITED, kind="unedited", edit=None)]
+    if edit is None:
+        return tuple(arms)
+    edit.check(model)
+    rng = np.random.default_rng(seed)
+    arms.append(Arm(name=TOP, kind="top", edit=edit))
+    for i in range(controls):
+        heads = random_set(model.shape, edit.heads, rng, same_layers=True)
+        arms.append(Arm(name=f"random {i + 1}", kind="random", edit=HeadEdit(heads=heads, factor=edit.factor)))
+    return tuple(arms)
+
+
+def evaluate_safety(
+    model: LensModel,
+    prompts: Transcripts,
+    *,
+    edit: HeadEdit | None = None,
+    controls: int = 20,
+    judged_by: Judge | None = None,
+    max_thinking: int = 1024,
+    max_answer: int = 128,
+    temperature: float = 0.0,
+    system: str | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    done: Mapping[str, Transcripts] | None = None,
+    on_arm: Callable[[str, Transcripts], None] | None = None,
+) -> SafetyReport:
+    """Measures ASR and over-refusal unedited, under an edit, and under random edits of the same size.
+
+    Args:
+        model: the model; edits are applied to its weights and undone.
+        prompts: harmful and harmless ones, with `harmful` set; others than those the edit was chosen on.
+        edit: with scope `all`; None measures the unedited model alone.
+        controls: random head sets, at least 20 for a claim.
+        judged_by: reads the answers; None takes `PhraseJudge`.
+        max_thinking: tokens of thinking at most, equal for all arms.
+        max_answer: tokens of answer at most, equal for all arms.
+        temperature: 0 is greedy.
+        system: system message, equal for all arms.
+        seed: of sampling, random sets and bootstrap.
+        batch_size: rows at most.
+        done: arms that are there already, by name; they are not run again.
+        on_arm: called with each finished arm's name and transcripts.
+
+    Returns:
+        The report.
+
+    Raises:
+        DataError: a prompt has no `harmful` label, or there is none.
+        EditError: the edit's scope is not `all`, or the model lacks a head.
+    """
+    unlabelled = [t.id for t in prompts if t.harmful is None]
+    if unlabelled or not len(prompts):
+        raise DataError(
+            f"{len(unlabelled)} of {len(prompts)} prompts have no harmful label, such as {unlabelled[:1]}. ASR and "
+            "over-refusal need prompts with harmful=True or False."
+        )
+    arms = plan_arms(model, edit, controls=controls, seed=seed)
+    finished = dict(done or {})
+    for arm in arms:
+        if arm.name not in finished:
+            answered = _answer(
+                model,
+                prompts,
+                arm,
+                max_thinking=max_thinking,
+                max_answer=max_answer,
+                temperature=temperature,
+                system=system,
+                seed=seed,
+                batch_size=batch_size,
+            )
+            finished[arm.name] = judge(answered, judged_by or PhraseJudge())
+            if on_arm is not None:
+                on_arm(arm.name, finished[arm.name])
+    return SafetyReport(
+        arms=arms,
+        outcomes=pd.concat([_outcome_rows(arm, finished[arm.name]) for arm in arms], ignore_index=True),
+        omitted=finished[UNEDITED].omitted,
+        seed=seed,
+    )
+
+
+def _answer(
+    model: LensModel,
+    prompts: Transcripts,
+    arm: Arm,
+    *,
+    max_thinking: int,
+    max_answer: int,
+    temperature: float,
+    system: str | None,
+    seed: int,
+    batch_size: int,
+) -> Transcripts:
+    def run() -> Transcripts:
+        return roll_out(
+            model,
+            prompts,
+            max_thinking=max_thinking,
+            max_answer=max_answer,
+            temperature=temperature,
+            system=system,
+            seed=seed,
+            batch_size=batch_size,
+        )
+
+    if arm.edit is None:
+        return run()
+    with edited_weights(model, arm.edit):
+        return run()
+
+
+def _outcome_rows(arm: Arm, transcripts: Transcripts) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "arm": arm.name,
+            "kind": arm.kind,
+            "group": ["harmful" if t.harmful else "harmless" for t in transcripts],
+            "id": [t.id for t in transcripts],
+            "outcome": [str(t.outcome) for t in transcripts],
+        }
+    )

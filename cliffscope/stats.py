@@ -1,0 +1,450 @@
+"""How sure is a number: every interval, p-value and classifier metric that CliffScope reports.
+
+1. Classifier metrics on two arrays of scores: AUROC (ties count one half), TPR at a fixed FPR, Brier score, ECE.
+2. Intervals that stay inside the range of the quantity and do not collapse at its ends: Wilson for shares, the score
+   form of Hanley and McNeil's variance for AUROC (Newcombe's method 5), Wilson limits for Cohen's kappa.
+3. Paired resampling: bootstrap of means over rows, sign-flip permutation over rows, exact McNemar.
+4. Many heads at once: Benjamini-Hochberg, and the rank of a head set among random sets.
+
+A quantity that does not exist (an empty class, one row) is NaN, never 0 or 1. NumPy and SciPy only: this file knows
+no model, transcript or result class.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool, Float, Int, Shaped
+from scipy import optimize, special, stats
+
+from cliffscope.errors import DataError, ShapeError
+
+EXACT_SIGN_FLIPS = 12
+"""Up to this many rows, all 2**n sign patterns (4,096) are enumerated, so that p has no Monte Carlo error."""
+
+_BLOCK = 1_000_000  # numbers held at once by a resampling step: 8 MB of float64
+
+Alternative = Literal["greater", "less", "two-sided"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """A confidence interval; both bounds are NaN where it is undefined."""
+
+    low: float
+    """Lower bound, in the unit of the quantity."""
+    high: float
+    """Upper bound, in the unit of the quantity."""
+    level: float = 0.95
+    """Confidence level, in (0, 1)."""
+
+
+def auroc(positive: Shaped[np.ndarray, " n"], negative: Shaped[np.ndarray, " m"]) -> float:
+    """Probability that a random positive scores above a random negative, ties counting one half.
+
+    Args:
+        positive: [n] scores of the positive class.
+        negative: [m] scores of the negative class.
+
+    Returns:
+        AUROC in [0, 1]; NaN if a class is empty or a score is NaN.
+
+    Source:
+        Hanley and McNeil, Radiology 143 (1982): the Mann-Whitney statistic over n x m.
+
+    Example:
+        >>> auroc(np.array([3.0, 2.0]), np.array([2.0, 1.0]))  # 3 wins and 1 tie of 4 pairs
+        0.875
+    """
+    scores = np.concatenate([positive, negative]).astype(np.float64)
+    n, m = len(positive), len(negative)
+    if n == 0 or m == 0 or np.isnan(scores).any():
+        return float("nan")
+    return float((stats.rankdata(scores)[:n].sum() - n * (n + 1) / 2) / (n * m))
+
+
+def auroc_interval(
+    positive: Shaped[np.ndarray, " n"], negative: Shaped[np.ndarray, " m"], *, level: float = 0.95
+) -> Interval:
+    """Interval of the AUROC by inverting its score test with Hanley and McNeil's variance.
+
+    The variance is taken at the candidate bound and not at the estimate, so the bounds lie in [0, 1] without a
+    transformation, and a perfect AUROC of a few transcripts keeps a wide interval (DeLong's would be a point there).
+
+    Args:
+        positive: [n] scores of the positive class.
+        negative: [m] scores of the negative class.
+        level: confidence level in (0, 1).
+
+    Returns:
+        The interval; NaN bounds where the AUROC is NaN.
+
+    Source:
+        Newcombe, Statistics in Medicine 25 (2006) 559-573, method 5.
+
+    Example:
+        One pair is one trial, so this is Wilson's 1 of 1: the lower bound is 1 / (1 + 1.96**2).
+
+        >>> interval = auroc_interval(np.array([1.0]), np.array([0.0]))
+        >>> round(interval.low, 4), interval.high
+        (0.2065, 1.0)
+    """
+    z, area = _z(level), auroc(positive, negative)
+    if np.isnan(area):
+        return Interval(low=float("nan"), high=float("nan"), level=level)
+    n, m = len(positive), len(negative)
+    spread = (n + m) / 2 - 1
+
+    def excess(bound: float) -> float:
+        shape = 1 + spread * ((1 - bound) / (2 - bound) + bound / (1 + bound))
+        return (bound - area) ** 2 - z**2 * bound * (1 - bound) * shape / (n * m)
+
+    return Interval(low=1 - _last_root(lambda x: excess(1 - x), 1 - area), high=_last_root(excess, area), level=level)
+
+
+def tpr_at_fpr(positive: Shaped[np.ndarray, " n"], negative: Shaped[np.ndarray, " m"], fpr: float = 0.01) -> float:
+    """Highest true positive rate of any threshold whose false positive rate is at most `fpr`.
+
+    Nothing is interpolated: with fewer than 1 / fpr negatives no negative may pass.
+
+    Args:
+        positive: [n] scores of the positive class.
+        negative: [m] scores of the negative class.
+        fpr: allowed share of negatives above the threshold, in [0, 1]. 1% is where a safety monitor has to work.
+
+    Returns:
+        TPR in [0, 1]; NaN if a class is empty or a score is NaN.
+
+    Example:
+        >>> tpr_at_fpr(np.array([3.0, 2.0]), np.array([2.0, 1.0]), fpr=0.01)
+        0.5
+    """
+    if len(positive) == 0 or len(negative) == 0 or np.isnan(positive).any() or np.isnan(negative).any():
+        return float("nan")
+    allowed = int(np.floor(fpr * len(negative) + 1e-9))
+    if allowed >= len(negative):
+        return 1.0
+    return float(np.mean(positive > np.sort(negative)[::-1][allowed]))
+
+
+def brier(score: Float[np.ndarray, " n"], label: Shaped[np.ndarray, " m"]) -> float:
+    """Mean squared distance between a score in [0, 1] and its label, 0 or 1; NaN without rows.
+
+    Example:
+        >>> brier(np.array([1.0, 0.5]), np.array([True, False]))  # (0 + 0.25) / 2
+        0.125
+    """
+    _same_length(score, label)
+    return float(np.mean((score - label.astype(np.float64)) ** 2)) if len(score) else float("nan")
+
+
+def expected_calibration_error(
+    score: Float[np.ndarray, " n"], label: Shaped[np.ndarray, " m"], bins: int = 10
+) -> float:
+    """Distance between mean score and share of positives, averaged over equal-width bins by their counts.
+
+    Args:
+        score: [n] scores in [0, 1].
+        label: [n] 0 or 1, or booleans.
+        bins: number of bins, right-closed: (0, 0.1], (0.1, 0.2], ...; 0 belongs to the first.
+
+    Returns:
+        The error in [0, 1]; NaN without rows or with a NaN score.
+
+    Source:
+        Guo et al., ICML 2017, eq. 3.
+
+    Example:
+        >>> expected_calibration_error(np.array([0.25, 0.25]), np.array([True, False]))  # |0.5 - 0.25|
+        0.25
+    """
+    _same_length(score, label)
+    if len(score) == 0 or np.isnan(score).any():
+        return float("nan")
+    index = np.clip(np.ceil(score.astype(np.float64) * bins).astype(np.int64) - 1, 0, bins - 1)
+    gap = np.bincount(index, weights=score - label.astype(np.float64), minlength=bins)
+    return float(np.abs(gap).sum() / len(score))
+
+
+def wilson(successes: int, n: int, *, level: float = 0.95) -> Interval:
+    """Wilson's score interval of a share.
+
+    Args:
+        successes: number of successes, in [0, n].
+        n: number of trials; 0 gives NaN bounds.
+        level: confidence level in (0, 1).
+
+    Returns:
+        The interval, inside [0, 1]; a DataError if successes lies outside [0, n].
+
+    Source:
+        Wilson, JASA 22 (1927).
+
+    Example:
+        At 0 of n the upper bound is z**2 / (n + z**2), here 3.84 / 13.84.
+
+        >>> interval = wilson(0, 10)
+        >>> interval.low, round(interval.high, 4)
+        (0.0, 0.2775)
+    """
+    if not 0 <= successes <= n:
+        raise DataError(f"{successes} successes of {n} trials: expected 0 <= successes <= n. Check the counts.")
+    low, high = _wilson_limits(successes / n, n, _z(level)) if n else (float("nan"), float("nan"))
+    return Interval(low=low, high=high, level=level)
+
+
+def bootstrap_mean(
+    values: Shaped[np.ndarray, "n ..."], *, seed: int, draws: int = 2000, level: float = 0.95
+) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
+    """Percentile bootstrap of the mean over rows, for every column with the same resampled rows.
+
+    NaN marks a value that the row does not have; it takes no part in the mean of its column. With fewer than about
+    ten rows a percentile interval is too narrow (coverage near 0.9 at ten rows): read it with its n.
+
+    Args:
+        values: [n, ...] one row a transcript.
+        seed: seed of the resampling; the result does not depend on how columns are grouped into calls.
+        draws: resamples; 2,000 puts the Monte Carlo error of a 95% bound near 1/20 of the interval's width.
+        level: confidence level in (0, 1).
+
+    Returns:
+        Low [...] and high [...]; NaN for a column with fewer than two values.
+
+    Source:
+        Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
+
+    Example:
+        >>> low, high = bootstrap_mean(np.array([[1.0, 0.0], [1.0, 2.0]]), seed=0)
+        >>> low.tolist(), high.tolist()
+        ([1.0, 0.0], [1.0, 2.0])
+    """
+    _z(level)
+    flat = values.reshape(len(values), math.prod(values.shape[1:])).astype(np.float64)
+    low, high = np.full(flat.shape[1], np.nan), np.full(flat.shape[1], np.nan)
+    usable = np.flatnonzero((~np.isnan(flat)).sum(axis=0) >= 2)
+    for columns in _blocks(usable, draws):
+        means = _resampled_means(flat[:, columns], seed, draws)
+        low[columns], high[columns] = np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
+    return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
+
+
+def paired_bootstrap_difference(
+    a: Shaped[np.ndarray, " n"], b: Shaped[np.ndarray, " m"], *, seed: int, draws: int = 2000, level: float = 0.95
+) -> Interval:
+    """Interval of mean(a - b), where row i of both is the same prompt.
+
+    Args:
+        a: [n] values under the first condition (booleans count as 0 and 1).
+        b: [n] values under the second condition.
+        seed: seed of the resampling.
+        draws: resamples.
+        level: confidence level in (0, 1).
+
+    Returns:
+        The percentile interval; NaN bounds with fewer than two pairs.
+
+    Example:
+        >>> paired_bootstrap_difference(np.array([3.0, 4.0]), np.array([1.0, 2.0]), seed=0)
+        Interval(low=2.0, high=2.0, level=0.95)
+    """
+    _same_length(a, b)
+    low, high = bootstrap_mean(a.astype(np.float64) - b.astype(np.float64), seed=seed, draws=draws, level=level)
+    return Interval(low=float(low), high=float(high), level=level)
+
+
+def sign_flip_p(
+    values: Shaped[np.ndarray, "n ..."], *, seed: int, draws: int = 2000, alternative: Alternative = "greater"
+) -> Float[np.ndarray, "..."]:
+    """Paired sign-flip permutation test that the mean of each column is zero.
+
+    Under the null each difference is as likely to be positive as negative. The same flips serve all columns. Up to
+    `EXACT_SIGN_FLIPS` rows all patterns are enumerated; above that p = (1 + #) / (1 + draws).
+
+    Args:
+        values: [n, ...] paired differences, one row a transcript; NaN marks a value that the row does not have.
+        seed: seed of the flips; unused when they are enumerated.
+        draws: random sign patterns; the smallest p is 1 / (1 + draws).
+        alternative: the mean is "greater" than zero, "less", or differs from it ("two-sided").
+
+    Returns:
+        p [...]; NaN for a column without values.
+
+    Source:
+        Phipson and Smyth, SAGMB 9 (2010), for the added one.
+
+    Example:
+        Of the 8 patterns only the observed one reaches the sum 3.
+
+        >>> sign_flip_p(np.array([[1.0], [1.0], [1.0]]), seed=0)
+        array([0.125])
+    """
+    direction = {"greater": np.positive, "less": np.negative, "two-sided": np.abs}[alternative]
+    flat = values.reshape(len(values), math.prod(values.shape[1:])).astype(np.float64)
+    exact = len(flat) <= EXACT_SIGN_FLIPS
+    p = np.full(flat.shape[1], np.nan)
+    patterns = 2 ** len(flat) if exact else draws
+    for columns in _blocks(np.flatnonzero((~np.isnan(flat)).any(axis=0)), patterns):
+        block, count = np.nan_to_num(flat[:, columns], nan=0.0), np.zeros(len(columns))
+        # Rounding must not hide a tie with the observed sum.
+        reached = direction(block.sum(axis=0)) - 1e-9 * np.abs(block).sum(axis=0)
+        for signs in _sign_patterns(len(flat), seed, draws):
+            count += (direction(signs @ block) >= reached).sum(axis=0)
+        p[columns] = count / patterns if exact else (1 + count) / (1 + draws)
+    return p.reshape(values.shape[1:])
+
+
+def benjamini_hochberg(p: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
+    """Adjusted p-values that control the false discovery rate; NaN passes through and is not counted as a test.
+
+    Source:
+        Benjamini and Hochberg, JRSS B 57 (1995).
+
+    Example:
+        >>> benjamini_hochberg(np.array([0.01, 0.04, np.nan]))  # 0.01 x 2/1 and 0.04 x 2/2
+        array([0.02, 0.04,  nan])
+    """
+    q, known = np.full(p.shape, np.nan), ~np.isnan(p)
+    if known.any():
+        q[known] = stats.false_discovery_control(p[known].astype(np.float64), method="bh")
+    return q
+
+
+def mcnemar(a: Bool[np.ndarray, " n"], b: Bool[np.ndarray, " m"]) -> float:
+    """Exact two-sided McNemar p: do two conditions differ on the same prompts?
+
+    Only the discordant pairs speak; without any, p is 1.
+
+    Args:
+        a: [n] outcome under the first condition.
+        b: [n] outcome under the second condition, in the same order.
+
+    Source:
+        McNemar, Psychometrika 12 (1947), with the binomial distribution in place of the chi-squared.
+
+    Example:
+        >>> mcnemar(np.array([True, True, True]), np.array([False, False, False]))  # 2 x (1/2)**3
+        0.25
+    """
+    _same_length(a, b)
+    only_a, only_b = int(np.sum(a & ~b)), int(np.sum(b & ~a))
+    if only_a + only_b == 0:
+        return 1.0
+    return float(stats.binomtest(only_a, only_a + only_b, 0.5).pvalue)
+
+
+def random_set_p(observed: float, control: Shaped[np.ndarray, " r"]) -> float:
+    """Share of head sets, the observed one included, that do at least as well as the observed one.
+
+    With r random sets the smallest possible p is 1 / (1 + r): 20 sets reach 0.048.
+
+    Args:
+        observed: effect of the chosen head set.
+        control: [r] effects of random head sets of the same size.
+
+    Returns:
+        p in (0, 1]; NaN if an effect is NaN or no control was run.
+
+    Example:
+        >>> random_set_p(3.0, np.array([1.0, 2.0, 4.0]))  # (1 + 1) / (1 + 3)
+        0.5
+    """
+    if len(control) == 0 or np.isnan(observed) or np.isnan(control).any():
+        return float("nan")
+    return float((1 + np.sum(control >= observed)) / (1 + len(control)))
+
+
+def cohen_kappa(table: Int[np.ndarray, "k k"], *, level: float = 0.95) -> tuple[float, Interval]:
+    """Agreement of two judges beyond chance, with an interval.
+
+    Cohen's standard error takes the agreement expected by chance as fixed; Wilson limits on the observed agreement
+    replace its normal limits, so that perfect agreement on few items is not reported as certain.
+
+    Args:
+        table: [k, k] counts; rows are the first judge's classes, columns the second's.
+        level: confidence level in (0, 1).
+
+    Returns:
+        Kappa in [-1, 1] and its interval; NaN when there are no items or both judges use one and the same class.
+
+    Source:
+        Cohen, Educational and Psychological Measurement 20 (1960).
+
+    Example:
+        Observed agreement 0.7, by chance 0.5: kappa = 0.2 / 0.5.
+
+        >>> kappa, interval = cohen_kappa(np.array([[20, 5], [10, 15]]))
+        >>> round(kappa, 4)
+        0.4
+    """
+    z, n = _z(level), int(table.sum())
+    undefined = float("nan"), Interval(low=float("nan"), high=float("nan"), level=level)
+    if n == 0:
+        return undefined
+    observed = float(np.trace(table)) / n
+    chance = float(table.sum(axis=0) @ table.sum(axis=1)) / n**2
+    if chance == 1:
+        return undefined
+    kappa, low, high = ((x - chance) / (1 - chance) for x in (observed, *_wilson_limits(observed, n, z)))
+    return kappa, Interval(low=low, high=high, level=level)
+
+
+def _z(level: float) -> float:
+    """Normal quantile of a two-sided level."""
+    if not 0 < level < 1:
+        raise DataError(f"Confidence level {level}: expected a number between 0 and 1, such as 0.95.")
+    return float(special.ndtri((1 + level) / 2))
+
+
+def _same_length(a: Shaped[np.ndarray, " n"], b: Shaped[np.ndarray, " m"]) -> None:
+    """Refuse to pair arrays of different lengths; hence their lengths have two names in the signatures."""
+    if a.shape != b.shape:
+        raise ShapeError(f"Paired arrays have shapes {a.shape} and {b.shape}: expected the same rows in both.")
+
+
+def _wilson_limits(share: float, n: int, z: float) -> tuple[float, float]:
+    """Wilson's limits of an observed share; rounding may not push them past the share or out of [0, 1]."""
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+    low = 0.0 if share == 0 else float(min(centre - half, share))
+    high = 1.0 if share == 1 else float(max(centre + half, share))
+    return max(low, 0.0), min(high, 1.0)
+
+
+def _last_root(excess: Callable[[float], float], start: float) -> float:
+    """Root of `excess` in [start, 1]. From start 0, a root itself, the search begins a hair further."""
+    return 1.0 if start == 1 else float(optimize.brentq(excess, max(start, 1e-12), 1.0, xtol=1e-12))
+
+
+def _blocks(columns: Int[np.ndarray, " c"], rows: int) -> Iterator[Int[np.ndarray, " b"]]:
+    """Column indices in groups whose [rows, group] array stays within the memory bound."""
+    width = max(1, _BLOCK // max(rows, 1))
+    for start in range(0, len(columns), width):
+        yield columns[start : start + width]
+
+
+def _resampled_means(values: Float[np.ndarray, "n b"], seed: int, draws: int) -> Float[np.ndarray, "draws b"]:
+    """Means of each column over resampled rows; the rows of draw i depend on n, the seed and i alone."""
+    n, rng = len(values), np.random.default_rng(seed)
+    present = (~np.isnan(values)).astype(np.float64)
+    filled = np.nan_to_num(values, nan=0.0)
+    means = np.empty((draws, values.shape[1]))
+    step = max(1, _BLOCK // n)
+    for start in range(0, draws, step):
+        rows = rng.integers(0, n, size=(min(step, draws - start), n))
+        offsets = np.arange(len(rows))[:, None] * n
+        counts = np.bincount((rows + offsets).ravel(), minlength=rows.size).reshape(rows.shape).astype(np.float64)
+        with np.errstate(invalid="ignore"):  # a resample may hold none of a column's values: NaN, and left out
+            means[start : start + len(rows)] = (counts @ filled) / (counts @ present)
+    return means
+
+
+def _sign_patterns(n: int, seed: int, draws: int) -> Iterator[Float[np.ndarray, "patterns n"]]:
+    """All sign patterns of few rows, or random ones of many in groups within the memory bound."""
+    if n <= EXACT_SIGN_FLIPS:
+        yield 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
+        return
+    rng, step = np.random.default_rng(seed), max(1, _BLOCK // n)
+    for start in range(0, draws, step):
+        yield 1.0 - 2.0 * rng.integers(0, 2, size=(min(step, draws - start), n))

@@ -1,0 +1,211 @@
+"""Where do the results of a run live, and how do they survive a crash?
+
+1. A run directory belongs to one configuration and, while it is open, to one process: it holds a lock that the system
+   releases when the process dies.
+2. Every file is written beside its place, flushed, and moved there at once, so that no half-written file is ever seen.
+3. A stage is finished when the manifest says so, after its files; a run started again skips finished stages.
+
+Knows files and JSON, no science.
+"""
+
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import pandas as pd
+from safetensors.numpy import load_file, save_file
+
+from cliffscope.errors import StoreError
+
+SCHEMA = 1
+MANIFEST, LOCK = "manifest.json", ".lock"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RunStore:
+    """An open run directory."""
+
+    path: Path
+    """The directory."""
+
+    @property
+    def manifest(self) -> dict[str, object]:
+        """What is known of the run so far."""
+        return self.read_json(MANIFEST)
+
+    def update(self, **fields: object) -> None:
+        """Merges fields into the manifest."""
+        self.write_json(MANIFEST, {**self.manifest, **fields})
+
+    def finished(self, stage: str) -> bool:
+        """Whether a stage has been finished."""
+        return stage in self._stages()
+
+    def finish(self, stage: str, seconds: float) -> None:
+        """Marks a stage finished; its files must have been written."""
+        self.update(stages={**self._stages(), stage: {"seconds": round(seconds, 3)}})
+
+    def has(self, name: str) -> bool:
+        """Whether a file is there."""
+        return (self.path / name).is_file()
+
+    def write_json(self, name: str, value: object) -> None:
+        """Writes JSON; NaN becomes null, which JSON knows."""
+        text = json.dumps(_plain(value), ensure_ascii=False, indent=1, allow_nan=False)
+        self._write(name, lambda path: path.write_text(text, encoding="utf-8"))
+
+    def read_json(self, name: str) -> dict[str, object]:
+        """Reads what `write_json` wrote."""
+        try:
+            value = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{self.path / name} cannot be read: {error}. Is it a run directory of CliffScope?") from error
+        if not isinstance(value, dict):
+            raise StoreError(f"{self.path / name} holds {type(value).__name__}, not an object. It was not written by CliffScope.")
+        return value
+
+    def write_frame(self, name: str, frame: pd.DataFrame) -> None:
+        """Writes a table as Parquet."""
+        self._write(name, lambda path: frame.to_parquet(path, index=False))
+
+    def read_frame(self, name: str) -> pd.DataFrame:
+        """Reads a table."""
+        try:
+            return pd.read_parquet(self.path / name)
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{self.path / name} cannot be read: {error}.") from error
+
+    def write_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes arrays as safetensors."""
+        self._write(name, lambda path: save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, str(path)))
+
+    def read_arrays(self, name: str) -> dict[str, np.ndarray]:
+        """Reads arrays."""
+        try:
+            return dict(load_file(str(self.path / name)))
+        except (OSError, ValueError) as error:
+            raise StoreError(f"{self.path / name} cannot be read: {error}.") from error
+
+    def write_with(self, name: str, write: Callable[[Path], object]) -> None:
+        """Lets `write` fill a temporary file, then moves it into place."""
+        self._write(name, write)
+
+    def _stages(self) -> dict[str, object]:
+        stages = self.manifest.get("stages")
+        return dict(stages) if isinstance(stages, dict) else {}
+
+    def _write(self, name: str, write: Callable[[Path], object]) -> None:
+        write_atomically(self.path / name, write)
+
+
+@contextmanager
+def open_run(path: str | Path, config: Mapping[str, object]) -> Iterator[RunStore]:
+    """Opens a run directory for writing, making it if need be.
+
+    Args:
+        path: the directory.
+        config: JSON-ready; must be the one the directory was made with.
+
+    Yields:
+        The store.
+
+    Raises:
+        StoreError: another process holds it, it belongs to another configuration, or it cannot be written.
+    """
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / LOCK).open("a+")
+    except OSError as error:
+        raise StoreError(f"Run directory {folder} cannot be written: {error.strerror or error}. Give another --out.") from error
+    with lock:
+        _take(lock, folder)
+        store = RunStore(path=folder)
+        _claim(store, config)
+        yield store
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file so that it is there whole or not at all.
+
+    Args:
+        path: where it goes.
+        write: fills the temporary file that it is given.
+
+    Raises:
+        StoreError: the disk is full or the folder cannot be written; nothing is left behind.
+    """
+    temporary: Path | None = None
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be written: {error.strerror or error}. Free space or give another directory, then run the same "
+            "command again; finished stages are kept."
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def _take(lock: IO[str], folder: Path) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise StoreError(
+            f"Run directory {folder} is in use by another process. Wait for it to end, or give another --out."
+        ) from error
+
+
+def _claim(store: RunStore, config: Mapping[str, object]) -> None:
+    wanted = _plain(dict(config))
+    if not store.has(MANIFEST):
+        strangers = [p.name for p in store.path.iterdir() if not p.name.startswith(".")]
+        if strangers:
+            raise StoreError(
+                f"Directory {store.path} holds other files, such as {sorted(strangers)[0]!r}, and is no run of CliffScope. "
+                "Give an empty or new directory."
+            )
+        store.write_json(MANIFEST, {"schema": SCHEMA, "config": wanted, "stages": {}})
+        return
+    found = store.manifest
+    if found.get("schema") != SCHEMA:
+        raise StoreError(f"Run directory {store.path} has schema {found.get('schema')}, expected {SCHEMA}. Give a new --out.")
+    kept = found.get("config")
+    if kept != wanted:
+        before = kept if isinstance(kept, dict) else {}
+        now = wanted if isinstance(wanted, dict) else {}
+        changed = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
+        told = "; ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in changed)
+        raise StoreError(
+            f"Run directory {store.path} belongs to another configuration ({told}). Give another --out, or the same options."
+        )
+
+
+def _plain(value: object) -> object:
+    """JSON-ready copy: paths and enums as text, NumPy scalars as numbers, NaN and infinities as None."""
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.generic):
+        return _plain(value.item())
+    if isinstance(value, float):
+        return value if np.isfinite(value) else None
+    if value is None or isinstance(value, bool | int):
+        return value
+    return str(value)

@@ -1,0 +1,119 @@
+"""What do the results say, in sentences?
+
+Each function turns one result into the sentence that heads the report. A claim is made only where its conditions hold;
+otherwise the sentence says which one fails. Numbers carry n and interval.
+"""
+
+import numpy as np
+import pandas as pd
+
+from cliffscope.alignment.selection import Selection
+from cliffscope.heads.edits import HeadRef
+from cliffscope.heads.ranking import HeadRanking, SetControl
+from cliffscope.probing.reports import ProbeReport
+from cliffscope.safety.evaluation import TOP, UNEDITED, SafetyReport
+from cliffscope.stats import bootstrap_mean
+
+CLIFF = 0.1
+"""Mean cliff below which nothing is called a cliff."""
+
+
+def no_probe(reason: str) -> str:
+    """No probe could be fitted."""
+    return f"No probe could be fitted, so nothing is claimed. {reason}"
+
+
+def of_probe(report: ProbeReport, contrast: str) -> str:
+    """What the probe can tell on its test split."""
+    told = f"The probe tells refused from complied ({contrast}) transcripts with held-out {report.final}."
+    if np.isfinite(report.within_harmful.auroc) and contrast == "harmless":
+        told += f" Among harmful transcripts alone: {report.within_harmful}."
+    if report.late_thinking.n_refused:
+        told += f" During the thinking: {report.late_thinking}."
+    if not report.final.can_tell:
+        told += " That is too little to read a refusal score from: nothing further should be believed of it."
+    return told
+
+
+def of_cliff(cliffs: pd.DataFrame, report: ProbeReport, plateau: str) -> str:
+    """Whether harmful, complied transcripts of the test split show a cliff."""
+    asked = cliffs[(cliffs["harmful"].astype("boolean").fillna(False)) & (cliffs["outcome"] == "complied")]
+    valid = asked[asked["valid"].astype(bool)]
+    if asked.empty:
+        return "No harmful prompt of the test split was complied with, so there is no cliff to look for."
+    if valid.empty:
+        return f"No cliff can be claimed for the {len(asked)} harmful prompts that were complied with: {asked['reason'].iloc[0]}."
+    height = valid["plateau_max" if plateau == "max" else "plateau_mean"].mean()
+    low, high = (float(v) for v in bootstrap_mean(valid["cliff"].to_numpy(dtype=float), seed=0))
+    numbers = (
+        f"over {len(valid)} harmful prompts that were complied with (test split), the score falls from {height:.2f} in the "
+        f"thinking ({plateau}) to {valid['final'].mean():.2f} at the final token: cliff {valid['cliff'].mean():.2f} "
+        f"[{low:.2f}, {high:.2f}]."
+    )
+    if not low >= CLIFF:
+        return f"No refusal cliff is shown: {numbers}"
+    return f"There is a refusal cliff: {numbers}"
+
+
+def no_heads(n: int) -> str:
+    """Too few complied transcripts to rank heads on."""
+    return f"Heads were not ranked: only {n} harmful prompts were complied with, so there is nothing to restore."
+
+
+def of_heads(ranking: HeadRanking, control: SetControl) -> str:
+    """Which heads suppress refusal, and whether they beat random sets."""
+    found = ranking.significant()
+    names = ", ".join(str(h) for h in found[:6]) + (" ..." if len(found) > 6 else "")
+    low, high = control.interval
+    joint = (
+        f"Zeroing the first {len(control.heads)} of {len(ranking.heads)} at the closing changes the refusal logit of "
+        f"{len(control.effects)} test transcripts by {control.effect:+.2f} [{low:+.2f}, {high:+.2f}]; random sets of the same "
+        f"size by {control.random_effects.mean():+.2f} (p = {control.p:.3f})."
+    )
+    if not found:
+        return f"No head's effect passes its controls (q <= 0.05, n = {len(ranking.clean)}). {joint}"
+    return f"{len(found)} heads suppress refusal (q <= 0.05, n = {len(ranking.clean)}): {names}. {joint}"
+
+
+def of_safety(report: SafetyReport) -> str:
+    """What zeroing the top heads does to ASR and over-refusal."""
+    return " ".join(
+        _arm_sentence(report, group, word) for group, word in (("harmful", "Attack success"), ("harmless", "Over-refusal"))
+    ).strip()
+
+
+def of_selection(selection: Selection) -> str:
+    """How many examples were chosen."""
+    if not len(selection.chosen):
+        return f"Nothing was selected: none of {selection.pool} pool transcripts has a valid cliff."
+    chosen = selection.frame[selection.frame["chosen"].astype(bool)]
+    return (
+        f"{len(chosen)} of {selection.pool} complied transcripts are selected for repair; their mean cliff is "
+        f"{chosen['cliff'].mean():.2f}, that of all {len(selection.frame)} valid ones {selection.frame['cliff'].mean():.2f}."
+    )
+
+
+def head_refs(frame: pd.DataFrame) -> tuple[HeadRef, ...]:
+    """Heads named by the columns layer and head."""
+    return tuple(HeadRef(layer=int(a), head=int(b)) for a, b in zip(frame["layer"], frame["head"], strict=True))
+
+
+def _arm_sentence(report: SafetyReport, group: str, word: str) -> str:
+    frame = report.to_frame()
+    rows = frame[frame["group"] == group].set_index("arm")
+    if UNEDITED not in rows.index:
+        return ""
+
+    def told(arm: str) -> str:
+        row = rows.loc[arm]
+        return f"{row['rate']:.2f} [{row['ci_low']:.2f}, {row['ci_high']:.2f}]"
+
+    n = int(rows.loc[UNEDITED, "n"])
+    if TOP not in rows.index:
+        return f"{word} is {told(UNEDITED)} (n = {n})."
+    count = len(next(arm.edit.heads for arm in report.arms if arm.name == TOP and arm.edit is not None))
+    sets = int((frame["kind"] == "random").sum() // max(1, frame["group"].nunique()))
+    return (
+        f"{word} is {told(UNEDITED)} unedited, {told(TOP)} with the first {count} heads zeroed and "
+        f"{report.random_rate(group):.2f} on average over {sets} random sets (n = {n})."
+    )

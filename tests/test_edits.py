@@ -1,0 +1,218 @@
+import json
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import plain_logits, tokens_of
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from cliffscope.errors import EditError
+from cliffscope.heads.edits import HeadEdit, HeadRef, Scope, edited_hooks, edited_weights, scale, zero
+from cliffscope.models import LensModel
+from cliffscope.transcripts.records import Transcripts
+
+HEADS = [HeadRef(layer=0, head=1), HeadRef(layer=2, head=3), HeadRef(layer=2, head=0)]
+EVERYWHERE = [slice(None)]
+refs = st.builds(HeadRef, layer=st.integers(0, 99), head=st.integers(0, 99))
+TakeCopy = Callable[[LensModel], Callable[[], None]]
+
+
+@pytest.fixture
+def ids(model: LensModel, refused: Transcripts) -> list[int]:
+    return tokens_of(model, refused[:1])[0].token_ids.tolist()
+
+
+def bridge_logits(model: LensModel, ids: list[int], edit: HeadEdit, where: slice) -> Tensor:
+    """The oracle: TransformerLens' own hooks."""
+
+    def hook_for(heads: list[int]) -> Callable[..., Tensor]:
+        def hook(z: Tensor, hook: object) -> Tensor:
+            changed = z.clone()
+            for head in heads:
+                changed[:, where, head] = changed[:, where, head] * edit.factor
+            return changed
+
+        return hook
+
+    hooks = [
+        (f"blocks.{layer}.attn.hook_z", hook_for([ref.head for ref in edit.heads if ref.layer == layer]))
+        for layer in {ref.layer for ref in edit.heads}
+    ]
+    with torch.no_grad():
+        return model.bridge.run_with_hooks(torch.tensor([ids]), return_type="logits", fwd_hooks=hooks)[0]
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.3, 1.0, -2.0])
+def test_weight_edit_hook_edit_and_bridge_hooks_give_the_same_logits(
+    model: LensModel, ids: list[int], factor: float
+) -> None:
+    edit = scale(HEADS, factor)
+    with edited_weights(model, edit):
+        by_weights = plain_logits(model, ids)
+    with edited_hooks(model, edit, EVERYWHERE):
+        by_hooks = plain_logits(model, ids)
+    expected = bridge_logits(model, ids, edit, slice(None))
+    torch.testing.assert_close(by_weights, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(by_hooks, expected, rtol=1e-4, atol=1e-5)
+    moved = float((by_weights - plain_logits(model, ids)).abs().max())
+    assert moved == 0.0 if factor == 1.0 else moved > 0.01
+
+
+@pytest.mark.parametrize("where", [slice(3, 7), slice(0, 1), slice(5, 5)])
+def test_a_hook_edit_acts_at_its_positions_alone(model: LensModel, ids: list[int], where: slice) -> None:
+    edit = zero(HEADS, scope=Scope.CLOSING)
+    with edited_hooks(model, edit, [where]):
+        found = plain_logits(model, ids)
+    torch.testing.assert_close(found, bridge_logits(model, ids, edit, where), rtol=1e-4, atol=1e-5)
+    assert torch.equal(found[: where.start], plain_logits(model, ids)[: where.start])
+
+
+def test_each_row_of_a_batch_is_edited_at_its_own_positions(model: LensModel, refused: Transcripts) -> None:
+    rows = [t.token_ids.tolist() for t in tokens_of(model, refused[:3])]
+    where = [slice(2, 4), slice(0, 0), slice(5, 6)]
+    edit = scale(HEADS, 0.5, scope="thinking")
+    batch = model.to_batch(rows)
+    with torch.no_grad(), edited_hooks(model, edit, where):
+        found = model.hf(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions).logits
+    for ids, logits, at in zip(rows, found, where, strict=True):
+        torch.testing.assert_close(logits[: len(ids)], bridge_logits(model, ids, edit, at), rtol=1e-3, atol=1e-4)
+
+
+def test_the_bridge_sees_a_weight_edit(model: LensModel, ids: list[int]) -> None:
+    with edited_weights(model, zero(HEADS)), torch.no_grad():
+        through_bridge = model.bridge(torch.tensor([ids]), return_type="logits")[0]
+        torch.testing.assert_close(through_bridge, plain_logits(model, ids), rtol=1e-4, atol=1e-5)
+
+
+def test_weights_are_restored_bit_for_bit(model: LensModel, unchanged: TakeCopy) -> None:
+    check = unchanged(model)
+    with edited_weights(model, scale(HEADS, 1 / 3)):
+        pass
+    check()
+
+
+def test_weights_are_restored_after_an_exception(model: LensModel, unchanged: TakeCopy) -> None:
+    check = unchanged(model)
+    with pytest.raises(KeyboardInterrupt), edited_weights(model, zero(HEADS)):
+        raise KeyboardInterrupt
+    check()
+
+
+def test_weights_are_restored_when_nested_edits_share_a_head(model: LensModel, unchanged: TakeCopy) -> None:
+    check = unchanged(model)
+    with edited_weights(model, zero(HEADS[:2])), edited_weights(model, scale(HEADS[1:], 7.0)):
+        assert not model.output_projection(0).weight[:, model.shape.d_head : 2 * model.shape.d_head].any()
+    check()
+
+
+def test_weights_are_restored_when_an_edit_fails_half_way(
+    model: LensModel, unchanged: TakeCopy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check, real, calls = unchanged(model), Tensor.mul_, []
+
+    def fail_at_the_second(self: Tensor, other: float) -> Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        return real(self, other)
+
+    monkeypatch.setattr(Tensor, "mul_", fail_at_the_second)
+    with pytest.raises(MemoryError), edited_weights(model, zero(HEADS)):
+        pass
+    monkeypatch.undo()
+    check()
+
+
+def test_hooks_are_gone_after_an_exception(model: LensModel, unchanged: TakeCopy, ids: list[int]) -> None:
+    check, clean = unchanged(model), plain_logits(model, ids)
+    with pytest.raises(KeyboardInterrupt), edited_hooks(model, zero(HEADS), EVERYWHERE):
+        raise KeyboardInterrupt
+    check()
+    assert torch.equal(plain_logits(model, ids), clean)
+
+
+def test_an_edit_of_no_heads_changes_nothing(model: LensModel, ids: list[int]) -> None:
+    clean = plain_logits(model, ids)
+    with edited_weights(model, zero([])), edited_hooks(model, zero([]), EVERYWHERE):
+        assert torch.equal(plain_logits(model, ids), clean)
+
+
+def test_a_head_named_twice_is_refused() -> None:
+    with pytest.raises(EditError, match=r"L2H3 edited twice"):
+        zero([HEADS[1], HEADS[0], HeadRef(layer=2, head=3)])
+
+
+@pytest.mark.parametrize("ref", [HeadRef(layer=8, head=0), HeadRef(layer=0, head=8), HeadRef(layer=-1, head=0)])
+def test_a_head_that_the_model_lacks_is_refused_before_anything_changes(
+    llama: LensModel, unchanged: TakeCopy, ref: HeadRef
+) -> None:
+    check = unchanged(llama)
+    edit = zero([HEADS[0], ref])
+    with pytest.raises(EditError, match=rf"no head {re.escape(str(ref))}: it has layers 0 to 7"), edited_weights(llama, edit):
+        pass
+    with pytest.raises(EditError, match="no head"), edited_hooks(llama, edit, EVERYWHERE):
+        pass
+    check()
+
+
+@pytest.mark.parametrize("scope", [Scope.CLOSING, Scope.THINKING, Scope.PROMPT])
+def test_weights_cannot_hold_an_edit_of_some_positions(llama: LensModel, scope: Scope) -> None:
+    edit = zero(HEADS, scope=scope)
+    with pytest.raises(EditError, match=f"Scope {scope}.*edited_hooks"), edited_weights(llama, edit):
+        pass
+
+
+def test_scopes_are_the_spans_up_to_the_final_position(llama: LensModel, refused: Transcripts) -> None:
+    (row,) = tokens_of(llama, refused[:1])
+    prompt, thinking, closing, _ = row.bounds
+    assert Scope.ALL.positions(row) == slice(0, row.final + 1)
+    assert Scope.PROMPT.positions(row) == slice(0, prompt)
+    assert Scope.THINKING.positions(row) == slice(prompt, thinking)
+    assert Scope.CLOSING.positions(row) == slice(thinking, closing)
+
+
+def test_a_head_is_printed_and_read_as_layer_and_head() -> None:
+    assert str(HeadRef(layer=12, head=5)) == "L12H5"
+    assert HeadRef.parse("L12H5") == HeadRef(layer=12, head=5)
+
+
+@pytest.mark.parametrize("text", ["", "L1", "H2L1", "L1H", "L-1H2", "L1H2 ", "l1h2", "L1H2H3", "L1H2\n"])
+def test_anything_else_names_no_head(text: str) -> None:
+    with pytest.raises(EditError, match="names no head"):
+        HeadRef.parse(text)
+
+
+@given(
+    st.lists(refs, unique=True, max_size=6),
+    st.floats(allow_nan=False, allow_infinity=False),
+    st.sampled_from(list(Scope)),
+)
+def test_an_edit_round_trips_through_json(heads: list[HeadRef], factor: float, scope: Scope) -> None:
+    edit = HeadEdit(heads=tuple(heads), factor=factor, scope=scope)
+    assert HeadEdit.from_dict(json.loads(json.dumps(edit.to_dict()))) == edit
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {},
+        {"heads": "L1H2"},
+        {"heads": ["L1H2"], "factor": "none"},
+        {"heads": ["L1H2"], "scope": "everywhere"},
+        {"heads": ["L1H2"], "scope": ["all"]},
+        {"heads": ["1.2"]},
+        {"heads": ["L1H2", "L1H2"]},
+        {"heads": ["L1H2"], "factor": float("nan")},
+    ],
+)
+def test_what_is_no_edit_cannot_be_read(data: dict[str, object]) -> None:
+    with pytest.raises(EditError):
+        HeadEdit.from_dict(data)
+
+
+def test_an_edit_prints_what_it_does() -> None:
+    assert repr(zero(HEADS)) == "HeadEdit(zero, 3 heads, scope all)"
+    assert repr(scale(HEADS[:1], 0.5, scope="closing")) == "HeadEdit(scale by 0.5, 1 heads, scope closing)"

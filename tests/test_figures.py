@@ -1,0 +1,225 @@
+"""Figures: what they say at three numbers and at thousands, and what hostile text can do in them."""
+
+import html
+
+import numpy as np
+import plotly.graph_objects as go
+import plotly.io as pio
+import pytest
+
+from cliffscope.figures import (
+    Arm,
+    Band,
+    arms,
+    head_grid,
+    head_ranking,
+    layer_heat,
+    mean_trace,
+    plateau_final,
+    printable,
+    probe_quality,
+    random_sets,
+    token_trace,
+)
+from cliffscope.figures.safety import MOST_POINTS
+from cliffscope.figures.theme import DIVERGING, INK, TEMPLATE, label
+
+LABELS = ["prompt 1/2", "prompt 2/2", "thinking 1/2", "thinking 2/2", "\n", "</think>"]
+SPANS = ["prompt", "prompt", "thinking", "thinking", "closing", "closing"]
+HOSTILE = ["<script>", "\u202egnp", "a" * 10_000, " ", "\n", "%{x}", "\ufffd", "\u05d0"]
+
+
+def band(*mean):
+    mean = np.array(mean, dtype=float)
+    return Band(mean=mean, low=mean - 0.1, high=mean + 0.1, n=np.full(len(mean), 7))
+
+
+def grid(n_layers, n_heads):
+    return np.random.default_rng(0).normal(size=(n_layers, n_heads))
+
+
+def arm(kind, group, rate, name=""):
+    return Arm(name=name or kind, kind=kind, group=group, rate=rate, low=rate - 0.1, high=rate + 0.1, n=50)
+
+
+def texts(fig):
+    return [note.text for note in fig.layout.annotations]
+
+
+def test_mean_trace_marks_and_names_each_span():
+    fig = mean_trace(LABELS, SPANS, {"harmful, complied": band(0.2, 0.2, 0.8, 0.8, 0.4, 0.1)})
+    assert texts(fig) == ["prompt", "thinking", "closing"]
+    assert [shape.x0 for shape in fig.layout.shapes if shape.type == "line"] == [1.5, 3.5]
+
+
+def test_mean_trace_names_the_closing_tokens_on_the_axis():
+    fig = mean_trace(LABELS, SPANS, {"harmless": band(0, 0, 0, 0, 0, 0)})
+    assert list(fig.layout.xaxis.ticktext) == ["1/2", "2/2", "1/2", "2/2", "⏎", "&lt;/think&gt;"]
+
+
+def test_mean_trace_says_n_in_title_and_legend():
+    fig = mean_trace(LABELS, SPANS, {"harmful, refused": band(1, 1, 1, 1, 1, 1), "harmless": band(0, 0, 0, 0, 0, 0)})
+    assert "n=14 transcripts" in fig.layout.title.text
+    assert [trace.name for trace in fig.data if trace.name] == ["harmful, refused (n=7)", "harmless (n=7)"]
+
+
+def test_mean_trace_without_interval_draws_no_band():
+    lonely = Band(mean=np.zeros(6), low=np.full(6, np.nan), high=np.full(6, np.nan), n=np.ones(6, dtype=int))
+    fig = mean_trace(LABELS, SPANS, {"edited": lonely})
+    assert len(fig.data) == 1
+    assert "interval n/a" in fig.data[0].customdata[0]
+
+
+def test_groups_differ_in_more_than_colour():
+    bands = {name: band(0, 0, 0, 0, 0, 0) for name in ("harmful, refused", "harmful, complied", "harmless", "new")}
+    lines = [trace for trace in mean_trace(LABELS, SPANS, bands).data if trace.name]
+    assert len({line.line.color for line in lines}) == len({line.marker.symbol for line in lines}) == 4
+
+
+@pytest.mark.parametrize(
+    "fig",
+    [
+        mean_trace([], [], {}),
+        token_trace([], [], np.array([])),
+        layer_heat([], [], np.zeros((0, 0))),
+        probe_quality(["final"], [0], *[np.full((1, 1), np.nan)] * 3),
+        head_grid(*[np.full((2, 2), np.nan)] * 3),
+        head_ranking([], *[np.array([])] * 3),
+        random_sets(np.nan, np.nan, np.nan, np.array([])),
+        arms([]),
+        arms([arm("unedited", "harmful", np.nan)]),
+        plateau_final(np.array([np.nan]), np.array([0.5])),
+    ],
+)
+def test_nothing_to_draw_says_why(fig):
+    assert len(fig.data) == 0
+    assert len(texts(fig)[0]) > 10
+
+
+def test_layer_heat_outlines_the_probe_layer():
+    fig = layer_heat(["a"] * 6, SPANS, np.zeros((4, 6)), probe_layer=2)
+    frame = next(shape for shape in fig.layout.shapes if shape.type == "rect")
+    assert (frame.y0, frame.y1, frame.line.color) == (1.5, 2.5, INK)
+
+
+@pytest.mark.parametrize("n_pos", [1, 60, 3000])
+def test_token_axis_stays_legible_at_any_length(n_pos):
+    fig = token_trace(["x"] * n_pos, ["thinking"] * n_pos, np.zeros(n_pos))
+    assert 1 <= len(fig.layout.xaxis.tickvals) <= 64
+
+
+def test_hostile_tokens_are_escaped_wherever_they_stand():
+    n_pos = len(HOSTILE)
+    for fig in (
+        token_trace(HOSTILE, ["thinking"] * n_pos, np.zeros(n_pos)),
+        layer_heat(HOSTILE, ["closing"] * n_pos, np.zeros((2, n_pos))),
+        mean_trace(HOSTILE, ["closing"] * n_pos, {"<b>": band(*[0] * n_pos)}),
+        plateau_final(np.zeros(n_pos), np.zeros(n_pos), names=HOSTILE, groups=HOSTILE),
+        arms([arm("unedited", "harmful", 0.5, name) for name in HOSTILE]),
+    ):
+        text = fig.to_json()
+        assert "<script>" not in text
+        assert "\u202e" not in text
+        assert "a" * 200 not in text
+
+
+def test_printable_shows_what_hides():
+    assert printable(" \t\n\u2066\x00", keep_spaces=False) == "␠⇥⏎\\u2066\\u0000"
+    assert printable("ab\n", keep_newlines=True) == "ab\n"
+    assert printable("\ud800") == "\\ud800"
+    assert printable("\U000e0041") == "\\U000e0041"
+    assert printable("a" * 100, limit=10) == "a" * 10 + "… (100 characters)"
+
+
+def test_label_is_short_and_safe_for_html():
+    assert label("<a href='x'>") == html.escape("<a␠href='x'>")
+    assert len(label("x" * 50, limit=10)) == 10
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (8, 8), (128, 128)])
+def test_head_grid_is_centred_and_outlines_the_selected(shape):
+    effect = grid(*shape)
+    selected = effect >= np.sort(effect.ravel())[-max(1, effect.size // 33)]
+    fig = head_grid(effect, effect - 1, effect + 1, selected=selected, harmless=effect)
+    heat, outline = fig.data
+    assert heat.zmin == -heat.zmax
+    assert heat.zmax == pytest.approx(np.abs(effect).max(), abs=1e-4)
+    assert sum(x is None for x in outline.x) == selected.sum()
+    assert len(fig.layout.shapes) == 1
+
+
+def test_zero_effect_has_no_colour():
+    assert [color for stop, color in DIVERGING if stop == 0.5] == ["rgba(0,114,178,0)", "rgba(213,94,0,0)"]
+
+
+def test_a_head_that_was_not_measured_is_crossed_out():
+    effect = np.array([[1.0, np.nan]])
+    fig = head_grid(effect, effect, effect)
+    assert (list(fig.data[-1].x), list(fig.data[-1].y)) == ([1], [0])
+
+
+def test_grid_of_zeros_is_drawn():
+    assert head_grid(*[np.zeros((2, 2))] * 3).data[0].zmax == 1.0
+
+
+def test_head_ranking_puts_the_first_head_on_top():
+    value = np.array([2.0, 1.0])
+    fig = head_ranking(["L1H1", "L0H0"], value, value, value, selected=np.array([True, False]))
+    assert list(fig.layout.yaxis.categoryarray) == ["L0H0", "L1H1"]
+    assert [trace.name for trace in fig.data] == ["selected", "not selected"]
+
+
+def test_undefined_interval_draws_no_bar_and_says_so():
+    nan = np.array([np.nan])
+    fig = head_ranking(["L0H0"], np.array([1.0]), nan, nan)
+    assert list(fig.data[0].error_x.array) == [0.0]
+    assert fig.data[0].customdata[0] == "(interval n/a)"
+
+
+def test_random_arms_share_a_row_with_their_mean():
+    rows = [arm("unedited", "harmful", 0.4), arm("top", "harmful", 0.1)]
+    rows += [arm("random", "harmful", rate, f"random {i}") for i, rate in enumerate((0.3, 0.5))]
+    fig = arms(rows)
+    assert list(fig.layout.yaxis.ticktext) == ["unedited", "top", "random sets (2)"]
+    assert "mean of 2 random sets" in " ".join(str(trace.hovertemplate) for trace in fig.data)
+    assert "ASR, harmful prompts (n=50)" in texts(fig)
+
+
+def test_plateau_final_draws_the_selection_last():
+    fig = plateau_final(np.array([0.9, 0.5, 0.8]), np.array([0.1, 0.5, 0.7]), np.array([True, False, False]))
+    assert [trace.name for trace in fig.data if trace.name] == ["not selected (n=2)", "selected (n=1)"]
+    assert "(n=3)" in fig.layout.title.text
+
+
+def test_many_transcripts_are_counted_in_cells():
+    plateau = np.random.default_rng(0).uniform(size=40_000)
+    fig = plateau_final(plateau, plateau**2, plateau > 0.99)
+    assert len(fig.to_json()) < 300_000
+    cells = next(trace for trace in fig.data if trace.type == "heatmap")
+    assert np.asarray(cells.z).sum() == (plateau <= 0.99).sum() > MOST_POINTS
+
+
+def test_probe_quality_is_blue_above_chance_and_clear_at_it():
+    fig = probe_quality(["prompt", "final"], [3, 4], *[np.array([[0.5, 0.6], [0.7, np.nan]])] * 3, probe_layer=4)
+    scale = fig.data[0].colorscale
+    assert (scale[-1][1], scale[1][1]) == ("rgba(0,114,178,1)", "rgba(213,94,0,0)")
+    assert (fig.layout.shapes[0].y0, fig.layout.shapes[0].y1) == (0.5, 1.5)
+
+
+def test_theme_is_set_on_the_figure_and_not_globally():
+    before = pio.templates.default
+    fig = token_trace(["a"], ["prompt"], np.zeros(1))
+    assert fig.layout.template == TEMPLATE
+    assert pio.templates.default == before
+    assert go.Figure().layout.template != TEMPLATE
+
+
+def test_every_axis_names_its_unit():
+    figures = [
+        mean_trace(LABELS, SPANS, {"harmless": band(0, 0, 0, 0, 0, 0)}),
+        token_trace(["a"], ["prompt"], np.zeros(1)),
+        layer_heat(["a"], ["prompt"], np.zeros((1, 1))),
+        head_grid(*[grid(2, 2)] * 3),
+        plateau_final(np.zeros(1), np.zeros(1)),
+    ]
+    assert all(fig.layout.xaxis.title.text and fig.layout.yaxis.title.text for fig in figures)

@@ -1,0 +1,95 @@
+"""Imports go down the list only, and the public names are the documented ones."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import cliffscope
+
+PACKAGE = Path(cliffscope.__file__).parent
+LAYERS = [
+    "cli",
+    "study",
+    "verdicts",
+    "report",
+    "organisms",
+    "alignment",
+    "safety",
+    "heads",
+    "probing",
+    "models",
+    "transcripts",
+    "store",
+    "stats",
+    "figures",
+    "errors",
+]
+MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or not p.name.startswith("__"))
+PUBLIC = """
+    CliffScopeError Cliffs HeadEdit HeadRanking HeadRef LensModel PhraseJudge RefusalProbe RefusalTraces SafetyReport
+    Selection Study StudyConfig Transcript Transcripts control_sets edited_weights evaluate_safety fit_probe judge
+    load_model open_study organisms rank_heads read_prompts read_transcripts roll_out run_study scale select_by_cliff
+    trace_refusal write_report write_transcripts zero
+""".split()
+
+
+def layer_of(module: str) -> str:
+    return module.split(".")[1]
+
+
+def imported(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("cliffscope."):
+            found.add(layer_of(node.module))
+        elif isinstance(node, ast.ImportFrom) and node.module == "cliffscope":
+            found |= {alias.name for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_down_the_list_only(path):
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if own == "cli":
+        return
+    upward = {name for name in imported(path) if name != own and LAYERS.index(name) <= LAYERS.index(own)}
+    assert not upward
+
+
+def test_every_module_has_a_layer():
+    assert {p.relative_to(PACKAGE).parts[0].removesuffix(".py") for p in MODULES} == set(LAYERS)
+
+
+def test_the_public_names_are_pinned_and_all_resolve():
+    assert sorted(cliffscope.__all__) == sorted(PUBLIC)
+    assert set(cliffscope._HOMES) == set(PUBLIC)
+    for name in PUBLIC:
+        assert getattr(cliffscope, name) is not None
+
+
+def test_an_unknown_public_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="load_modle"):
+        _ = cliffscope.load_modle
+
+
+def test_only_templates_spells_the_tags():
+    spelling = {p.name for p in MODULES if "</think>" in p.read_text(encoding="utf-8")}
+    assert spelling <= {"templates.py"}
+
+
+def test_the_import_and_the_help_are_quick():
+    def seconds(*code: str) -> float:
+        took = []
+        for _ in range(3):
+            start = time.perf_counter()
+            subprocess.run([sys.executable, *code], check=True, capture_output=True)
+            took.append(time.perf_counter() - start)
+        return min(took)
+
+    bare = seconds("-c", "pass")
+    assert seconds("-c", "import cliffscope") < bare + 0.3
+    assert seconds("-m", "cliffscope", "--help") < bare + 0.7 + bare

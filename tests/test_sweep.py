@@ -1,0 +1,284 @@
+import logging
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+from conftest import MakeCheckpoint, random_probe, tokens_of
+from torch import Tensor
+
+from cliffscope.errors import EditError, ProbeError
+from cliffscope.heads import sweep
+from cliffscope.heads.edits import HeadRef, Scope
+from cliffscope.heads.sweep import Branch, sweep_branches
+from cliffscope.models import LensModel, load_model
+from cliffscope.probing.probe import RefusalProbe
+from cliffscope.transcripts.records import Message, Transcripts
+from cliffscope.transcripts.transcript import Span, TokenizedTranscript
+
+TakeCopy = Callable[[LensModel], Callable[[], None]]
+
+
+def every_head(model: LensModel) -> list[Branch]:
+    return [
+        (HeadRef(layer=layer, head=head),)
+        for layer in range(model.shape.n_layers)
+        for head in range(model.shape.n_heads)
+    ]
+
+
+def sets_of_heads(model: LensModel) -> list[Branch]:
+    """Sets within a layer, across layers (the last ones above most probe layers), in no order, and of one head."""
+    heads = [branch[0] for branch in every_head(model)]
+    rng = np.random.default_rng(0)
+    drawn = [tuple(heads[int(i)] for i in rng.permutation(len(heads))[:size]) for size in (2, 3, 5, len(heads))]
+    return [*drawn, (heads[-1], heads[0]), tuple(heads[:2])]
+
+
+def loop_logits(
+    model: LensModel,
+    probe: RefusalProbe,
+    row: TokenizedTranscript,
+    branches: Sequence[Branch],
+    *,
+    factor: float = 0.0,
+    where: slice | None = None,
+) -> tuple[float, np.ndarray]:
+    """The oracle: one `run_with_hooks` of the TransformerLens bridge a branch."""
+    ids = torch.from_numpy(row.token_ids[: row.final + 1])[None]
+    where = row.span(Span.CLOSING) if where is None else where
+    weight = torch.from_numpy(probe.weight)
+
+    def logit(branch: Branch) -> float:
+        kept: list[Tensor] = []
+
+        def read(residual: Tensor, hook: object) -> None:
+            kept.append(residual[0, row.final])
+
+        def editor(head: int) -> Callable[..., Tensor]:
+            def edit(z: Tensor, hook: object) -> Tensor:
+                changed = z.clone()
+                changed[:, where, head] = changed[:, where, head] * factor
+                return changed
+
+            return edit
+
+        hooks = [(f"blocks.{ref.layer}.attn.hook_z", editor(ref.head)) for ref in branch]
+        hooks.append((f"blocks.{probe.layer}.hook_resid_post", read))
+        with torch.no_grad():
+            model.bridge.run_with_hooks(ids, return_type="logits", fwd_hooks=hooks)
+        return float(kept[0] @ weight) + probe.bias
+
+    return logit(()), np.array([logit(branch) for branch in branches])
+
+
+def assert_is_the_loop(
+    model: LensModel, probe: RefusalProbe, rows: list[TokenizedTranscript], branches: list[Branch]
+) -> None:
+    found = sweep_branches(model, probe, rows, branches)
+    assert found.path == "packed"
+    for i, row in enumerate(rows):
+        clean, expected = loop_logits(model, probe, row, branches)
+        scale = max(1.0, abs(clean))
+        np.testing.assert_allclose(found.clean[i], clean, rtol=0, atol=1e-4 * scale)
+        np.testing.assert_allclose(found.edited[i], expected, rtol=0, atol=1e-4 * scale)
+
+
+@pytest.mark.parametrize("from_the_last", [1, 2])
+def test_the_packed_sweep_of_single_heads_is_the_loop_of_run_with_hooks(
+    model: LensModel, refused: Transcripts, from_the_last: int
+) -> None:
+    probe = random_probe(model, model.shape.n_layers - from_the_last)
+    assert_is_the_loop(model, probe, tokens_of(model, refused[:2]), every_head(model))
+
+
+def test_the_packed_sweep_of_sets_is_the_loop_of_run_with_hooks(model: LensModel, refused: Transcripts) -> None:
+    probe = random_probe(model, model.shape.n_layers - 2)
+    assert_is_the_loop(model, probe, tokens_of(model, refused[2:4]), sets_of_heads(model))
+
+
+def test_the_packed_sweep_is_the_loop_in_packs_of_any_size(
+    model: LensModel, refused: Transcripts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe, rows = random_probe(model, model.shape.n_layers - 1), tokens_of(model, refused[:1])
+    _, expected = loop_logits(model, probe, rows[0], branches := [*every_head(model), *sets_of_heads(model)])
+    for tokens, layers in ((1, 6), (7, 1), (9, 2), (10_000, 100)):
+        monkeypatch.setattr(sweep, "PACK_TOKENS", tokens)
+        monkeypatch.setattr(sweep, "PACK_LAYERS", layers)
+        found = sweep_branches(model, probe, rows, branches)
+        assert found.path == "packed"
+        np.testing.assert_allclose(found.edited[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_scaling_is_packed_too(model: LensModel, refused: Transcripts) -> None:
+    probe, rows = random_probe(model, 2), tokens_of(model, refused[:1])
+    branches = every_head(model)
+    found = sweep_branches(model, probe, rows, branches, factor=-1.5)
+    _, expected = loop_logits(model, probe, rows[0], branches, factor=-1.5)
+    assert found.path == "packed"
+    np.testing.assert_allclose(found.edited[0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_editing_by_one_gives_the_clean_logit(model: LensModel, refused: Transcripts) -> None:
+    probe = random_probe(model, 2)
+    found = sweep_branches(model, probe, tokens_of(model, refused[:2]), every_head(model), factor=1.0)
+    np.testing.assert_allclose(found.edited, found.clean[:, None] + np.zeros_like(found.edited), rtol=1e-4, atol=1e-4)
+
+
+def test_heads_above_the_probes_layer_give_exactly_the_clean_logit(model: LensModel, refused: Transcripts) -> None:
+    probe = random_probe(model, 1)
+    found = sweep_branches(model, probe, tokens_of(model, refused[:2]), every_head(model))
+    above = np.array([branch[0].layer > 1 for branch in every_head(model)])
+    assert (found.edited[:, above] == found.clean[:, None]).all()
+    assert (np.abs(found.edited[:, ~above] - found.clean[:, None]).max(0) > 1e-3).all()
+
+
+def test_a_template_without_thinking_is_packed_too(chatml_model: LensModel, refused: Transcripts) -> None:
+    asked = refused[:2].map(lambda t: t.replace(thinking=None))
+    rows = tokens_of(chatml_model, asked)
+    assert_is_the_loop(chatml_model, random_probe(chatml_model, 5), rows, every_head(chatml_model)[::3])
+
+
+def test_empty_thinking_is_packed_too(llama: LensModel, refused: Transcripts) -> None:
+    rows = tokens_of(llama, refused[:1].map(lambda t: t.replace(thinking="")))
+    assert_is_the_loop(llama, random_probe(llama, 5), rows, every_head(llama)[::3])
+
+
+def test_answers_are_ignored(llama: LensModel, refused: Transcripts) -> None:
+    (row,) = tokens_of(llama, refused[:1])
+    stop = row.n_pos + 4
+    longer = TokenizedTranscript(
+        id="longer", token_ids=np.append(row.token_ids, [9, 10, 11, 12]), bounds=(*row.bounds[:3], stop)
+    )
+    probe, branches = random_probe(llama, 5), every_head(llama)
+    found = sweep_branches(llama, probe, [row, longer], branches)
+    np.testing.assert_array_equal(found.edited[0], found.edited[1])
+
+
+def test_a_transcript_does_not_depend_on_its_neighbours(model: LensModel, refused: Transcripts) -> None:
+    probe, rows = random_probe(model, 3), tokens_of(model, refused[:3])
+    together = sweep_branches(model, probe, rows, every_head(model))
+    for i, row in enumerate(rows):
+        alone = sweep_branches(model, probe, [row], every_head(model))
+        np.testing.assert_array_equal(together.edited[i], alone.edited[0])
+
+
+@pytest.mark.parametrize("scope", [Scope.PROMPT, Scope.THINKING, Scope.ALL])
+def test_other_scopes_take_the_plain_path_and_say_so(model: LensModel, refused: Transcripts, scope: Scope) -> None:
+    probe, rows = random_probe(model, 2), tokens_of(model, refused[:2])
+    branches = every_head(model)[::3]
+    found = sweep_branches(model, probe, rows, branches, scope=scope)
+    assert found.path == f"plain: scope {scope}"
+    for i, row in enumerate(rows):
+        _, expected = loop_logits(model, probe, row, branches, where=scope.positions(row))
+        np.testing.assert_allclose(found.edited[i], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_packing_that_fails_falls_back_to_the_plain_path_and_says_so(
+    llama: LensModel,
+    refused: Transcripts,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    unchanged: TakeCopy,
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no such mask")
+
+    monkeypatch.setattr(sweep, "_branch_mask", fail)
+    probe, rows, check = random_probe(llama, 4), tokens_of(llama, refused[:2]), unchanged(llama)
+    branches = every_head(llama)[::5]
+    with caplog.at_level(logging.WARNING, logger="cliffscope"):
+        found = sweep_branches(llama, probe, rows, branches)
+    assert found.path == "plain: packing failed (RuntimeError)"
+    assert "no such mask" in caplog.text
+    for i, row in enumerate(rows):
+        np.testing.assert_allclose(found.edited[i], loop_logits(llama, probe, row, branches)[1], rtol=1e-4, atol=1e-4)
+    check()
+
+
+def test_packing_that_is_wrong_falls_back_to_the_plain_path_and_says_so(
+    llama: LensModel, refused: Transcripts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = sweep._branch_mask
+    monkeypatch.setattr(sweep, "_branch_mask", lambda *args: torch.zeros_like(real(*args)))
+    probe, rows = random_probe(llama, 7), tokens_of(llama, refused[:2])
+    branches = every_head(llama)[::5]
+    found = sweep_branches(llama, probe, rows, branches)
+    assert found.path.startswith("plain: packing differs by")
+    for i, row in enumerate(rows):
+        np.testing.assert_allclose(found.edited[i], loop_logits(llama, probe, row, branches)[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_window_of_attention_shorter_than_later_transcripts_is_still_exact(
+    make_checkpoint: MakeCheckpoint, refused: Transcripts
+) -> None:
+    model = load_model(make_checkpoint("mistral"), device="cpu")
+    short = refused[0].replace(thinking="", messages=(Message(role="user", content="how"),))
+    rows = tokens_of(model, [short, refused[1]])
+    assert rows[0].n_pos <= 12 < rows[1].n_pos
+    probe, branches = random_probe(model, 3), every_head(model)
+    found = sweep_branches(model, probe, rows, branches)
+    for i, row in enumerate(rows):
+        clean, expected = loop_logits(model, probe, row, branches)
+        np.testing.assert_allclose(found.clean[i], clean, rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(found.edited[i], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_model_is_unchanged_after_a_sweep(model: LensModel, refused: Transcripts, unchanged: TakeCopy) -> None:
+    check = unchanged(model)
+    sweep_branches(model, random_probe(model, 2), tokens_of(model, refused[:2]), every_head(model))
+    check()
+
+
+def test_the_model_is_unchanged_after_a_sweep_that_is_interrupted(
+    model: LensModel, refused: Transcripts, unchanged: TakeCopy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = unchanged(model)
+
+    def fail(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("_branch_mask", "_choose_path"):
+        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(sweep, name, fail)
+            sweep_branches(model, random_probe(model, 2), tokens_of(model, refused[:1]), every_head(model))
+    probe = random_probe(model, 2)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(sweep._Job, "logit", fail)
+        sweep_branches(model, probe, tokens_of(model, refused[:1]), every_head(model))
+    check()
+
+
+def test_progress_counts_transcripts(llama: LensModel, refused: Transcripts) -> None:
+    seen: list[int] = []
+    sweep_branches(
+        llama, random_probe(llama, 2), tokens_of(llama, refused[:3]), every_head(llama)[:4], progress=seen.append
+    )
+    assert seen == [1, 2, 3]
+
+
+def test_no_transcripts_give_an_empty_sweep(llama: LensModel) -> None:
+    found = sweep_branches(llama, random_probe(llama, 2), [], every_head(llama))
+    assert found.edited.shape == (0, 64)
+    assert repr(found) == "Sweep(64 branches, n=0, packed)"
+
+
+def test_an_empty_set_of_heads_gives_the_clean_logit_or_is_refused_by_name(
+    llama: LensModel, refused: Transcripts
+) -> None:
+    try:
+        found = sweep_branches(llama, random_probe(llama, 2), tokens_of(llama, refused[:1]), [(), *every_head(llama)])
+    except EditError:
+        return
+    assert found.edited[0, 0] == pytest.approx(found.clean[0], rel=1e-4)
+
+
+def test_an_unknown_head_is_refused(llama: LensModel, refused: Transcripts) -> None:
+    with pytest.raises(EditError, match="no head L9H0"):
+        sweep_branches(llama, random_probe(llama, 2), tokens_of(llama, refused[:1]), [(HeadRef(layer=9, head=0),)])
+
+
+def test_a_probe_of_another_model_is_refused(models: dict[str, LensModel], refused: Transcripts) -> None:
+    probe = random_probe(models["llama"], 7)
+    with pytest.raises(ProbeError, match="layer 7"):
+        sweep_branches(models["qwen3"], probe, tokens_of(models["qwen3"], refused[:1]), every_head(models["qwen3"]))

