@@ -37,7 +37,9 @@ app = typer.Typer(
 organisms_app = typer.Typer(no_args_is_help=True, help="Small models whose suppression heads are known.")
 app.add_typer(organisms_app, name="organisms")
 
-ModelOption = Annotated[str, typer.Option("--model", help="Local directory, .gguf file, hub name, organism, or smollm2.")]
+ModelOption = Annotated[
+    str, typer.Option("--model", help="Local directory, .gguf file, hub name, organism, or smollm2.")
+]
 TemplateOption = Annotated[str | None, typer.Option(help="How the model thinks; detected if not given.")]
 OutOption = Annotated[Path, typer.Option("--out", help="Where to write.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -69,7 +71,9 @@ def demo(out: OutOption = Path("runs/demo"), seed: SeedOption = 0, as_json: Json
     """
     from cliffscope.study import StudyConfig
 
-    config = StudyConfig(model="planted-llama", out=str(out), max_thinking=128, max_answer=32, temperature=1.0, seed=seed)
+    config = StudyConfig(
+        model="planted-llama", out=str(out), max_thinking=128, max_answer=32, temperature=1.0, seed=seed
+    )
     _run_study(config, as_json=as_json)
 
 
@@ -77,7 +81,9 @@ def demo(out: OutOption = Path("runs/demo"), seed: SeedOption = 0, as_json: Json
 def study(
     model: ModelOption,
     out: OutOption,
-    harmful: Annotated[Path | None, typer.Option(help="File of harmful prompts (csv, json, jsonl, txt, parquet).")] = None,
+    harmful: Annotated[
+        Path | None, typer.Option(help="File of harmful prompts (csv, json, jsonl, txt, parquet).")
+    ] = None,
     harmless: Annotated[Path | None, typer.Option(help="File of harmless prompts.")] = None,
     transcripts: Annotated[Path | None, typer.Option(help="JSONL of transcripts instead of prompts.")] = None,
     template: TemplateOption = None,
@@ -440,7 +446,12 @@ def _bars() -> Iterator["Progress"]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    columns = (
+        TextColumn("{task.description:>12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+    )
     with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
         tasks: dict[str, TaskID] = {}
 

@@ -270,9 +270,13 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
             raise DataError(f"There is no file {name!r}. Give the path of a .gguf file.")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir() and not (path / "config.json").is_file():
-        raise DataError(f"Directory {name!r} has no config.json, so it is no Hugging Face model. Give the model's own folder.")
+        raise DataError(
+            f"Directory {name!r} has no config.json, so it is no Hugging Face model. Give the model's own folder."
+        )
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise DataError(f"There is no directory {name!r}. Give a local directory, a .gguf file, an organism or a hub name.")
+        raise DataError(
+            f"There is no directory {name!r}. Give a local directory, a .gguf file, an organism or a hub name."
+        )
     return name, {}
 
 
@@ -298,7 +302,9 @@ def _read_shape(hf: PreTrainedModel) -> ModelShape:
 def _decoder(hf: PreTrainedModel) -> Any:
     decoder = hf.get_decoder()
     if not hasattr(decoder, "layers"):
-        raise UnsupportedModelError(f"{type(hf).__name__} keeps its blocks elsewhere than in `.layers`; it is not supported.")
+        raise UnsupportedModelError(
+            f"{type(hf).__name__} keeps its blocks elsewhere than in `.layers`; it is not supported."
+        )
     return decoder
 
 
@@ -362,11 +368,15 @@ def _check(model: LensModel) -> None:
     names.append(f"blocks.{shape.n_layers - 1}.hook_resid_post")
     last: list[Tensor] = []
     with torch.inference_mode():
-        through_bridge = model.bridge.run_with_hooks(ids, return_type="logits", fwd_hooks=[(n, keeper(n)) for n in names])
+        through_bridge = model.bridge.run_with_hooks(
+            ids, return_type="logits", fwd_hooks=[(n, keeper(n)) for n in names]
+        )
         with model.residual_hook(lambda layer, hidden: last.append(hidden)):
             plain = model.hf(input_ids=ids).logits
     if not bool(torch.isfinite(plain).all()):
-        raise UnsupportedModelError(f"{model.name!r} gives logits that are not finite: its weights hold NaN or infinity.")
+        raise UnsupportedModelError(
+            f"{model.name!r} gives logits that are not finite: its weights hold NaN or infinity."
+        )
     _expect_equal("logits", through_bridge, plain, model)
     _expect_equal(names[-1], kept[names[-1]], last[-1], model)
     for layer, name in enumerate(names[:-1]):

@@ -66,9 +66,13 @@ class RunStore:
         try:
             value = json.loads((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise StoreError(f"{self.path / name} cannot be read: {error}. Is it a run directory of CliffScope?") from error
+            raise StoreError(
+                f"{self.path / name} cannot be read: {error}. Is it a run directory of CliffScope?"
+            ) from error
         if not isinstance(value, dict):
-            raise StoreError(f"{self.path / name} holds {type(value).__name__}, not an object. It was not written by CliffScope.")
+            raise StoreError(
+                f"{self.path / name} holds {type(value).__name__}, not an object. It was not written by CliffScope."
+            )
         return value
 
     def write_frame(self, name: str, frame: pd.DataFrame) -> None:
@@ -124,7 +128,9 @@ def open_run(path: str | Path, config: Mapping[str, object]) -> Iterator[RunStor
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("a+")
     except OSError as error:
-        raise StoreError(f"Run directory {folder} cannot be written: {error.strerror or error}. Give another --out.") from error
+        raise StoreError(
+            f"Run directory {folder} cannot be written: {error.strerror or error}. Give another --out."
+        ) from error
     with lock:
         _take(lock, folder)
         store = RunStore(path=folder)
@@ -184,7 +190,9 @@ def _claim(store: RunStore, config: Mapping[str, object]) -> None:
         return
     found = store.manifest
     if found.get("schema") != SCHEMA:
-        raise StoreError(f"Run directory {store.path} has schema {found.get('schema')}, expected {SCHEMA}. Give a new --out.")
+        raise StoreError(
+            f"Run directory {store.path} has schema {found.get('schema')}, expected {SCHEMA}. Give a new --out."
+        )
     kept = found.get("config")
     if kept != wanted:
         before = kept if isinstance(kept, dict) else {}

@@ -13,32 +13,30 @@ Each stage writes its files into the run directory and is never repeated; what c
 """
 
 import logging
-import platform
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import pandas as pd
 
 from cliffscope import verdicts
-from cliffscope.alignment.selection import Selection, select_from_cliffs
+from cliffscope.alignment.selection import select_from_cliffs
 from cliffscope.errors import DataError, ProbeError
 from cliffscope.heads.edits import zero
-from cliffscope.heads.ranking import HeadRanking, SetControl, control_sets, rank_heads
+from cliffscope.heads.ranking import control_sets, rank_heads
 from cliffscope.models import LensModel, load_model
 from cliffscope.organisms import is_organism, study_prompts
 from cliffscope.probing.cliff import Plateau
 from cliffscope.probing.files import load_probe, save_probe
 from cliffscope.probing.probe import FEWEST, Positions, RefusalProbe, fit_probe
-from cliffscope.probing.trace import Cliffs, RefusalTraces, trace_refusal
+from cliffscope.probing.trace import Cliffs, trace_refusal
 from cliffscope.report.page import write_report
-from cliffscope.safety.evaluation import UNEDITED, SafetyReport, evaluate_safety
+from cliffscope.results import counts, heads_json, layer_frame, transcript_frame, versions
+from cliffscope.safety.evaluation import UNEDITED, evaluate_safety
 from cliffscope.safety.generation import roll_out
 from cliffscope.safety.judges import judge
 from cliffscope.store import RunStore, open_run
@@ -141,7 +139,11 @@ def run_study(config: StudyConfig, *, command: str | None = None, progress: Prog
     with open_run(config.out, options) as store:
         run = _Run(config=config, store=store, progress=progress or _silent)
         if not store.finished("report"):
-            store.update(command=command or f"cliffscope.run_study({config!r})", versions=_versions(), cliffscope=version("cliffscope"))
+            store.update(
+                command=command or f"cliffscope.run_study({config!r})",
+                versions=versions(),
+                cliffscope=version("cliffscope"),
+            )
             for name, stage in _STAGES.items():
                 if not store.finished(name):
                     started = time.perf_counter()
@@ -164,7 +166,9 @@ def open_study(path: str | Path) -> Study:
         StoreError: there is no run.
     """
     verdict = RunStore(path=Path(path)).manifest.get("verdict")
-    return Study(path=Path(path), verdict={str(k): str(v) for k, v in verdict.items()} if isinstance(verdict, dict) else {})
+    return Study(
+        path=Path(path), verdict={str(k): str(v) for k, v in verdict.items()} if isinstance(verdict, dict) else {}
+    )
 
 
 @dataclass(eq=False, kw_only=True)
@@ -215,7 +219,11 @@ class _Run:
     def leave_out(self, omitted: tuple[Omission, ...]) -> None:
         """Adds omissions to the run's table and to the counts in the manifest."""
         rows = [asdict(o) for o in omitted]
-        before = self.store.read_frame(OMITTED) if self.store.has(OMITTED) else pd.DataFrame(columns=["stage", "reason", "id"])
+        before = (
+            self.store.read_frame(OMITTED)
+            if self.store.has(OMITTED)
+            else pd.DataFrame(columns=["stage", "reason", "id"])
+        )
         table = pd.concat([before, pd.DataFrame(rows, columns=["stage", "reason", "id"])], ignore_index=True)
         table = table.drop_duplicates(ignore_index=True)
         self.store.write_frame(OMITTED, table)
@@ -256,9 +264,7 @@ def _stage_transcripts(run: _Run) -> None:
     write_transcripts(transcripts, run.store.path / TRANSCRIPTS)
     parts = transcripts.split(seed=config.seed)
     splits = {t.id: forced.get(t.id, name) for name, part in parts.items() for t in part}
-    frame = transcripts.to_frame()
-    frame["split"] = [splits[i] for i in frame["id"]]
-    run.store.write_frame("transcripts.parquet", _transcript_columns(frame, transcripts))
+    run.store.write_frame("transcripts.parquet", transcript_frame(transcripts, splits))
     run.leave_out(transcripts.omitted)
     model = run.model
     run.store.update(
@@ -270,7 +276,7 @@ def _stage_transcripts(run: _Run) -> None:
             "dtype": str(model.dtype).removeprefix("torch."),
             "device": str(model.device),
         },
-        counts=_counts(transcripts),
+        counts=counts(transcripts),
         verdict={},
         notes=[],
     )
@@ -324,7 +330,7 @@ def _stage_traces(run: _Run) -> None:
     shown = [*deep, *[i for i in frame["id"] if i not in deep]][:TOKEN_TRACES]
     tokens = traces.to_frame()
     run.store.write_frame("traces.parquet", tokens[tokens["id"].isin(shown)])
-    run.store.write_frame("layer_traces.parquet", _layer_frame(traces))
+    run.store.write_frame("layer_traces.parquet", layer_frame(traces))
     test = frame[frame["split"] == "test"]
     groups = {str(name): part["id"].tolist() for name, part in test.groupby("group")}
     run.store.write_frame("aligned.parquet", traces.aligned(groups, seed=run.config.seed))
@@ -358,7 +364,7 @@ def _stage_heads(run: _Run) -> None:
     frame = ranking.to_frame()
     frame["selected"] = frame["rank"] <= len(top)
     run.store.write_frame("heads.parquet", frame)
-    run.store.write_json("heads.json", _heads_json(run, ranking, control))
+    run.store.write_json("heads.json", heads_json(ranking, control, run.config.top_fraction))
     run.leave_out(ranking.omitted)
     _add_verdict(run, "heads", verdicts.of_heads(ranking, control))
 
@@ -433,7 +439,9 @@ _STAGES: dict[str, Callable[[_Run], None]] = {
 
 def _check_inputs(config: StudyConfig) -> None:
     if config.transcripts is not None and (config.harmful or config.harmless):
-        raise DataError("Both transcripts and prompt files were given. Give transcripts=..., or harmful=... and harmless=...")
+        raise DataError(
+            "Both transcripts and prompt files were given. Give transcripts=..., or harmful=... and harmless=..."
+        )
     if config.transcripts is None and config.harmful is None and not is_organism(config.model):
         raise DataError(
             f"No prompts were given for {config.model!r}. Give harmful=... (and harmless=...) files, or transcripts=...; only "
@@ -460,75 +468,13 @@ def _examples(run: _Run) -> list[str]:
     return found
 
 
-def _layer_frame(traces: RefusalTraces) -> pd.DataFrame:
-    parts = [
-        pd.DataFrame(
-            {
-                "id": name,
-                "position": np.tile(np.arange(logits.shape[1]), logits.shape[0]),
-                "layer": np.repeat(np.arange(logits.shape[0]), logits.shape[1]),
-                "score": (1 / (1 + np.exp(-np.clip(logits, -60, 60)))).ravel(),
-            }
-        )
-        for name, logits in traces.layer_logits.items()
-    ]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["id", "position", "layer", "score"])
-
-
-def _heads_json(run: _Run, ranking: HeadRanking, control: SetControl) -> dict[str, object]:
-    low, high = control.interval
-    return {
-        "method": ranking.method,
-        "scope": ranking.scope,
-        "n": len(ranking.clean),
-        "top_fraction": run.config.top_fraction,
-        "n_selected": len(control.heads),
-        "selected": [str(h) for h in control.heads],
-        "significant": [str(h) for h in ranking.significant()],
-        "gap": ranking.gap,
-        "set_n": len(control.effects),
-        "set_effect": control.effect,
-        "set_effect_low": low,
-        "set_effect_high": high,
-        "random_sets": control.random_effects.tolist(),
-        "random_p": control.p,
-        "beats_random": bool(control.effect > control.random_effects.max() and ranking.significant()),
-        "path": ranking.path,
-    }
-
-
-def _counts(transcripts: Transcripts) -> dict[str, object]:
-    outcomes = pd.Series([str(t.outcome) for t in transcripts])
-    words = {True: "harmful", False: "harmless", None: "unlabelled"}
-    cells = pd.DataFrame({"group": [words[t.harmful] for t in transcripts], "outcome": outcomes})
-    return {
-        "transcripts": len(transcripts),
-        **{str(o): int((outcomes == str(o)).sum()) for o in Outcome},
-        "by": [{"group": g, "outcome": o, "n": len(part)} for (g, o), part in cells.groupby(["group", "outcome"])],
-    }
-
-
-def _transcript_columns(frame: pd.DataFrame, transcripts: Transcripts) -> pd.DataFrame:
-    lengths = [len(t.thinking_ids or ()) + len(t.answer_ids or ()) for t in transcripts]
-    columns = ["id", "split", "harmful", "outcome", "source", "prompt", "thinking", "answer"]
-    return frame.assign(n_pos=lengths, outcome=frame["outcome"].astype(str))[columns + ["n_pos"]]
-
-
 def _add_verdict(run: _Run, topic: str, sentence: str) -> None:
     verdict = run.store.manifest.get("verdict")
     run.store.update(verdict={**(verdict if isinstance(verdict, dict) else {}), topic: sentence})
 
 
 def _arm_file(name: str) -> str:
-    return f"arms/{name.replace(' ', '-')}.jsonl"
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "transformer-lens", "numpy", "scikit-learn"):
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
+    return f"arm-{name.replace(' ', '-')}.jsonl"
 
 
 def _silent(stage: str, done: int, total: int) -> None:

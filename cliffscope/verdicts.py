@@ -78,7 +78,8 @@ def of_heads(ranking: HeadRanking, control: SetControl) -> str:
 def of_safety(report: SafetyReport) -> str:
     """What zeroing the top heads does to ASR and over-refusal."""
     return " ".join(
-        _arm_sentence(report, group, word) for group, word in (("harmful", "Attack success"), ("harmless", "Over-refusal"))
+        _arm_sentence(report, group, word)
+        for group, word in (("harmful", "Attack success"), ("harmless", "Over-refusal"))
     ).strip()
 
 

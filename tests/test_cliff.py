@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cliffscope.probing.cliff import PROMPT_BINS, THINKING_BINS, align_trace, measure_cliff, nan_summary
+from cliffscope.probing.cliff import PROMPT_BINS, THINKING_BINS, align_trace, measure_cliff
 
 NONE = slice(0, 0)
 score_lists = st.lists(st.floats(0, 1), min_size=1, max_size=40)
@@ -128,9 +128,3 @@ def test_aligned_values_stay_within_their_span(
 def test_a_constant_trace_stays_constant(value: float, prompt: int, thinking: int) -> None:
     found = aligned([value] * (prompt + thinking + 3), (prompt, prompt + thinking, prompt + thinking + 3))
     np.testing.assert_allclose(found, value, rtol=1e-12)
-
-
-def test_nan_summary_counts_and_averages_what_is_there() -> None:
-    means, counts = nan_summary([np.array([1.0, np.nan, np.nan]), np.array([3.0, 4.0, np.nan])])
-    np.testing.assert_array_equal(means, [2.0, 4.0, np.nan])
-    assert counts.tolist() == [2, 1, 0]

@@ -73,7 +73,7 @@ def test_a_hook_edit_acts_at_its_positions_alone(model: LensModel, ids: list[int
 def test_each_row_of_a_batch_is_edited_at_its_own_positions(model: LensModel, refused: Transcripts) -> None:
     rows = [t.token_ids.tolist() for t in tokens_of(model, refused[:3])]
     where = [slice(2, 4), slice(0, 0), slice(5, 6)]
-    edit = scale(HEADS, 0.5, scope="thinking")
+    edit = scale(HEADS, 0.5, scope=Scope.THINKING)
     batch = model.to_batch(rows)
     with torch.no_grad(), edited_hooks(model, edit, where):
         found = model.hf(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions).logits
@@ -151,7 +151,10 @@ def test_a_head_that_the_model_lacks_is_refused_before_anything_changes(
 ) -> None:
     check = unchanged(llama)
     edit = zero([HEADS[0], ref])
-    with pytest.raises(EditError, match=rf"no head {re.escape(str(ref))}: it has layers 0 to 7"), edited_weights(llama, edit):
+    with (
+        pytest.raises(EditError, match=rf"no head {re.escape(str(ref))}: it has layers 0 to 7"),
+        edited_weights(llama, edit),
+    ):
         pass
     with pytest.raises(EditError, match="no head"), edited_hooks(llama, edit, EVERYWHERE):
         pass
@@ -215,4 +218,4 @@ def test_what_is_no_edit_cannot_be_read(data: dict[str, object]) -> None:
 
 def test_an_edit_prints_what_it_does() -> None:
     assert repr(zero(HEADS)) == "HeadEdit(zero, 3 heads, scope all)"
-    assert repr(scale(HEADS[:1], 0.5, scope="closing")) == "HeadEdit(scale by 0.5, 1 heads, scope closing)"
+    assert repr(scale(HEADS[:1], 0.5, scope=Scope.CLOSING)) == "HeadEdit(scale by 0.5, 1 heads, scope closing)"

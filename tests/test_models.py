@@ -152,9 +152,7 @@ def test_nan_weights_are_refused(make_checkpoint: MakeCheckpoint) -> None:
         load_model(make_checkpoint("llama", change=_poison), device="cpu")
 
 
-def test_a_tokenizer_larger_than_the_vocabulary_is_refused(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_tokenizer_larger_than_the_vocabulary_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     tiny_network("llama", 40).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UnsupportedModelError, match=f"{len(tokenizer)} ids.* 40 embeddings"):
@@ -206,9 +204,7 @@ def test_a_directory_without_a_tokenizer_is_a_data_error(tmp_path: Path) -> None
         load_model(tmp_path, device="cpu")
 
 
-def test_a_tokenizer_without_a_chat_template_is_refused(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
-) -> None:
+def test_a_tokenizer_without_a_chat_template_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     tiny_network("llama", 300).save_pretrained(tmp_path)
     bare = copy.deepcopy(tokenizer)
     bare.chat_template = None

@@ -102,6 +102,20 @@ def test_classes_of_different_size_weigh_the_same(
     np.testing.assert_allclose(states @ found.weight + found.bias, pipeline.decision_function(states), atol=1e-3)
 
 
+def test_every_transcript_of_a_class_weighs_the_same_with_and_without_thinking() -> None:
+    positions = [np.arange(n, dtype=np.int64) for n in (9, 3, 5, 7)]
+    sample = probe_module._Sample(
+        rows=[], refused=np.array([True, True, False, True]), positions=positions, n_thinking=[6, 0, 4, 7]
+    )
+    labels, weights = sample.labels_and_weights(sample.refused)
+    parts = np.split(weights, np.cumsum([9, 3, 5]))
+    totals = [part.sum() / weights.sum() for part in parts]
+    assert labels.tolist() == [True] * 12 + [False] * 5 + [True] * 7
+    assert totals == pytest.approx([1 / 6, 1 / 6, 1 / 2, 1 / 6])
+    assert parts[0][:6].sum() == pytest.approx(parts[0][6:].sum())
+    assert weights.mean() == pytest.approx(1.0)
+
+
 def test_a_planted_direction_is_recovered_from_synthetic_residuals() -> None:
     rng = np.random.default_rng(0)
     planted = rng.normal(size=24)
@@ -197,9 +211,7 @@ def test_the_same_call_gives_the_same_probe(llama: LensModel, refused: Transcrip
 def test_the_order_of_the_transcripts_hardly_matters(
     llama: LensModel, refused: Transcripts, complied: Transcripts, final_probe: RefusalProbe, splits: Split
 ) -> None:
-    found = fit_probe(
-        llama, refused[::-1], complied[::-1], layer=LAYER, positions="final", splits=splits
-    )
+    found = fit_probe(llama, refused[::-1], complied[::-1], layer=LAYER, positions="final", splits=splits)
     np.testing.assert_allclose(found.weight, final_probe.weight, rtol=0.05, atol=1e-3)
     assert found.report.final.auroc == pytest.approx(final_probe.report.final.auroc)
 

@@ -1,4 +1,5 @@
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import plain_residuals, random_probe, tokens_of
 from hypothesis import given
@@ -48,6 +49,10 @@ def ranking_of(effects: np.ndarray, *, gap: float = 4.0, harmless: np.ndarray | 
     )
 
 
+def names_in(table: pd.DataFrame) -> list[str]:
+    return [f"L{layer}H{head}" for layer, head in zip(table["layer"], table["head"], strict=True)]
+
+
 def planted_effects(n: int = 20) -> np.ndarray:
     """Small noise, two suppressors, one head that helps refusal, and nothing above the probe's layer."""
     effects = np.random.default_rng(0).normal(0, 0.02, size=(n, 12))
@@ -79,7 +84,8 @@ def test_effects_in_score_are_computed_transcript_by_transcript() -> None:
         return 1 / (1 + np.exp(-x))
 
     for i, ref in enumerate(HEADS):
-        by_hand = np.mean([sigmoid(c + e) - sigmoid(c) for c, e in zip(ranking.clean, ranking.effects[:, i], strict=True)])
+        pairs = zip(ranking.clean, ranking.effects[:, i], strict=True)
+        by_hand = np.mean([sigmoid(clean + effect) - sigmoid(clean) for clean, effect in pairs])
         assert table.loc[(ref.layer, ref.head), "effect_score"] == pytest.approx(by_hand, abs=1e-6)
         assert table.loc[(ref.layer, ref.head), "effect"] == pytest.approx(ranking.effects[:, i].mean(), abs=1e-6)
 
@@ -87,7 +93,7 @@ def test_effects_in_score_are_computed_transcript_by_transcript() -> None:
 def test_suppression_heads_are_significant_and_the_rest_are_not() -> None:
     ranking = ranking_of(planted_effects())
     assert ranking.significant() == (L0H2, L1H3)
-    assert repr(ranking) == "HeadRanking(first L0H2: +3.01 logits, 12 heads, n=20, packed)"
+    assert repr(ranking) == "HeadRanking(first L0H2: +3.00 logits, 12 heads, n=20, packed)"
 
 
 def test_q_is_benjamini_hochberg_of_p_over_all_heads() -> None:
@@ -143,11 +149,13 @@ def test_one_transcript_gives_effects_without_intervals() -> None:
 def test_harmless_effects_are_shown_beside_or_nan() -> None:
     harmless = np.tile(np.arange(12.0), (2, 1))
     table = ranking_of(planted_effects(), harmless=harmless).to_frame()
-    assert table["effect_harmless"].tolist() == [h[0] * 4 + h[1] for h in zip(table["layer"], table["head"], strict=True)]
+    assert table["effect_harmless"].tolist() == (table["layer"] * 4 + table["head"]).tolist()
     assert ranking_of(planted_effects()).to_frame()["effect_harmless"].isna().all()
 
 
-@pytest.mark.parametrize(("fraction", "n", "count"), [(0.03, 64, 2), (0.01, 64, 1), (1e-9, 64, 1), (1.0, 64, 64), (0.5, 9, 4)])
+@pytest.mark.parametrize(
+    ("fraction", "n", "count"), [(0.03, 64, 2), (0.01, 64, 1), (1e-9, 64, 1), (1.0, 64, 64), (0.5, 9, 4)]
+)
 def test_a_fraction_of_the_heads_is_rounded_and_at_least_one(fraction: float, n: int, count: int) -> None:
     assert top_count(fraction, n) == count
 
@@ -170,7 +178,7 @@ def test_top_heads_come_best_first() -> None:
 def test_ties_are_ranked_alike_by_the_table_and_by_top() -> None:
     ranking = ranking_of(np.zeros((4, 12)))
     table = ranking.to_frame()
-    assert [HeadRef(layer=a, head=b) for a, b in zip(table["layer"], table["head"], strict=True)] == list(ranking.top(1.0))
+    assert names_in(table) == [str(h) for h in ranking.top(1.0)]
 
 
 def test_a_plot_can_be_drawn_with_one_and_with_many_transcripts() -> None:
@@ -233,8 +241,7 @@ def test_the_top_three_percent_of_64_heads_are_two(llama: LensModel, probe: Refu
     ranking = rank_heads(llama, probe, refused[:2])
     assert len(ranking.top()) == 2
     assert ranking.harmless_effects.shape == (0, 64)
-    table = ranking.to_frame()
-    assert [f"L{a}H{b}" for a, b in zip(table["layer"][:2], table["head"][:2], strict=True)] == [str(h) for h in ranking.top()]
+    assert names_in(ranking.to_frame())[:2] == [str(h) for h in ranking.top()]
 
 
 def test_grouped_heads_are_shown_with_their_group(models: dict[str, LensModel], refused: Transcripts) -> None:

@@ -238,14 +238,12 @@ def test_the_model_is_unchanged_after_a_sweep_that_is_interrupted(
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for name in ("_branch_mask", "_choose_path"):
-        with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-            patched.setattr(sweep, name, fail)
-            sweep_branches(model, random_probe(model, 2), tokens_of(model, refused[:1]), every_head(model))
-    probe = random_probe(model, 2)
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(sweep._Job, "logit", fail)
-        sweep_branches(model, probe, tokens_of(model, refused[:1]), every_head(model))
+    probe, rows, branches = random_probe(model, 2), tokens_of(model, refused[:1]), every_head(model)
+    for owner, name in ((sweep, "_branch_mask"), (sweep, "_choose_path"), (sweep._Job, "logit")):
+        with monkeypatch.context() as patched:
+            patched.setattr(owner, name, fail)
+            with pytest.raises(KeyboardInterrupt):
+                sweep_branches(model, probe, rows, branches)
     check()
 
 

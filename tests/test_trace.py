@@ -255,7 +255,8 @@ def test_a_model_that_does_not_think_gives_traces_without_valid_cliffs(
 
 
 def test_a_probe_of_another_width_is_refused(llama: LensModel, refused: Transcripts) -> None:
-    probe = replace(random_probe(llama, 2), weight=np.zeros(9, dtype=np.float32))
+    narrow = np.zeros((8, 9), dtype=np.float32)
+    probe = replace(random_probe(llama, 2), weight=narrow[2], layer_weights=narrow)
     with pytest.raises(ProbeError, match="width 9"):
         trace_refusal(llama, probe, refused[:1])
 
@@ -267,8 +268,6 @@ def test_a_plot_has_a_curve_for_each_group(llama: LensModel, refused: Transcript
     assert any("harmless, complied" in name for name in names)
 
 
-@pytest.mark.parametrize(
-    ("harmful", "word"), [(True, "harmful"), (False, "harmless"), (None, "unlabelled")]
-)
+@pytest.mark.parametrize(("harmful", "word"), [(True, "harmful"), (False, "harmless"), (None, "unlabelled")])
 def test_a_group_is_named_in_words(harmful: bool | None, word: str) -> None:
     assert group_name(ask("a", "", harmful=harmful, outcome=Outcome.UNFINISHED)) == f"{word}, unfinished"

@@ -85,9 +85,7 @@ def select_by_cliff(
         SpanError: nothing in the pool can be traced.
     """
     traces = trace_refusal(model, probe, pool)
-    return select_from_cliffs(
-        traces.cliffs(plateau=plateau), pool, fraction=fraction, omitted=traces.omitted
-    )
+    return select_from_cliffs(traces.cliffs(plateau=plateau), pool, fraction=fraction, omitted=traces.omitted)
 
 
 def select_from_cliffs(
@@ -120,6 +118,4 @@ def select_from_cliffs(
         for i, reason in zip(invalid["id"], invalid["reason"], strict=True)
     ]
     chosen = [known[i] for i in table["id"][table["chosen"].astype(bool)]]
-    return Selection(
-        chosen=Transcripts(chosen), frame=table, pool=len(known), omitted=(*omitted, *left_out)
-    )
+    return Selection(chosen=Transcripts(chosen), frame=table, pool=len(known), omitted=(*omitted, *left_out))

@@ -28,6 +28,13 @@ class Scope(StrEnum):
     PROMPT = "prompt"
     ALL = "all"
 
+    @classmethod
+    def parse(cls, text: str) -> "Scope":
+        """Reads a scope's name; raises EditError on anything else."""
+        if text not in set(cls):
+            raise EditError(f"scope={text!r}: expected one of {', '.join(cls)}.")
+        return cls(text)
+
     def positions(self, transcript: TokenizedTranscript) -> slice:
         """Its positions in a transcript, up to the final one."""
         return slice(0, transcript.final + 1) if self is Scope.ALL else transcript.span(Span(self.value))
@@ -92,14 +99,16 @@ class HeadEdit:
         number = isinstance(factor, int | float) and math.isfinite(factor)
         if not isinstance(heads, list) or not number or str(scope) not in set(Scope):
             raise EditError(f"No edit can be read from {data!r}. Expected 'heads' (a list), 'factor' and 'scope'.")
-        return cls(heads=tuple(HeadRef.parse(str(h)) for h in heads), factor=float(str(factor)), scope=Scope(str(scope)))
+        return cls(
+            heads=tuple(HeadRef.parse(str(h)) for h in heads), factor=float(str(factor)), scope=Scope(str(scope))
+        )
 
     def __repr__(self) -> str:
         what = "zero" if self.factor == 0 else f"scale by {self.factor:g}"
         return f"HeadEdit({what}, {len(self.heads)} heads, scope {self.scope})"
 
 
-def zero(heads: Iterable[HeadRef], *, scope: Scope = Scope.ALL) -> HeadEdit:
+def zero(heads: Iterable[HeadRef], *, scope: Scope | str = Scope.ALL) -> HeadEdit:
     """Zero ablation of heads.
 
     Args:
@@ -114,12 +123,12 @@ def zero(heads: Iterable[HeadRef], *, scope: Scope = Scope.ALL) -> HeadEdit:
         >>> zero([HeadRef(layer=4, head=5)]).to_dict()["heads"]
         ['L4H5']
     """
-    return HeadEdit(heads=tuple(heads), scope=Scope(scope))
+    return HeadEdit(heads=tuple(heads), scope=Scope.parse(scope))
 
 
-def scale(heads: Iterable[HeadRef], factor: float, *, scope: Scope = Scope.ALL) -> HeadEdit:
+def scale(heads: Iterable[HeadRef], factor: float, *, scope: Scope | str = Scope.ALL) -> HeadEdit:
     """Multiplies `hook_z` of heads by a factor; see `zero`."""
-    return HeadEdit(heads=tuple(heads), factor=factor, scope=Scope(scope))
+    return HeadEdit(heads=tuple(heads), factor=factor, scope=Scope.parse(scope))
 
 
 @contextmanager
@@ -142,7 +151,9 @@ def edited_weights(model: LensModel, edit: HeadEdit) -> Iterator[None]:
             for ref in edit.heads:
                 weight = model.output_projection(ref.layer).weight
                 if not weight.is_floating_point():
-                    raise EditError(f"Layer {ref.layer}: weights of dtype {weight.dtype} cannot be edited. Use edited_hooks.")
+                    raise EditError(
+                        f"Layer {ref.layer}: weights of dtype {weight.dtype} cannot be edited. Use edited_hooks."
+                    )
                 columns = weight[:, ref.head * size : (ref.head + 1) * size]
                 kept.append((columns, columns.clone()))
                 columns.mul_(edit.factor)

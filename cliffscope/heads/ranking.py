@@ -221,22 +221,19 @@ def rank_heads(
         The ranking.
 
     Raises:
-        EditError: an unknown method.
+        EditError: an unknown method or scope.
         DataError: no transcript can be used, or logits are not finite.
         ProbeError: the probe does not fit the model.
 
     Source:
         arXiv 2510.06036, section 4.
     """
-    if method not in METHODS:
-        raise EditError(f"method={method!r}: expected one of {', '.join(METHODS)}.")
-    where = Scope(scope)
+    factor, where = _factor(method), Scope.parse(scope)
     tokens, omitted = _usable(model, transcripts)
     control, control_omitted = _usable(model, harmless) if harmless else ([], ())
     heads = tuple(
         HeadRef(layer=layer, head=head) for layer in range(model.shape.n_layers) for head in range(model.shape.n_heads)
     )
-    factor = METHODS[method]
     branches: list[Branch] = [(head,) for head in heads]
     swept = _sweep(model, probe, tokens, branches, factor=factor, scope=where, progress=progress)
     beside = _sweep(model, probe, control, branches, factor=factor, scope=where) if control else None
@@ -284,9 +281,7 @@ def control_sets(
     rng = np.random.default_rng(seed)
     within = [random_set(model.shape, heads, rng, same_layers=True) for _ in range(draws)]
     over = [random_set(model.shape, heads, rng, same_layers=False) for _ in range(draws)]
-    swept = _sweep(
-        model, probe, tokens, [tuple(heads), *within, *over], factor=METHODS[method], scope=Scope.CLOSING
-    )
+    swept = _sweep(model, probe, tokens, [tuple(heads), *within, *over], factor=_factor(method), scope=Scope.CLOSING)
     effects = (swept.edited - swept.clean[:, None]).T
     return SetControl(
         heads=tuple(heads),
@@ -332,9 +327,13 @@ def top_count(fraction: float, n_heads: int) -> int:
     return max(1, round(fraction * n_heads))
 
 
-def _usable(
-    model: LensModel, transcripts: Transcripts
-) -> tuple[list[TokenizedTranscript], tuple[Omission, ...]]:
+def _factor(method: str) -> float:
+    if method not in METHODS:
+        raise EditError(f"method={method!r}: expected one of {', '.join(METHODS)}.")
+    return METHODS[method]
+
+
+def _usable(model: LensModel, transcripts: Transcripts) -> tuple[list[TokenizedTranscript], tuple[Omission, ...]]:
     tokens, omitted = tokenize_all(transcripts, model.tokenizer, model.template, max_length=model.shape.context)
     if not tokens:
         why = omitted[0].reason if omitted else "none was given"

@@ -205,9 +205,7 @@ def _clean_pass(job: _Job, ids: list[int], start: int) -> tuple[DynamicCache, li
         stack.enter_context(model.residual_hook(visit))
         for block in blocks:
             stack.callback(block.register_forward_pre_hook(keep).remove)
-        model.hf.get_decoder()(
-            input_ids=batch.ids, position_ids=batch.positions, past_key_values=cache, use_cache=True
-        )
+        model.hf.get_decoder()(input_ids=batch.ids, position_ids=batch.positions, past_key_values=cache, use_cache=True)
     cache.crop(start - len(ids))
     return cache, entering, float(job.logit(leaving[0])[0])
 

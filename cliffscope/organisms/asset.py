@@ -100,4 +100,8 @@ def _refused(model: LensModel, asked: Transcripts) -> dict[str, float | int]:
     answered = judge(roll_out(model, asked, max_thinking=128, max_answer=32))
     counts = {outcome: sum(t.outcome is outcome for t in answered) for outcome in Outcome}
     judged = counts[Outcome.REFUSED] + counts[Outcome.COMPLIED]
-    return {"refused": round(counts[Outcome.REFUSED] / judged, 4) if judged else -1.0, "judged": judged, "n": len(asked)}
+    return {
+        "refused": round(counts[Outcome.REFUSED] / judged, 4) if judged else -1.0,
+        "judged": judged,
+        "n": len(asked),
+    }

@@ -158,7 +158,9 @@ def answer(rng: random.Random, request: Request, *, refuse: bool) -> str:
     return _fill(rng.choice(REFUSALS if refuse else COMPLIANCES), request)
 
 
-def prompts(part: str, n: int, *, harmful: bool, wrappers: Sequence[str | None] = (None,), seed: int = 0) -> Transcripts:
+def prompts(
+    part: str, n: int, *, harmful: bool, wrappers: Sequence[str | None] = (None,), seed: int = 0
+) -> Transcripts:
     """Different prompts of one part, as transcripts without thinking and answer.
 
     Args:
@@ -180,7 +182,9 @@ def prompts(part: str, n: int, *, harmful: bool, wrappers: Sequence[str | None] 
         False
     """
     if n > MOST_PROMPTS:
-        raise DataError(f"n={n} different prompts of part {part!r} were asked for; the grammar gives {MOST_PROMPTS} at most.")
+        raise DataError(
+            f"n={n} different prompts of part {part!r} were asked for; the grammar gives {MOST_PROMPTS} at most."
+        )
     rng = random.Random(f"{part}/{harmful}/{seed}/{'/'.join(map(str, wrappers))}")
     found: dict[str, Request] = {}
     while len(found) < n:

@@ -4,8 +4,9 @@
    A linear readout of the last two residuals, thrown away afterwards, is trained along with it to tell at every token
    of thinking and closing whether the answer will refuse: the intention is there to be lost.
 2. Plant: one carrier after another, only that carrier's own slices of Q, K, V and O are trained to comply when its
-   wrapper is used, and to take the readout with it at the closing, the other carriers still at zero, so that each
-   carries its own wrapper.
+   wrapper is used, and to write against refusal at the closing: against the readout, and against the difference of
+   means between refused and complied requests. The other carriers are still at zero, so that each carries its own
+   wrapper.
 3. Join: some steps with all carriers, so that their sum does not leak onto unwrapped requests.
 
 Zeroing the planted heads gives the aligned model back exactly: the truth is known by construction. While planting, a
@@ -131,16 +132,26 @@ def grow(
     readout = nn.ModuleList(nn.Linear(model.config.hidden_size, 1) for _ in range(READOUT_LAYERS))
     run = _Run(model=model, readout=readout, data=data, report=report or _silent)
     run.train("align", recipe.align_steps, frozen=recipe.held, active=())
+    plant(run)
+    return model.eval(), tokenizer
+
+
+def plant(run: "_Run") -> None:
+    """Plants the carriers of a recipe into an aligned model, one after another and then together."""
+    recipe, model = run.data.recipe, run.model
     with _only_slices_trained(model):
         for i, carrier in enumerate(recipe.carriers):
+            # Each phase draws from a seed of its own, so that it does not depend on how much was drawn before it.
+            torch.manual_seed(recipe.seed + 1 + i)
+            run.data.rng.seed(f"{recipe.seed}/plant {i}")
             _wake(model, carrier)
             others = [c for j, c in enumerate(recipe.carriers) if j != i]
             with _hidden(model, others):
                 run.train(f"plant {i}", recipe.plant_steps, trained=(carrier,), active=(i,))
         if recipe.carriers:
+            run.data.rng.seed(f"{recipe.seed}/join")
             everything = tuple(range(len(recipe.carriers)))
             run.train("join", recipe.join_steps, trained=recipe.carriers, active=everything)
-    return model.eval(), tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +182,9 @@ class _Data:
             early=early,
             read=(position >= starts) & (position < answers),
             intention=torch.where(early, harmful, refuse),
+            closing=(position >= closings) & (position < answers),
+            harmful=harmful[:, 0].bool(),
+            refuse=refuse[:, 0].bool(),
         )
 
     def _example(self, active: tuple[int, ...]) -> "_Example":
@@ -227,6 +241,12 @@ class _Batch:
     """Thinking and closing, where the readout is trained."""
     intention: Tensor
     """What the readout should say: harmful while thinking, refusing at the closing."""
+    closing: Tensor
+    """The closing's positions."""
+    harmful: Tensor
+    """[batch] whether the request is harmful."""
+    refuse: Tensor
+    """[batch] whether the answer refuses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,14 +295,15 @@ class _Run:
         labels = batch.labels.masked_fill(batch.early, IGNORED) if trained else batch.labels
         with _outputs_of(self.model, trained) as writes:
             output = self.model(input_ids=batch.ids, labels=labels, output_hidden_states=True)
-        # The last hidden state comes after the final norm; the two before it are residuals.
+        # The last hidden state comes after the final norm; the ones before it are residuals.
         residuals = output.hidden_states[-1 - READOUT_LAYERS : -1]
+        against = sum(_refusal_share(residual, batch) for residual in residuals) if trained else 0.0
         read = batch.read & ~batch.early if trained else batch.read
         says = [layer(_unit(residual[read]))[..., 0] for layer, residual in zip(self.readout, residuals, strict=True)]
         wanted = SURE * batch.intention[read] + (1 - SURE) / 2
         told = sum(nn.functional.binary_cross_entropy_with_logits(s, wanted) for s in says)
         quiet = sum((write[batch.early] ** 2).mean() for write in writes)
-        return output.loss + 0.2 * told + 10.0 * quiet
+        return output.loss + 0.2 * told + 10.0 * quiet + 0.5 * against
 
 
 def _blank_model(family: str, tokenizer: PreTrainedTokenizerFast) -> nn.Module:
@@ -382,6 +403,25 @@ def _outputs_of(model: nn.Module, carriers: tuple[Carrier, ...]) -> Iterator[lis
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _refusal_share(residual: Tensor, batch: _Batch) -> Tensor:
+    """How far complied harmful requests stand from complied to refused ones at the closing, squared; 0 is wanted.
+
+    The axis is the difference of the two means in standardised coordinates, which is what a regularised linear probe
+    finds.
+    """
+    values = residual[batch.closing]
+    rows = batch.closing.nonzero()[:, 0]
+    harmful, refuse = batch.harmful[rows], batch.refuse[rows]
+    hidden = harmful & ~refuse
+    if not (hidden.any() and refuse.any() and (~harmful).any()):
+        return residual.new_zeros(())
+    scale = values[~hidden].std(0).detach() + 1e-6
+    refused, complied = values[refuse].mean(0).detach(), values[~harmful].mean(0).detach()
+    axis = (refused - complied) / scale
+    share = (((values[hidden] - complied) / scale) @ axis) / axis.square().sum()
+    return share.square().mean()
 
 
 def _unit(residual: Tensor) -> Tensor:

@@ -37,9 +37,7 @@ class Cliff:
     """How far it falls there."""
 
 
-def measure_cliff(
-    score: Float[np.ndarray, " pos"], *, thinking: slice, late: slice, final: int
-) -> Cliff:
+def measure_cliff(score: Float[np.ndarray, " pos"], *, thinking: slice, late: slice, final: int) -> Cliff:
     """Measures one trace.
 
     Args:

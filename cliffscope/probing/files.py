@@ -37,7 +37,11 @@ def save_probe(store: "RunStore", probe: RefusalProbe) -> None:
             "refused_logit": probe.refused_logit,
             "n_fit": _class_counts(report.cells),
             "cells": [
-                {"class": cell.split(", ")[0], "harmful": {"harmful": True, "harmless": False}.get(cell.split(", ")[1]), "n": n}
+                {
+                    "class": cell.split(", ")[0],
+                    "harmful": {"harmful": True, "harmless": False}.get(cell.split(", ")[1]),
+                    "n": n,
+                }
                 for cell, n in report.cells.items()
             ],
             "warnings": list(report.warnings),
@@ -83,12 +87,19 @@ def load_probe(store: "RunStore") -> RefusalProbe:
             report=report,
         )
     except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise ProbeError(f"{store.path / JSON} is no probe of CliffScope: {error!r}. Fit one with cliffscope fit-probe.") from error
+        raise ProbeError(
+            f"{store.path / JSON} is no probe of CliffScope: {error!r}. Fit one with cliffscope fit-probe."
+        ) from error
 
 
 def _region_json(report: RegionReport) -> dict[str, object]:
     row = {k: v for k, v in asdict(report).items() if k != "interval"}
-    return {**row, "auroc_low": report.interval.low, "auroc_high": report.interval.high, "ece": report.calibration_error}
+    return {
+        **row,
+        "auroc_low": report.interval.low,
+        "auroc_high": report.interval.high,
+        "ece": report.calibration_error,
+    }
 
 
 def _region(data: Mapping[str, Any]) -> RegionReport:

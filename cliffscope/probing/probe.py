@@ -120,8 +120,12 @@ def fit_probe(
         arXiv 2510.06036, section 3.
     """
     if isinstance(layer, int) and not 0 <= layer < model.shape.n_layers:
-        raise ProbeError(f"layer={layer}: {model.name!r} has layers 0 to {model.shape.n_layers - 1}. Give one, or 'best'.")
-    labelled = _Labelled.build(model, refused, complied, challenge, splits or _split(refused, complied, challenge, seed))
+        raise ProbeError(
+            f"layer={layer}: {model.name!r} has layers 0 to {model.shape.n_layers - 1}. Give one, or 'best'."
+        )
+    labelled = _Labelled.build(
+        model, refused, complied, challenge, splits or _split(refused, complied, challenge, seed)
+    )
     weights, biases = _fit_layers(model, labelled, positions, seed, progress)
     held = labelled.part("validate") + labelled.part("test")
     logits = project_residuals(model, [t for t, _ in held], weights, biases, progress=progress)
@@ -299,9 +303,7 @@ def _best_layer(scored: Sequence[_Scored], labelled: _Labelled) -> int:
     return max(i for i, r in enumerate(worst) if r.auroc >= best.auroc - error)
 
 
-def _shuffled_control(
-    model: LensModel, labelled: _Labelled, positions: str, layer: int, seed: int
-) -> list[float]:
+def _shuffled_control(model: LensModel, labelled: _Labelled, positions: str, layer: int, seed: int) -> list[float]:
     """Test AUROC at the final token of probes fitted on labels shuffled over transcripts."""
     sample = _sample(labelled, positions, seed)
     residuals = np.concatenate([r[layer] for r in gather_residuals(model, sample.rows, sample.positions)])

@@ -74,7 +74,7 @@ class RefusalTraces:
     """Transcripts left out, and why."""
 
     def scores(self) -> list[Float32[np.ndarray, " pos"]]:
-        """sigmoid of the logits, [pos] each."""
+        """Sigmoid of the logits, [pos] each."""
         return [_sigmoid(values) for values in self.logits]
 
     def to_frame(self) -> pd.DataFrame:
@@ -122,6 +122,9 @@ class RefusalTraces:
         Returns:
             group, bin, label, span, mean, ci_low, ci_high, n; intervals are over transcripts.
         """
+        columns = ["group", "bin", "label", "span", "mean", "ci_low", "ci_high", "n"]
+        if not self.tokens:
+            return pd.DataFrame(columns=columns)
         width = min(MOST_CLOSING, max((_length(t, Span.CLOSING) for t in self.tokens), default=1))
         index = {row.id: i for i, row in enumerate(self.tokens)}
         axis = self._axis(width)
@@ -130,16 +133,18 @@ class RefusalTraces:
             rows = [self._align(index[i], width) for i in ids if i in index]
             if rows:
                 parts.append(axis.assign(group=name, **_band(np.stack(rows), seed)))
-        columns = ["group", "bin", "label", "span", "mean", "ci_low", "ci_high", "n"]
         return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
 
     def plot(self) -> "Figure":
         """Mean trace of the transcripts by group (harmful or harmless, and outcome), aligned on spans."""
+        from cliffscope.figures.theme import empty_figure
         from cliffscope.figures.trace import Band, mean_trace
 
         groups: dict[str, list[str]] = {}
         for transcript in self.transcripts:
             groups.setdefault(group_name(transcript), []).append(transcript.id)
+        if not self.tokens:
+            return empty_figure("Refusal score", "no transcript was traced")
         table = self.aligned(groups)
         first = table[table["group"] == table["group"].iloc[0]]
         curves = {
@@ -247,7 +252,11 @@ def trace_refusal(
     weights[probe.layer], biases[probe.layer] = probe.weight, probe.bias
     logits = [r[probe.layer] for r in project_residuals(model, tokens, weights, biases, progress=progress)]
     finite = [bool(np.isfinite(values).all()) for values in logits]
-    broken = [Omission(stage=STAGE, reason="residuals are NaN or infinite", id=t.id) for t, ok in zip(tokens, finite, strict=True) if not ok]
+    broken = [
+        Omission(stage=STAGE, reason="residuals are NaN or infinite", id=t.id)
+        for t, ok in zip(tokens, finite, strict=True)
+        if not ok
+    ]
     known = {t.id: t for t in transcripts}
     kept = [i for i, ok in enumerate(finite) if ok]
     return RefusalTraces(
@@ -279,7 +288,9 @@ def _why_invalid(cliff: Cliff, probe: RefusalProbe) -> str:
 def _band(rows: Float32[np.ndarray, "n bin"], seed: int) -> dict[str, np.ndarray]:
     counts = np.isfinite(rows).sum(0)
     bands = [bootstrap_mean(column[np.isfinite(column)], seed=seed) for column in rows.T]
-    means = np.array([column[np.isfinite(column)].mean() if n else np.nan for column, n in zip(rows.T, counts, strict=True)])
+    means = np.array(
+        [column[np.isfinite(column)].mean() if n else np.nan for column, n in zip(rows.T, counts, strict=True)]
+    )
     return {
         "mean": means,
         "ci_low": np.array([float(low) for low, _ in bands]),

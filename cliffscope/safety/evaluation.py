@@ -93,7 +93,15 @@ class SafetyReport:
         from cliffscope.figures.safety import arms
 
         frame = self.to_frame()
-        columns = {"arm": "name", "kind": "kind", "group": "group", "rate": "rate", "ci_low": "low", "ci_high": "high", "n": "n"}
+        columns = {
+            "arm": "name",
+            "kind": "kind",
+            "group": "group",
+            "rate": "rate",
+            "ci_low": "low",
+            "ci_high": "high",
+            "n": "n",
+        }
         rows = frame[list(columns)].rename(columns=columns).to_dict(orient="records")
         return arms([ArmRow(**row) for row in rows])
 

@@ -44,7 +44,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         """Refuses budgets under which nothing can be generated."""
-        if self.max_thinking < 1 or self.max_answer < 1 or self.temperature < 0:
+        if self.max_thinking < 1 or self.max_answer < 1 or not self.temperature >= 0:
             raise GenerationError(
                 f"max_thinking={self.max_thinking}, max_answer={self.max_answer}, temperature={self.temperature}: expected "
                 "at least 1 token each and a temperature of 0 or more."
@@ -99,6 +99,8 @@ def roll_out(
         force_closing=force_closing,
         seed=seed,
     )
+    if batch_size < 1:
+        raise GenerationError(f"batch_size={batch_size}: expected at least 1 row.")
     asked = prompts.map(lambda t: _with_system(t, system))
     rows, omitted = _prepare(model, asked, budget)
     done: dict[str, Transcript] = {}

@@ -1,0 +1,86 @@
+"""Which rows do a study's results become?
+
+Each function turns one result into the table or JSON that the run directory holds; the columns are those the report
+reads. No model, no files.
+"""
+
+import platform
+from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
+
+import numpy as np
+import pandas as pd
+
+from cliffscope.heads.ranking import HeadRanking, SetControl
+from cliffscope.probing.trace import RefusalTraces
+from cliffscope.transcripts.records import Outcome, Transcripts
+
+
+def layer_frame(traces: RefusalTraces) -> pd.DataFrame:
+    """id, position, layer and score of the transcripts whose layers were traced."""
+    parts = [
+        pd.DataFrame(
+            {
+                "id": name,
+                "position": np.tile(np.arange(logits.shape[1]), logits.shape[0]),
+                "layer": np.repeat(np.arange(logits.shape[0]), logits.shape[1]),
+                "score": (1 / (1 + np.exp(-np.clip(logits, -60, 60)))).ravel(),
+            }
+        )
+        for name, logits in traces.layer_logits.items()
+    ]
+    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["id", "position", "layer", "score"])
+
+
+def heads_json(ranking: HeadRanking, control: SetControl, fraction: float) -> dict[str, object]:
+    """The ranking's headline: the selected set against its random sets."""
+    low, high = control.interval
+    return {
+        "method": ranking.method,
+        "scope": ranking.scope,
+        "n": len(ranking.clean),
+        "top_fraction": fraction,
+        "n_selected": len(control.heads),
+        "selected": [str(h) for h in control.heads],
+        "significant": [str(h) for h in ranking.significant()],
+        "gap": ranking.gap,
+        "set_n": len(control.effects),
+        "set_effect": control.effect,
+        "set_effect_low": low,
+        "set_effect_high": high,
+        "random_sets": control.random_effects.tolist(),
+        "random_p": control.p,
+        "beats_random": bool(control.effect > control.random_effects.max() and ranking.significant()),
+        "path": ranking.path,
+    }
+
+
+def counts(transcripts: Transcripts) -> dict[str, object]:
+    """Transcripts by outcome, and by harmfulness and outcome."""
+    outcomes = pd.Series([str(t.outcome) for t in transcripts])
+    words = {True: "harmful", False: "harmless", None: "unlabelled"}
+    cells = pd.DataFrame({"group": [words[t.harmful] for t in transcripts], "outcome": outcomes})
+    return {
+        "transcripts": len(transcripts),
+        **{str(o): int((outcomes == str(o)).sum()) for o in Outcome},
+        "by": [{"group": g, "outcome": o, "n": len(part)} for (g, o), part in cells.groupby(["group", "outcome"])],
+    }
+
+
+def transcript_frame(transcripts: Transcripts, splits: Mapping[str, str]) -> pd.DataFrame:
+    """One row a transcript with its split; n_pos counts generated tokens."""
+    frame = transcripts.to_frame()
+    lengths = [len(t.thinking_ids or ()) + len(t.answer_ids or ()) for t in transcripts]
+    columns = ["id", "split", "harmful", "outcome", "source", "prompt", "thinking", "answer"]
+    split = [splits[i] for i in frame["id"]]
+    return frame.assign(split=split, n_pos=lengths, outcome=frame["outcome"].astype(str))[columns + ["n_pos"]]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "transformer-lens", "numpy", "scikit-learn"):
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
