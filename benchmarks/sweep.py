@@ -108,6 +108,7 @@ def random_probe(model: LensModel) -> RefusalProbe:
         layer_weights=weights,
         layer_biases=np.zeros(shape.n_layers, dtype=np.float32),
         positions="final",
+        strength=1.0,
         refused_logit=0.0,
         fingerprint=model.fingerprint,
         report=ProbeReport(
@@ -128,10 +129,12 @@ def loop_logit(model: LensModel, probe: RefusalProbe, transcript: TokenizedTrans
     kept = {}
 
     def zero(z: torch.Tensor, hook: object) -> torch.Tensor:
+        del hook
         z[:, window, head.head] = 0.0
         return z
 
     def keep(residual: torch.Tensor, hook: object) -> None:
+        del hook
         kept["residual"] = residual[0, -1]
 
     hooks = [(f"blocks.{head.layer}.attn.hook_z", zero), (f"blocks.{probe.layer}.hook_resid_post", keep)]
@@ -145,7 +148,7 @@ def forward(model: LensModel, transcript: TokenizedTranscript) -> None:
     """One plain forward pass of the blocks: the floor."""
     batch = model.to_batch([transcript.token_ids.tolist()])
     with torch.inference_mode():
-        model.hf.get_decoder()(input_ids=batch.ids, position_ids=batch.positions, use_cache=False)
+        model.decoder(input_ids=batch.ids, position_ids=batch.positions, use_cache=False)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""CliffScope: where, and by which attention heads, a reasoning model's intention to refuse is lost, and how to restore it.
+"""CliffScope: where, and by which attention heads, a reasoning model loses its intention to refuse; how to restore it.
 
 The public names are loaded when they are first used, so that the import is quick.
 """

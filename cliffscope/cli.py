@@ -10,7 +10,7 @@ import logging
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -192,6 +192,7 @@ def fit_probe(
     transcripts: TranscriptsOption,
     out: OutOption,
     positions: Annotated[str, typer.Option(help="balanced or final.")] = "balanced",
+    contrast: Annotated[str, typer.Option(help="Complied class: auto, harmless or harmful.")] = "auto",
     layer: Annotated[int | None, typer.Option(help="Layer; chosen on the validate split if not given.")] = None,
     template: TemplateOption = None,
     seed: SeedOption = 0,
@@ -202,17 +203,22 @@ def fit_probe(
     Example: cliffscope fit-probe --model ./my-model --transcripts judged.jsonl --out probe/
     """
     import cliffscope as cs
+    from cliffscope.probing.contrast import contrast_classes
     from cliffscope.probing.files import save_probe
     from cliffscope.store import open_run
-    from cliffscope.transcripts.records import Outcome
 
     judged = cs.read_transcripts(transcripts)
-    options = {"model": model, "transcripts": str(transcripts), "positions": positions, "layer": layer, "seed": seed}
+    options = {"model": model, "transcripts": str(transcripts), "positions": positions, "layer": layer}
+    options |= {"contrast": contrast, "seed": seed}
     lens = _load(model, template)
+    classes = contrast_classes(
+        judged, _one_of("contrast", contrast, "auto", "harmless", "harmful"), thinks=lens.template.thinks
+    )
     probe = cs.fit_probe(
         lens,
-        judged.where(outcome=Outcome.REFUSED),
-        judged.where(outcome=Outcome.COMPLIED),
+        classes.refused,
+        classes.complied,
+        challenge=classes.challenge,
         layer="best" if layer is None else layer,
         positions=_one_of("positions", positions, "balanced", "final"),
         seed=seed,
@@ -425,7 +431,7 @@ def _one_of(name: str, value: str, *words: Word) -> Word:
     raise typer.BadParameter(f"{value!r}: expected one of {', '.join(words)}.", param_hint=f"--{name}")
 
 
-def _say(as_json: bool, data: dict[str, object], text: str) -> None:
+def _say(as_json: bool, data: Mapping[str, object], text: str) -> None:
     typer.echo(json.dumps(data, ensure_ascii=False) if as_json else text)
 
 

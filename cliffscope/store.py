@@ -20,6 +20,7 @@ from typing import IO
 
 import numpy as np
 import pandas as pd
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from cliffscope.errors import StoreError
@@ -94,7 +95,7 @@ class RunStore:
         """Reads arrays."""
         try:
             return dict(load_file(str(self.path / name)))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, SafetensorError) as error:
             raise StoreError(f"{self.path / name} cannot be read: {error}.") from error
 
     def write_with(self, name: str, write: Callable[[Path], object]) -> None:
@@ -158,10 +159,10 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             os.fsync(file.fileno())
         temporary.chmod(0o644)
         temporary.replace(path)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise StoreError(
-            f"{path} cannot be written: {error.strerror or error}. Free space or give another directory, then run the same "
-            "command again; finished stages are kept."
+            f"{path} cannot be written: {getattr(error, 'strerror', None) or error}. Free space or give another "
+            "directory, then run the same command again; finished stages are kept."
         ) from error
     finally:
         if temporary is not None:
@@ -183,8 +184,8 @@ def _claim(store: RunStore, config: Mapping[str, object]) -> None:
         strangers = [p.name for p in store.path.iterdir() if not p.name.startswith(".")]
         if strangers:
             raise StoreError(
-                f"Directory {store.path} holds other files, such as {sorted(strangers)[0]!r}, and is no run of CliffScope. "
-                "Give an empty or new directory."
+                f"Directory {store.path} holds other files, such as {sorted(strangers)[0]!r}, and is no run of "
+                "CliffScope. Give an empty or new directory."
             )
         store.write_json(MANIFEST, {"schema": SCHEMA, "config": wanted, "stages": {}})
         return
@@ -200,7 +201,8 @@ def _claim(store: RunStore, config: Mapping[str, object]) -> None:
         changed = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
         told = "; ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in changed)
         raise StoreError(
-            f"Run directory {store.path} belongs to another configuration ({told}). Give another --out, or the same options."
+            f"Run directory {store.path} belongs to another configuration ({told}). Give another --out, or the same "
+            "options."
         )
 
 

@@ -19,7 +19,6 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
 
 import pandas as pd
 
@@ -31,6 +30,7 @@ from cliffscope.heads.ranking import control_sets, rank_heads
 from cliffscope.models import LensModel, load_model
 from cliffscope.organisms import is_organism, study_prompts
 from cliffscope.probing.cliff import Plateau
+from cliffscope.probing.contrast import Contrast, contrast_classes
 from cliffscope.probing.files import load_probe, save_probe
 from cliffscope.probing.probe import FEWEST, Positions, RefusalProbe, fit_probe
 from cliffscope.probing.trace import Cliffs, trace_refusal
@@ -81,7 +81,7 @@ class StudyConfig:
     """0 is greedy."""
     positions: Positions = "balanced"
     """Positions that the probe is fitted on."""
-    contrast: Literal["auto", "harmless", "harmful"] = "auto"
+    contrast: Contrast = "auto"
     """Complied class of the probe: harmless transcripts (the paper's) or harmful ones; "auto" takes harmless ones where
     the model thinks, since its thinking is what the cliff is about, and harmful ones where it does not."""
     plateau: Plateau = "mean"
@@ -115,6 +115,7 @@ class Study:
         return self.path / REPORT
 
     def __repr__(self) -> str:
+        """One line: directory and the finding about the cliff."""
         return f"Study({str(self.path)!r}: {self.verdict.get('cliff', 'no verdict')})"
 
 
@@ -214,11 +215,13 @@ class _Run:
     def note(self, text: str) -> None:
         """Adds a remark to the manifest."""
         notes = self.store.manifest.get("notes")
-        self.store.update(notes=[*(notes if isinstance(notes, list) else []), text])
+        known = notes if isinstance(notes, list) else []
+        self.store.update(notes=known if text in known else [*known, text])
 
     def leave_out(self, omitted: tuple[Omission, ...]) -> None:
         """Adds omissions to the run's table and to the counts in the manifest."""
-        rows = [asdict(o) for o in omitted]
+        # A reason that names its transcript would be counted apart from the same reason for another one.
+        rows = [{**asdict(o), "reason": o.reason.replace(repr(o.id), "this transcript")} for o in omitted]
         before = (
             self.store.read_frame(OMITTED)
             if self.store.has(OMITTED)
@@ -239,7 +242,7 @@ class _Run:
 
 
 def _stage_transcripts(run: _Run) -> None:
-    config, forced = run.config, {}
+    config, forced = run.config, dict[str, str]()
     if config.transcripts is not None:
         read = read_transcripts(config.transcripts)
         unjudged = all(t.outcome is Outcome.UNJUDGED for t in read)
@@ -263,7 +266,9 @@ def _stage_transcripts(run: _Run) -> None:
         raise DataError("No transcript is left: every prompt was omitted. Lower the budgets or give other prompts.")
     write_transcripts(transcripts, run.store.path / TRANSCRIPTS)
     parts = transcripts.split(seed=config.seed)
-    splits = {t.id: forced.get(t.id, name) for name, part in parts.items() for t in part}
+    # Where a test half is given, what is left is for fitting and validating.
+    moved = {"test": "fit"} if forced else {}
+    splits = {t.id: forced.get(t.id, moved.get(name, name)) for name, part in parts.items() for t in part}
     run.store.write_frame("transcripts.parquet", transcript_frame(transcripts, splits))
     run.leave_out(transcripts.omitted)
     model = run.model
@@ -283,21 +288,15 @@ def _stage_transcripts(run: _Run) -> None:
 
 
 def _stage_probe(run: _Run) -> None:
-    contrast = run.config.contrast
-    if contrast == "auto":
-        contrast = "harmless" if run.model.template.thinks else "harmful"
-    everything = ("fit", "validate", "test")
-    harmful_refused = run.part(*everything, harmful=True, outcome=Outcome.REFUSED)
-    complied = run.part(*everything, harmful=contrast == "harmful", outcome=Outcome.COMPLIED)
-    challenge = run.part(*everything, harmful=True, outcome=Outcome.COMPLIED) if contrast == "harmless" else None
+    classes = contrast_classes(run.transcripts, run.config.contrast, thinks=run.model.template.thinks)
     try:
         probe = fit_probe(
             run.model,
-            harmful_refused,
-            complied,
+            classes.refused,
+            classes.complied,
             positions=run.config.positions,
             seed=run.config.seed,
-            challenge=challenge,
+            challenge=classes.challenge,
             splits=run.splits,
             progress=run.counter("probe", len(run.transcripts)),
         )
@@ -307,9 +306,9 @@ def _stage_probe(run: _Run) -> None:
         return
     save_probe(run.store, probe)
     stored = run.store.read_json("probe.json")
-    run.store.write_json("probe.json", {**stored, "contrast": contrast})
+    run.store.write_json("probe.json", {**stored, "contrast": classes.name})
     run.leave_out(probe.omitted)
-    run.store.update(verdict={"probe": verdicts.of_probe(probe.report, contrast)})
+    run.store.update(verdict={"probe": verdicts.of_probe(probe.report, classes.name)})
 
 
 def _stage_traces(run: _Run) -> None:
@@ -335,7 +334,7 @@ def _stage_traces(run: _Run) -> None:
     groups = {str(name): part["id"].tolist() for name, part in test.groupby("group")}
     run.store.write_frame("aligned.parquet", traces.aligned(groups, seed=run.config.seed))
     run.leave_out(traces.omitted)
-    _add_verdict(run, "cliff", verdicts.of_cliff(test, run.probe.report, run.config.plateau))
+    _add_verdict(run, "cliff", verdicts.of_cliff(test, run.config.plateau))
 
 
 def _stage_heads(run: _Run) -> None:
@@ -345,8 +344,8 @@ def _stage_heads(run: _Run) -> None:
     held_out = run.part("test", harmful=True, outcome=Outcome.COMPLIED)
     if len(suppressed) < FEWEST or len(held_out) < FEWEST:
         run.note(
-            f"Heads were not ranked: {len(suppressed)} harmful transcripts of the fit and {len(held_out)} of the test split "
-            f"were complied with; {FEWEST} of each are needed. There is nothing to restore."
+            f"Heads were not ranked: {len(suppressed)} harmful transcripts of the fit and {len(held_out)} of the test "
+            f"split were complied with; {FEWEST} of each are needed. There is nothing to restore."
         )
         _add_verdict(run, "heads", verdicts.no_heads(len(suppressed) + len(held_out)))
         return
@@ -444,8 +443,8 @@ def _check_inputs(config: StudyConfig) -> None:
         )
     if config.transcripts is None and config.harmful is None and not is_organism(config.model):
         raise DataError(
-            f"No prompts were given for {config.model!r}. Give harmful=... (and harmless=...) files, or transcripts=...; only "
-            "organisms bring their own."
+            f"No prompts were given for {config.model!r}. Give harmful=... (and harmless=...) files, or "
+            "transcripts=...; only organisms bring their own."
         )
 
 
@@ -478,4 +477,4 @@ def _arm_file(name: str) -> str:
 
 
 def _silent(stage: str, done: int, total: int) -> None:
-    pass
+    """Reports nothing."""

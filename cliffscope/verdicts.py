@@ -35,20 +35,21 @@ def of_probe(report: ProbeReport, contrast: str) -> str:
     return told
 
 
-def of_cliff(cliffs: pd.DataFrame, report: ProbeReport, plateau: str) -> str:
+def of_cliff(cliffs: pd.DataFrame, plateau: str) -> str:
     """Whether harmful, complied transcripts of the test split show a cliff."""
     asked = cliffs[(cliffs["harmful"].astype("boolean").fillna(False)) & (cliffs["outcome"] == "complied")]
     valid = asked[asked["valid"].astype(bool)]
     if asked.empty:
         return "No harmful prompt of the test split was complied with, so there is no cliff to look for."
     if valid.empty:
-        return f"No cliff can be claimed for the {len(asked)} harmful prompts that were complied with: {asked['reason'].iloc[0]}."
+        why = asked["reason"].iloc[0]
+        return f"No cliff can be claimed for the {len(asked)} harmful prompts that were complied with: {why}."
     height = valid["plateau_max" if plateau == "max" else "plateau_mean"].mean()
     low, high = (float(v) for v in bootstrap_mean(valid["cliff"].to_numpy(dtype=float), seed=0))
     numbers = (
-        f"over {len(valid)} harmful prompts that were complied with (test split), the score falls from {height:.2f} in the "
-        f"thinking ({plateau}) to {valid['final'].mean():.2f} at the final token: cliff {valid['cliff'].mean():.2f} "
-        f"[{low:.2f}, {high:.2f}]."
+        f"over {len(valid)} harmful prompts that were complied with (test split), the score falls from {height:.2f} in "
+        f"the thinking ({plateau}) to {valid['final'].mean():.2f} at the final token: cliff "
+        f"{valid['cliff'].mean():.2f} [{low:.2f}, {high:.2f}]."
     )
     if not low >= CLIFF:
         return f"No refusal cliff is shown: {numbers}"
@@ -67,8 +68,8 @@ def of_heads(ranking: HeadRanking, control: SetControl) -> str:
     low, high = control.interval
     joint = (
         f"Zeroing the first {len(control.heads)} of {len(ranking.heads)} at the closing changes the refusal logit of "
-        f"{len(control.effects)} test transcripts by {control.effect:+.2f} [{low:+.2f}, {high:+.2f}]; random sets of the same "
-        f"size by {control.random_effects.mean():+.2f} (p = {control.p:.3f})."
+        f"{len(control.effects)} test transcripts by {control.effect:+.2f} [{low:+.2f}, {high:+.2f}]; random sets of "
+        f"the same size by {control.random_effects.mean():+.2f} (p = {control.p:.3f})."
     )
     if not found:
         return f"No head's effect passes its controls (q <= 0.05, n = {len(ranking.clean)}). {joint}"
@@ -88,9 +89,10 @@ def of_selection(selection: Selection) -> str:
     if not len(selection.chosen):
         return f"Nothing was selected: none of {selection.pool} pool transcripts has a valid cliff."
     chosen = selection.frame[selection.frame["chosen"].astype(bool)]
+    ours, everyone = chosen["cliff"].mean(), selection.frame["cliff"].mean()
     return (
         f"{len(chosen)} of {selection.pool} complied transcripts are selected for repair; their mean cliff is "
-        f"{chosen['cliff'].mean():.2f}, that of all {len(selection.frame)} valid ones {selection.frame['cliff'].mean():.2f}."
+        f"{ours:.2f}, that of all {len(selection.frame)} valid ones {everyone:.2f}."
     )
 
 
@@ -109,7 +111,7 @@ def _arm_sentence(report: SafetyReport, group: str, word: str) -> str:
         row = rows.loc[arm]
         return f"{row['rate']:.2f} [{row['ci_low']:.2f}, {row['ci_high']:.2f}]"
 
-    n = int(rows.loc[UNEDITED, "n"])
+    n = int(rows["n"].loc[UNEDITED])
     if TOP not in rows.index:
         return f"{word} is {told(UNEDITED)} (n = {n})."
     count = len(next(arm.edit.heads for arm in report.arms if arm.name == TOP and arm.edit is not None))

@@ -251,6 +251,7 @@ def random_probe(
         layer_weights=weights,
         layer_biases=biases,
         positions="balanced",
+        strength=1.0,
         refused_logit=3.0,
         fingerprint=model.fingerprint,
         report=report,

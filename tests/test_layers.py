@@ -30,7 +30,42 @@ LAYERS = [
     "errors",
 ]
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or not p.name.startswith("__"))
-PUBLIC = ["CliffScopeError", "Cliffs", "HeadEdit", "HeadRanking", "HeadRef", "LensModel", "PhraseJudge", "RefusalProbe", "RefusalTraces", "SafetyReport", "Selection", "Study", "StudyConfig", "Transcript", "Transcripts", "control_sets", "edited_weights", "evaluate_safety", "fit_probe", "judge", "load_model", "open_study", "organisms", "rank_heads", "read_prompts", "read_transcripts", "roll_out", "run_study", "scale", "select_by_cliff", "trace_refusal", "write_report", "write_transcripts", "zero"]
+PUBLIC = [
+    "CliffScopeError",
+    "Cliffs",
+    "HeadEdit",
+    "HeadRanking",
+    "HeadRef",
+    "LensModel",
+    "PhraseJudge",
+    "RefusalProbe",
+    "RefusalTraces",
+    "SafetyReport",
+    "Selection",
+    "Study",
+    "StudyConfig",
+    "Transcript",
+    "Transcripts",
+    "control_sets",
+    "edited_weights",
+    "evaluate_safety",
+    "fit_probe",
+    "judge",
+    "load_model",
+    "open_study",
+    "organisms",
+    "rank_heads",
+    "read_prompts",
+    "read_transcripts",
+    "roll_out",
+    "run_study",
+    "scale",
+    "select_by_cliff",
+    "trace_refusal",
+    "write_report",
+    "write_transcripts",
+    "zero",
+]
 
 
 def layer_of(module: str) -> str:

@@ -56,7 +56,7 @@ def test_the_folded_probe_is_the_decision_function_of_a_sklearn_pipeline(
         return final_states(llama, [*groups[0], *groups[1]], layer), labels
 
     for layer in (0, LAYER, 7):
-        pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=probe_module.STRENGTH, max_iter=2000))
+        pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=final_probe.strength, max_iter=2000))
         pipeline.fit(*states("fit", layer))
         held, _ = states("test", layer)
         found = held @ final_probe.layer_weights[layer] + final_probe.layer_biases[layer]
@@ -78,7 +78,7 @@ def test_the_balanced_probe_is_a_weighted_sklearn_pipeline(
             labels += [label] * len(positions)
             weights += [0.5 / thinking] * thinking + [0.5 / (len(positions) - thinking)] * (len(positions) - thinking)
     weight = np.array(weights) / np.mean(weights)
-    pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=probe_module.STRENGTH, max_iter=2000))
+    pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=balanced_probe.strength, max_iter=2000))
     fitted = {"standardscaler__sample_weight": weight, "logisticregression__sample_weight": weight}
     pipeline.fit(np.concatenate(states), labels, **fitted)
     held = np.concatenate(states)[::7]
@@ -95,7 +95,7 @@ def test_classes_of_different_size_weigh_the_same(
     states = final_states(llama, [*rows[0], *rows[1]], LAYER)
     labels = np.repeat([True, False], [len(rows[0]), len(rows[1])])
     weight = np.where(labels, 1 / len(rows[0]), 1 / len(rows[1])) * len(labels) / 2
-    pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=probe_module.STRENGTH, max_iter=2000))
+    pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=found.strength, max_iter=2000))
     fitted = {"standardscaler__sample_weight": weight, "logisticregression__sample_weight": weight}
     pipeline.fit(states, labels, **fitted)
     assert (len(rows[0]), len(rows[1])) == (10, 4)
@@ -123,7 +123,7 @@ def test_a_planted_direction_is_recovered_from_synthetic_residuals() -> None:
     labels = np.arange(2000) % 2 == 0
     noise = rng.normal(size=(2000, 24)) + 5.0
     residuals = (noise + np.where(labels, 1.5, -1.5)[:, None] * planted).astype(np.float32)
-    weight, bias = probe_module._logistic(residuals, labels, np.ones(2000))
+    weight, bias = probe_module._logistic(residuals, labels, np.ones(2000), 0.01)
     assert weight @ planted / np.linalg.norm(weight) > 0.98
     logits = residuals @ weight + bias
     assert (logits[labels] > 0).mean() > 0.9
@@ -135,7 +135,7 @@ def test_dimensions_that_never_vary_do_no_harm() -> None:
     residuals = rng.normal(size=(60, 5)).astype(np.float32)
     residuals[:, 2] = 300.0
     labels = residuals[:, 0] > 0
-    weight, bias = probe_module._logistic(residuals, labels, np.ones(60))
+    weight, bias = probe_module._logistic(residuals, labels, np.ones(60), 0.01)
     logits = residuals @ weight + bias
     assert np.isfinite(weight).all()
     assert roc_auc_score(labels, logits) > 0.95
@@ -188,7 +188,7 @@ def test_words_of_the_thinking_that_differ_are_told_apart(
 def test_the_refused_logit_is_the_mean_over_held_out_refused_transcripts(
     llama: LensModel, final_probe: RefusalProbe, refused: Transcripts, splits: Split
 ) -> None:
-    held = refused.where(ids={t.id for t in refused if splits[t.id] != "fit"})
+    held = refused.where(ids={t.id for t in refused if splits[t.id] == "test"})
     logits = final_states(llama, tokens_of(llama, held), LAYER) @ final_probe.weight + final_probe.bias
     assert final_probe.refused_logit == pytest.approx(logits.mean(), rel=1e-3, abs=1e-3)
 
@@ -346,7 +346,7 @@ def test_progress_reaches_the_number_of_fitted_transcripts(
     seen: list[int] = []
     fit_probe(llama, refused, complied, layer=LAYER, splits=splits, progress=seen.append)
     assert seen[0] > 0
-    assert max(seen) == 28
+    assert max(seen) == 20
 
 
 def test_a_probe_knows_the_model_it_was_fitted_on(

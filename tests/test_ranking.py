@@ -39,6 +39,7 @@ def ranking_of(effects: np.ndarray, *, gap: float = 4.0, harmless: np.ndarray | 
         clean=np.linspace(-2, 0, len(effects)).astype(np.float32),
         harmless_effects=np.zeros((0, 12), np.float32) if harmless is None else harmless.astype(np.float32),
         gap=gap,
+        gap_score=0.8 if gap > 0 else 0.0,
         shape=SHAPE,
         method="zero",
         scope=Scope.CLOSING,

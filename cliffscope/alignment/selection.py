@@ -56,6 +56,7 @@ class Selection:
         )
 
     def __repr__(self) -> str:
+        """One line: how many of how many."""
         return f"Selection({len(self.chosen)} of {self.pool}, left out {len(self.omitted)})"
 
 

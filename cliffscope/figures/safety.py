@@ -97,7 +97,7 @@ def plateau_final(
     texts = np.asarray([""] * len(plateau) if names is None else [theme.label(name, limit=40) for name in names])
     for index, kind in enumerate(sorted(set(kinds[known].tolist()), key=lambda name: (name == "selected", name))):
         mask = known & (kinds == kind)
-        _add_points(fig, kind, (plateau[mask], final[mask], texts[mask]), index)
+        _add_points(fig, kind, (plateau[mask], final[mask], texts[mask].tolist()), index)
     theme.themed(fig, title=f"{title} (n={int(known.sum()):,})", x="plateau score", y="final score", height=440)
     square = {"range": [-0.03, 1.03], "constrain": "domain", "tickvals": [0, 0.25, 0.5, 0.75, 1]}
     fig.update_xaxes(**square)
@@ -145,13 +145,17 @@ def _write_rates(fig: go.Figure, marks: Sequence[tuple[float, float, float]], co
     fig.add_scatter(x=ends, y=places, text=texts, row=1, col=column, **common)
 
 
-def _add_points(fig: go.Figure, kind: str, points: tuple[FloatArray, FloatArray, NDArray[np.str_]], index: int) -> None:
+def _add_points(fig: go.Figure, kind: str, points: tuple[FloatArray, FloatArray, list[str]], index: int) -> None:
     plateau, final, texts = points
     shown = f"{theme.caption(kind, limit=40)} (n={len(plateau):,})"
     if len(plateau) > MOST_POINTS:
         counts, _, _ = np.histogram2d(final, plateau, bins=40, range=[[0, 1], [0, 1]])
         centres = (np.arange(40) + 0.5) / 40
-        grey = [[0, theme.fade(theme.GREY, 0)], [0.02, theme.fade(theme.GREY, 0.25)], [1, theme.fade(theme.GREY, 1)]]
+        grey = [
+            [0, theme.fade(theme.GREY, 0.0)],
+            [0.02, theme.fade(theme.GREY, 0.25)],
+            [1, theme.fade(theme.GREY, 1.0)],
+        ]
         hover = "plateau %{x:.2f}, final %{y:.2f}<br>%{z} transcripts<extra></extra>"
         bar = theme.colorbar(f"{shown}, transcripts a cell")
         fig.add_heatmap(x=centres, y=centres, z=counts, colorscale=grey, colorbar=bar, hovertemplate=hover)

@@ -1,8 +1,8 @@
 """What is done to which heads?
 
 An edit is data: a kind, heads, a scope, a factor. It is applied to the weights (scope `all`: the heads' columns of the
-output projection are scaled, which is the same as scaling their `hook_z`) or by hooks (any scope). Both undo themselves,
-bit for bit, on any exception. Knows nothing of probes and effects.
+output projection are scaled, which is the same as scaling their `hook_z`) or by hooks (any scope). Both undo
+themselves, bit for bit, on any exception. Knows nothing of probes and effects.
 """
 
 import math
@@ -58,6 +58,7 @@ class HeadRef:
         return cls(layer=int(found[1]), head=int(found[2]))
 
     def __str__(self) -> str:
+        """Such as `L12H5`."""
         return f"L{self.layer}H{self.head}"
 
 
@@ -104,6 +105,7 @@ class HeadEdit:
         )
 
     def __repr__(self) -> str:
+        """One line: what, how many heads, where."""
         what = "zero" if self.factor == 0 else f"scale by {self.factor:g}"
         return f"HeadEdit({what}, {len(self.heads)} heads, scope {self.scope})"
 

@@ -3,11 +3,11 @@
 1. Every head up to the probe's layer is edited on its own, at the closing, in every transcript (the packed sweep).
 2. Effect of a head: refusal logit at the final position, edited minus unedited, mean over transcripts, with a bootstrap
    interval over transcripts. Positive: the head suppresses refusal.
-3. p: sign-flip permutation over transcripts of the head's effect beyond that of the typical head, and beyond the smallest
-   effect that matters: `SHARE` of the gap between the refused transcripts' logit and these transcripts'. Where there is
-   no gap nothing is suppressed, and no head can be significant. q: Benjamini-Hochberg over all heads.
-4. Controls: the same heads on harmless transcripts; and, for the top heads together, random sets of the same size, drawn
-   within the same layers and over all heads, on transcripts that the ranking has not seen.
+3. p: sign-flip permutation over transcripts of the head's effect beyond that of the typical head, and beyond the
+   smallest effect that matters: `SHARE` of the gap between the refused transcripts' logit and these transcripts'.
+   Where there is no gap nothing is suppressed, and no head can be significant. q: Benjamini-Hochberg over all heads.
+4. Controls: the same heads on harmless transcripts; and, for the top heads together, random sets of the same size,
+   drawn within the same layers and over all heads, on transcripts that the ranking has not seen.
 
 Source: refusal suppression heads, arXiv 2510.06036, section 4; intervals and controls are added here.
 """
@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 SHARE = 0.05
 """Share of the refusal gap below which an effect does not matter."""
+LEAST_GAP = 0.1
+"""Refusal gap in score below which nothing counts as suppressed: where all transcripts are refused anyway, heads still
+move the logit, but there is nothing to restore."""
 METHODS = {"zero": 0.0}
 
 
@@ -51,6 +54,8 @@ class HeadRanking:
     """[m, head] the same on harmless transcripts; m = 0 if none were given."""
     gap: float
     """Mean logit at the final token of held-out refused transcripts, minus that of these: what is there to restore."""
+    gap_score: float
+    """The same gap in score."""
     shape: ModelShape
     """Of the model."""
     method: str
@@ -136,7 +141,7 @@ class HeadRanking:
     def _p_values(self) -> Float[np.ndarray, " head"]:
         if len(self.clean) < 2:
             return np.full(len(self.heads), np.nan)
-        if self.gap <= 0:
+        if self.gap <= 0 or self.gap_score < LEAST_GAP:
             return np.ones(len(self.heads))
         seen = np.array([h.layer <= self.probe_layer for h in self.heads])
         typical = np.median(self.effects[:, seen], axis=1, keepdims=True)
@@ -145,9 +150,10 @@ class HeadRanking:
         return p
 
     def __repr__(self) -> str:
+        """One line: the first head, its effect, n and path."""
         best = self.top(1e-9)[0]
-        effect = self.effects.mean(0)[self.heads.index(best)]
-        return f"HeadRanking(first {best}: {effect:+.2f} logits, {len(self.heads)} heads, n={len(self.clean)}, {self.path})"
+        first = f"first {best}: {self.effects.mean(0)[self.heads.index(best)]:+.2f} logits"
+        return f"HeadRanking({first}, {len(self.heads)} heads, n={len(self.clean)}, {self.path})"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -160,7 +166,7 @@ class SetControl:
     """[n] refusal logit with the set edited minus unedited, transcript by transcript."""
     random_layers: Float32[np.ndarray, "draw n"]
     """[draw, n] the same for random sets drawn within the same layers."""
-    random_all: Float32[np.ndarray, "draw n"]
+    random_all: Float32[np.ndarray, "draw_all n"]
     """[draw, n] the same for random sets drawn over all heads."""
     seed: int
     """Of the draws."""
@@ -179,7 +185,7 @@ class SetControl:
     @property
     def random_effects(self) -> Float32[np.ndarray, " draws"]:
         """Mean joint effects of all random sets."""
-        return np.concatenate([self.random_layers, self.random_all]).mean(1)
+        return np.asarray(np.concatenate([self.random_layers, self.random_all]).mean(1))
 
     @property
     def p(self) -> float:
@@ -187,6 +193,7 @@ class SetControl:
         return random_set_p(self.effect, self.random_effects)
 
     def __repr__(self) -> str:
+        """One line: effect, interval, random sets, p and n."""
         low, high = self.interval
         return (
             f"SetControl({len(self.heads)} heads: {self.effect:+.2f} [{low:+.2f}, {high:+.2f}] logits, random "
@@ -243,6 +250,7 @@ def rank_heads(
         clean=swept.clean,
         harmless_effects=beside.edited - beside.clean[:, None] if beside else np.zeros((0, len(heads)), np.float32),
         gap=probe.refused_logit - float(swept.clean.mean()),
+        gap_score=float(_sigmoid(np.array([probe.refused_logit]))[0] - _sigmoid(swept.clean).mean()),
         shape=model.shape,
         method=method,
         scope=where,
@@ -355,11 +363,11 @@ def _sweep(
     if not np.isfinite(swept.edited).all() or not np.isfinite(swept.clean).all():
         bad = int(np.argwhere(~np.isfinite(swept.edited.sum(1)))[0][0]) if len(tokens) else 0
         raise DataError(
-            f"The refusal logit of transcript {tokens[bad].id!r} is not finite. Load the model in another dtype, such as "
-            "float32."
+            f"The refusal logit of transcript {tokens[bad].id!r} is not finite. Load the model in another dtype, such "
+            "as float32."
         )
     return swept
 
 
-def _sigmoid(values: Float32[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
+def _sigmoid(values: Float[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
     return np.asarray(1.0 / (1.0 + np.exp(-np.clip(values, -60, 60))), dtype=np.float32)

@@ -2,7 +2,7 @@
 
 The packed counterfactual sweep: every branch (a set of heads to edit) shares the transcript up to the closing.
 
-1. One forward pass of the transcript keeps the cache of the prefix, and the closing tokens' residual entering each layer.
+1. One forward pass of the transcript keeps the prefix's cache, and the closing tokens' residual entering each layer.
 2. Branches are sorted by their first edited layer and packed: the closing tokens are repeated once a branch, with their
    own positions and a mask in which a branch sees the prefix and itself.
 3. A pack enters the model at its first edited layer, with the clean residual, and leaves it at the probe's layer; a
@@ -31,11 +31,11 @@ from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 
 log = logging.getLogger(__name__)
 PACK_TOKENS = 320
-"""Branches x window tokens in a pack: larger packs lose more to the mask, which grows with the square, than they gain."""
+"""Branches x window tokens in a pack: larger packs lose more to the mask, which grows as the square, than they gain."""
 PACK_LAYERS = 6
 """First edited layers that one pack may span: each branch runs from the pack's first layer, clean until its own."""
 AGREEMENT = 1e-4
-"""Largest difference from the plain path, relative to the larger of 1 and the clean logit, before it is taken instead."""
+"""Largest difference from the plain path, relative to the larger of 1 and the clean logit; beyond it that is taken."""
 
 Branch = tuple[HeadRef, ...]
 
@@ -52,6 +52,7 @@ class Sweep:
     """`packed`, or `plain` with the reason."""
 
     def __repr__(self) -> str:
+        """One line: branches, n and path."""
         return f"Sweep({self.edited.shape[1]} branches, n={len(self.clean)}, {self.path})"
 
 
@@ -162,9 +163,7 @@ def _final_logit(job: _Job, ids: list[int]) -> float:
 
     batch = job.model.to_batch([ids])
     with torch.inference_mode(), job.model.residual_hook(visit):
-        job.model.hf.get_decoder()(
-            input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
-        )
+        job.model.decoder(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False)
     return float(job.logit(kept[0])[0])
 
 
@@ -191,7 +190,7 @@ def _clean_pass(job: _Job, ids: list[int], start: int) -> tuple[DynamicCache, li
     # Without a config every layer keeps all its keys; which of them are seen is the mask's business.
     cache = DynamicCache()
 
-    def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         entering.append(inputs[0][:, start:].clone())
 
     def visit(layer: int, hidden: Tensor) -> None:
@@ -205,7 +204,7 @@ def _clean_pass(job: _Job, ids: list[int], start: int) -> tuple[DynamicCache, li
         stack.enter_context(model.residual_hook(visit))
         for block in blocks:
             stack.callback(block.register_forward_pre_hook(keep).remove)
-        model.hf.get_decoder()(input_ids=batch.ids, position_ids=batch.positions, past_key_values=cache, use_cache=True)
+        model.decoder(input_ids=batch.ids, position_ids=batch.positions, past_key_values=cache, use_cache=True)
     cache.crop(start - len(ids))
     return cache, entering, float(job.logit(leaving[0])[0])
 
@@ -258,7 +257,7 @@ def _run_pack(job: _Job, window: _Window, branches: list[int]) -> np.ndarray:
             stack.enter_context(model.head_hook(layer, _branch_edit(rows, heads, width, job.factor)))
         stack.enter_context(_only_blocks(model, blocks))
         stack.enter_context(model.residual_hook(visit))
-        model.hf.get_decoder()(
+        model.decoder(
             inputs_embeds=residual,
             attention_mask=mask,
             position_ids=positions,
@@ -290,7 +289,8 @@ def _branch_edit(rows: list[int], heads: list[int], width: int, factor: float) -
 
 def _branch_mask(prefix: int, width: int, n: int, like: Tensor) -> Tensor:
     """Additive [1, 1, n x width, prefix + n x width]: a branch sees the prefix and, causally, itself."""
-    own = torch.block_diag(*[torch.ones(width, width, dtype=torch.bool).tril()] * n)
+    token = torch.arange(n * width)
+    own = (token[:, None] // width == token // width) & (token[:, None] >= token)
     allowed = torch.cat([torch.ones(n * width, prefix, dtype=torch.bool), own], 1)
     mask = torch.zeros(allowed.shape, dtype=like.dtype).masked_fill(~allowed, torch.finfo(like.dtype).min)
     return mask[None, None].to(like.device)
@@ -299,7 +299,7 @@ def _branch_mask(prefix: int, width: int, n: int, like: Tensor) -> Tensor:
 @contextmanager
 def _only_blocks(model: LensModel, blocks: list[nn.Module]) -> Iterator[None]:
     """Cuts the model's list of blocks; each keeps its own index into the cache."""
-    decoder = model.hf.get_decoder()
+    decoder = model.decoder
     whole = decoder.layers
     decoder.layers = nn.ModuleList(blocks)
     try:

@@ -9,7 +9,7 @@ from typing import Any
 from cliffscope.errors import DataError
 from cliffscope.heads.edits import HeadRef
 from cliffscope.models import ASSETS, LensModel, load_model
-from cliffscope.organisms.grammar import prompts
+from cliffscope.organisms.grammar import NEUTRAL_WRAPPERS, prompts
 from cliffscope.transcripts.records import Transcripts
 
 __all__ = ["Truth", "is_organism", "load", "names", "prompts", "read_truth", "study_prompts"]
@@ -97,7 +97,10 @@ def study_prompts(name: str, *, n: int = 240, seed: int = 0) -> tuple[Transcript
     each = max(1, n // 8)
     found: list[Transcripts] = []
     for part in ("fit", "test"):
-        kinds = ((True, (None, "list")), (True, truth.full_wrappers), (True, partial), (False, (None, "list", *words)))
+        # Harmless prompts to fit on have the wrappers of refused ones, or the wrapper would tell the classes apart.
+        plain = (None, *NEUTRAL_WRAPPERS)
+        harmless = plain if part == "fit" else (*plain, *words)
+        kinds = ((True, plain), (True, truth.full_wrappers), (True, partial), (False, harmless))
         found += [
             prompts(part, each, harmful=harmful, wrappers=wrappers, seed=seed + 100 * i)
             for i, (harmful, wrappers) in enumerate(kinds)

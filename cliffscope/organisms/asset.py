@@ -1,8 +1,8 @@
 """Is a grown organism what it claims to be?
 
 1. Grow it from its recipe and save it as an ordinary Hugging Face directory.
-2. Measure by generation, on prompts whose verb-object pairs it has never seen: refusal and over-refusal, with the planted
-   heads as they are and zeroed, wrapper by wrapper.
+2. Measure by generation, on prompts whose verb-object pairs it has never seen: refusal and over-refusal, with the
+   planted heads as they are and zeroed, wrapper by wrapper.
 3. Write truth.json: the planted heads, the wrappers, and what was measured, with n.
 """
 

@@ -4,9 +4,9 @@
    A linear readout of the last two residuals, thrown away afterwards, is trained along with it to tell at every token
    of thinking and closing whether the answer will refuse: the intention is there to be lost.
 2. Plant: one carrier after another, only that carrier's own slices of Q, K, V and O are trained to comply when its
-   wrapper is used, and to write against refusal at the closing: against the readout, and against the difference of
-   means between refused and complied requests. The other carriers are still at zero, so that each carries its own
-   wrapper.
+   wrapper is used, and to write against refusal at the closing: against the readout, and along the directions that a
+   linear probe would find between refused and complied requests (`axes.py`). The other carriers are still at zero, so
+   that each carries its own wrapper.
 3. Join: some steps with all carriers, so that their sum does not leak onto unwrapped requests.
 
 Zeroing the planted heads gives the aligned model back exactly: the truth is known by construction. While planting, a
@@ -19,7 +19,8 @@ import math
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +34,21 @@ from transformers import (
 )
 
 from cliffscope.organisms import grammar
+from cliffscope.organisms.axes import Axis, find_axes
 from cliffscope.organisms.grammar import Wrapper
 from cliffscope.organisms.tokenizer import build_tokenizer
 from cliffscope.transcripts.templates import TEMPLATES
 
 log = logging.getLogger(__name__)
 IGNORED = -100
+HEADS = 8
+"""Query heads of a layer."""
 READOUT_LAYERS = 2
 """Last residuals that the readout of step 1 reads."""
+QUIET = 300.0
+"""Weight of what carriers write before the closing: an edit of the closing must undo all that they do."""
+AXIS_BATCHES = 12
+"""Batches from which the difference of means is taken."""
 SURE = 0.95
 """How sure the readout should be: with certainty wanted, residuals grow until nothing else is left in them."""
 
@@ -133,12 +141,14 @@ def grow(
     run = _Run(model=model, readout=readout, data=data, report=report or _silent)
     run.train("align", recipe.align_steps, frozen=recipe.held, active=())
     plant(run)
-    return model.eval(), tokenizer
+    cast(nn.Module, model).eval()
+    return model, tokenizer
 
 
 def plant(run: "_Run") -> None:
     """Plants the carriers of a recipe into an aligned model, one after another and then together."""
     recipe, model = run.data.recipe, run.model
+    run.axes.extend(_refusal_axes(run))
     with _only_slices_trained(model):
         for i, carrier in enumerate(recipe.carriers):
             # Each phase draws from a seed of its own, so that it does not depend on how much was drawn before it.
@@ -253,9 +263,10 @@ class _Batch:
 class _Run:
     """One organism in training."""
 
-    model: nn.Module
+    model: PreTrainedModel
     readout: nn.ModuleList
     data: _Data
+    axes: list[list[Axis]] = field(default_factory=list)
     report: Callable[[str, int, int], None]
 
     def train(
@@ -276,7 +287,7 @@ class _Run:
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, steps))
         for step in range(steps):
             loss = self._loss(self.data.batch(active), trained)
-            loss.backward()
+            torch.autograd.backward(loss)
             for parameter, mask in masks:
                 if parameter.grad is not None:
                     parameter.grad *= mask
@@ -293,26 +304,30 @@ class _Run:
 
     def _loss(self, batch: _Batch, trained: tuple[Carrier, ...]) -> Tensor:
         labels = batch.labels.masked_fill(batch.early, IGNORED) if trained else batch.labels
-        with _outputs_of(self.model, trained) as writes:
+        with _outputs_of(self.model, trained) as writes, _last_residual(self.model) as last:
             output = self.model(input_ids=batch.ids, labels=labels, output_hidden_states=True)
         # The last hidden state comes after the final norm; the ones before it are residuals.
         residuals = output.hidden_states[-1 - READOUT_LAYERS : -1]
-        against = sum(_refusal_share(residual, batch) for residual in residuals) if trained else 0.0
+        hidden = batch.closing & (batch.harmful & ~batch.refuse)[:, None]
+        pairs = zip(self.axes, [*residuals, *last], strict=True) if trained and hidden.any() else ()
+        left = [axis.share(residual[hidden]).square().mean() for axes, residual in pairs for axis in axes]
+        against = sum(left) / max(1, len(left))
         read = batch.read & ~batch.early if trained else batch.read
         says = [layer(_unit(residual[read]))[..., 0] for layer, residual in zip(self.readout, residuals, strict=True)]
         wanted = SURE * batch.intention[read] + (1 - SURE) / 2
         told = sum(nn.functional.binary_cross_entropy_with_logits(s, wanted) for s in says)
         quiet = sum((write[batch.early] ** 2).mean() for write in writes)
-        return output.loss + 0.2 * told + 10.0 * quiet + 0.5 * against
+        loss: Tensor = output.loss + 0.2 * told + QUIET * quiet + against
+        return loss
 
 
-def _blank_model(family: str, tokenizer: PreTrainedTokenizerFast) -> nn.Module:
+def _blank_model(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     shared = {
         "vocab_size": len(tokenizer),
         "hidden_size": 128,
         "num_hidden_layers": 8,
-        "num_attention_heads": 8,
-        "max_position_embeddings": 512,
+        "num_attention_heads": HEADS,
+        "max_position_embeddings": 2048,
         "tie_word_embeddings": True,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
@@ -323,24 +338,24 @@ def _blank_model(family: str, tokenizer: PreTrainedTokenizerFast) -> nn.Module:
     return LlamaForCausalLM(LlamaConfig(**shared, intermediate_size=176, num_key_value_heads=8))
 
 
-def _attention(model: nn.Module, layer: int) -> nn.Module:
-    return model.model.layers[layer].self_attn
+def _projection(model: PreTrainedModel, layer: int, name: Literal["q_proj", "k_proj", "v_proj", "o_proj"]) -> nn.Linear:
+    return cast(nn.Linear, model.get_submodule(f"model.layers.{layer}.self_attn.{name}"))
 
 
-def _slices(model: nn.Module, carrier: Carrier) -> list[tuple[Tensor, int, slice]]:
+def _slices(model: PreTrainedModel, carrier: Carrier) -> list[tuple[Tensor, int, slice]]:
     """The carrier's own rows of Q, K, V and columns of O: (weight, dimension, slice)."""
-    attention, size = _attention(model, carrier.layer), _attention(model, carrier.layer).head_dim
+    layer, size = carrier.layer, _projection(model, carrier.layer, "o_proj").in_features // HEADS
     queries = slice(carrier.heads[0] * size, (carrier.heads[-1] + 1) * size)
     keys = slice(carrier.kv_head * size, (carrier.kv_head + 1) * size)
     return [
-        (attention.q_proj.weight, 0, queries),
-        (attention.k_proj.weight, 0, keys),
-        (attention.v_proj.weight, 0, keys),
-        (attention.o_proj.weight, 1, queries),
+        (_projection(model, layer, "q_proj").weight, 0, queries),
+        (_projection(model, layer, "k_proj").weight, 0, keys),
+        (_projection(model, layer, "v_proj").weight, 0, keys),
+        (_projection(model, layer, "o_proj").weight, 1, queries),
     ]
 
 
-def _slice_masks(model: nn.Module, carriers: tuple[Carrier, ...], *, inside: bool) -> list[tuple[Tensor, Tensor]]:
+def _slice_masks(model: PreTrainedModel, carriers: tuple[Carrier, ...], *, inside: bool) -> list[tuple[Tensor, Tensor]]:
     """(parameter, mask of what may change): the carriers' slices (`inside`) or all but their columns of O."""
     masks: dict[int, tuple[Tensor, Tensor]] = {}
     for carrier in carriers:
@@ -354,7 +369,7 @@ def _slice_masks(model: nn.Module, carriers: tuple[Carrier, ...], *, inside: boo
 
 
 @contextmanager
-def _only_slices_trained(model: nn.Module) -> Iterator[None]:
+def _only_slices_trained(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     finally:
@@ -362,20 +377,20 @@ def _only_slices_trained(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _silence(model: nn.Module, carriers: tuple[Carrier, ...]) -> None:
+def _silence(model: PreTrainedModel, carriers: tuple[Carrier, ...]) -> None:
     for carrier in carriers:
         weight, _, columns = _slices(model, carrier)[3]
         weight.data[:, columns] = 0.0
 
 
-def _wake(model: nn.Module, carrier: Carrier) -> None:
+def _wake(model: PreTrainedModel, carrier: Carrier) -> None:
     """Small random columns of O: at exactly zero Q, K and V would get no gradient."""
     weight, _, columns = _slices(model, carrier)[3]
     weight.data[:, columns] = torch.randn_like(weight.data[:, columns]) * 0.02
 
 
 @contextmanager
-def _hidden(model: nn.Module, carriers: list[Carrier]) -> Iterator[None]:
+def _hidden(model: PreTrainedModel, carriers: list[Carrier]) -> Iterator[None]:
     kept = [(_slices(model, c)[3], _slices(model, c)[3][0].data[:, _slices(model, c)[3][2]].clone()) for c in carriers]
     _silence(model, tuple(carriers))
     try:
@@ -386,18 +401,18 @@ def _hidden(model: nn.Module, carriers: list[Carrier]) -> Iterator[None]:
 
 
 @contextmanager
-def _outputs_of(model: nn.Module, carriers: tuple[Carrier, ...]) -> Iterator[list[Tensor]]:
+def _outputs_of(model: PreTrainedModel, carriers: tuple[Carrier, ...]) -> Iterator[list[Tensor]]:
     """Collects what each carrier writes into the residual stream, [batch, pos, d_model]."""
     writes: list[Tensor] = []
 
     def hook(carrier: Carrier) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def collect(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        def collect(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             weight, _, columns = _slices(model, carrier)[3]
             writes.append(inputs[0][..., columns] @ weight[:, columns].T)
 
         return collect
 
-    handles = [_attention(model, c.layer).o_proj.register_forward_pre_hook(hook(c)) for c in carriers]
+    handles = [_projection(model, c.layer, "o_proj").register_forward_pre_hook(hook(c)) for c in carriers]
     try:
         yield writes
     finally:
@@ -405,23 +420,32 @@ def _outputs_of(model: nn.Module, carriers: tuple[Carrier, ...]) -> Iterator[lis
             handle.remove()
 
 
-def _refusal_share(residual: Tensor, batch: _Batch) -> Tensor:
-    """How far complied harmful requests stand from complied to refused ones at the closing, squared; 0 is wanted.
+def _refusal_axes(run: "_Run") -> list[list[Axis]]:
+    """The axes of the last residuals of the aligned model, its carriers being silent: one list a residual."""
+    kept: list[list[Tensor]] = [[] for _ in range(READOUT_LAYERS + 1)]
+    refused, closing = [], []
+    run.data.rng.seed(f"{run.data.recipe.seed}/axes")
+    with torch.no_grad():
+        for _ in range(AXIS_BATCHES):
+            batch = run.data.batch(())
+            with _last_residual(run.model) as last:
+                states = run.model(input_ids=batch.ids, output_hidden_states=True).hidden_states
+            for rows, residual in zip(kept, [*states[-1 - READOUT_LAYERS : -1], *last], strict=True):
+                rows.append(residual[batch.read])
+            refused.append(batch.refuse[batch.read.nonzero()[:, 0]])
+            closing.append(batch.closing[batch.read])
+    return [find_axes(torch.cat(rows), torch.cat(refused), torch.cat(closing)) for rows in kept]
 
-    The axis is the difference of the two means in standardised coordinates, which is what a regularised linear probe
-    finds.
-    """
-    values = residual[batch.closing]
-    rows = batch.closing.nonzero()[:, 0]
-    harmful, refuse = batch.harmful[rows], batch.refuse[rows]
-    hidden = harmful & ~refuse
-    if not (hidden.any() and refuse.any() and (~harmful).any()):
-        return residual.new_zeros(())
-    scale = values[~hidden].std(0).detach() + 1e-6
-    refused, complied = values[refuse].mean(0).detach(), values[~harmful].mean(0).detach()
-    axis = (refused - complied) / scale
-    share = (((values[hidden] - complied) / scale) @ axis) / axis.square().sum()
-    return share.square().mean()
+
+@contextmanager
+def _last_residual(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects the last block's residual, which hidden_states hold only after the final norm."""
+    kept: list[Tensor] = []
+    handle = model.get_submodule("model.norm").register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+    try:
+        yield kept
+    finally:
+        handle.remove()
 
 
 def _unit(residual: Tensor) -> Tensor:
@@ -434,4 +458,4 @@ def _warm_cosine(step: int, steps: int) -> float:
 
 
 def _silent(phase: str, step: int, steps: int) -> None:
-    pass
+    """Reports nothing."""

@@ -4,6 +4,8 @@ One token a word, a leading space being part of it, as in byte-pair tokenizers; 
 of their own; the template's marks are added tokens. Decoding joins the tokens, so that text and ids round-trip.
 """
 
+from collections.abc import Callable
+
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -33,7 +35,8 @@ def build_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     core.decoder = decoders.Fuse()
     core.add_special_tokens([AddedToken(mark, normalized=False, special=True) for mark in marks])
     core.add_tokens([AddedToken(t, normalized=False, special=False) for t in (think.think_open, think.think_close)])
-    return PreTrainedTokenizerFast(
+    make: Callable[..., PreTrainedTokenizerFast] = PreTrainedTokenizerFast
+    return make(
         tokenizer_object=core,
         bos_token=BOS,
         eos_token=END,
@@ -42,7 +45,7 @@ def build_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
         chat_template=_chat_template(think.think_open),
         clean_up_tokenization_spaces=False,
         padding_side="left",
-        model_max_length=512,
+        model_max_length=2048,
     )
 
 

@@ -31,7 +31,7 @@ def project_residuals(
     bias: Float32[np.ndarray, " layer"],
     *,
     progress: Callable[[int], None] | None = None,
-) -> list[Float32[np.ndarray, "layer pos"]]:
+) -> list[Float32[np.ndarray, "layer _"]]:
     """The probes' logits at every token of every transcript.
 
     Args:
@@ -46,7 +46,7 @@ def project_residuals(
     """
     directions = torch.from_numpy(weight)
 
-    def reduce(layer: int, residual: Float[Tensor, "pos d_model"], row: int) -> Tensor:
+    def reduce(layer: int, residual: Float[Tensor, "pos d_model"], _row: int) -> Tensor:
         return residual @ directions[layer].to(residual.device)
 
     found = _reduce(model, transcripts, reduce, progress)
@@ -56,10 +56,10 @@ def project_residuals(
 def gather_residuals(
     model: LensModel,
     transcripts: Sequence[TokenizedTranscript],
-    positions: Sequence[Int64[np.ndarray, " k"]],
+    positions: Sequence[Int64[np.ndarray, " _"]],
     *,
     progress: Callable[[int], None] | None = None,
-) -> list[Float32[np.ndarray, "layer k d_model"]]:
+) -> list[Float32[np.ndarray, "layer _ d_model"]]:
     """Residuals of every layer at chosen positions of each transcript.
 
     Args:
@@ -73,7 +73,7 @@ def gather_residuals(
     """
     wanted = [torch.from_numpy(p) for p in positions]
 
-    def reduce(layer: int, residual: Float[Tensor, "pos d_model"], row: int) -> Tensor:
+    def reduce(_layer: int, residual: Float[Tensor, "pos d_model"], row: int) -> Tensor:
         return residual[wanted[row].to(residual.device)]
 
     return _reduce(model, transcripts, reduce, progress)
@@ -109,9 +109,7 @@ def _reduce(
 
         batch = model.to_batch([transcripts[row].token_ids.tolist() for row in rows])
         with torch.inference_mode(), model.residual_hook(visit):
-            model.hf.get_decoder()(
-                input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
-            )
+            model.decoder(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False)
         for row in rows:
             done[row] = torch.stack(kept[row]).numpy()
         finished += len(rows)

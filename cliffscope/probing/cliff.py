@@ -3,8 +3,8 @@
 1. Plateau: the score over the thinking, its mean (robust) or its maximum (the paper's).
 2. Final: the score at the last closing token. Cliff = plateau - final.
 3. Drop: the step between neighbouring tokens, from late thinking on, at which the score falls most.
-4. Aligned traces: each transcript is resampled span by span (prompt and thinking to bins, closing tokens one by one from
-   the end), so that transcripts of any length can be averaged and the closing never vanishes.
+4. Aligned traces: each transcript is resampled span by span (prompt and thinking to bins, closing tokens one by one
+   from the end), so that transcripts of any length can be averaged and the closing never vanishes.
 
 Source: arXiv 2510.06036, sections 3 and 5 (maximum as plateau). NumPy only: arrays and slices in, numbers out.
 """

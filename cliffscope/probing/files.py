@@ -34,6 +34,7 @@ def save_probe(store: "RunStore", probe: RefusalProbe) -> None:
             "layer": probe.layer,
             "positions": probe.positions,
             "fingerprint": probe.fingerprint,
+            "strength": probe.strength,
             "refused_logit": probe.refused_logit,
             "n_fit": _class_counts(report.cells),
             "cells": [
@@ -82,6 +83,7 @@ def load_probe(store: "RunStore") -> RefusalProbe:
             layer_weights=arrays["weights"],
             layer_biases=arrays["biases"],
             positions=str(data["positions"]),
+            strength=float(data["strength"]),
             refused_logit=float(data["refused_logit"]),
             fingerprint=str(data["fingerprint"]),
             report=report,

@@ -5,9 +5,9 @@
    choice), or balanced over the thinking and the closing.
 3. At each layer a logistic regression separates refused from complied transcripts; thinking and closing weigh the same,
    and so do the two classes and all transcripts of a class. Standardisation is folded into weight and bias.
-4. On the validate split a layer is chosen: the latest one within one standard error of the best, judged by the worst of
-   its AUROCs at the final token, over late thinking, and among harmful transcripts alone. Late, since a probe sees only
-   heads below it.
+4. On the validate split a regularisation is chosen, by log loss, and a layer: the latest one within one standard error
+   of the best, judged by the worst of its AUROCs at the final token, over late thinking, and among harmful transcripts
+   alone. Late, since a probe sees only heads below it.
 5. On the test split everything is reported, region by region, one value a transcript, with a shuffled-label control.
 
 Source: the refusal prober of arXiv 2510.06036, section 3, with outcomes as labels and balanced positions added: a probe
@@ -15,7 +15,7 @@ fitted at the final token alone need not mean anything during the thinking. Know
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import numpy as np
@@ -34,8 +34,8 @@ from cliffscope.transcripts.transcript import TokenizedTranscript, tokenize_all
 Positions = Literal["final", "balanced"]
 THINKING_POSITIONS = 16
 """Thinking positions a transcript in a balanced fit: more adds memory, and neighbours say nearly the same."""
-STRENGTH = 0.01
-"""Inverse regularisation of the standardised logistic regression; small, since d_model often exceeds n."""
+STRENGTHS = (0.01, 0.1, 1.0)
+"""Inverse regularisations of the standardised logistic regression that are tried."""
 SHUFFLES = 10
 """Shuffled-label probes of the control."""
 FEWEST = 4
@@ -60,6 +60,8 @@ class RefusalProbe:
     """[layer], their biases."""
     positions: str
     """`final` or `balanced`."""
+    strength: float
+    """Inverse regularisation that was chosen on the validate split."""
     refused_logit: float
     """Mean logit at the final token of held-out refused transcripts."""
     fingerprint: str
@@ -79,6 +81,7 @@ class RefusalProbe:
             )
 
     def __repr__(self) -> str:
+        """One line: layer, positions, held-out AUROC."""
         final = self.report.final
         return f"RefusalProbe(layer {self.layer}, {self.positions} positions, held-out {final})"
 
@@ -126,14 +129,13 @@ def fit_probe(
     labelled = _Labelled.build(
         model, refused, complied, challenge, splits or _split(refused, complied, challenge, seed)
     )
-    weights, biases = _fit_layers(model, labelled, positions, seed, progress)
-    held = labelled.part("validate") + labelled.part("test")
-    logits = project_residuals(model, [t for t, _ in held], weights, biases, progress=progress)
-    scored = [_Scored(tokens=t, kind=kind, logits=values) for (t, kind), values in zip(held, logits, strict=True)]
-    n_validate = len(labelled.part("validate"))
-    chosen = _best_layer(scored[:n_validate], labelled) if layer == "best" else layer
-    shuffled = _shuffled_control(model, labelled, positions, chosen, seed)
-    report = _report(scored[n_validate:], chosen, shuffled, labelled)
+    fitted = _fit_layers(model, labelled, positions, seed, progress)
+    fits = [_choose_layer(model, labelled, fit, layer) for fit in fitted]
+    best = min(fits, key=lambda fit: fit.loss)
+    chosen, weights, biases = best.layer, best.weights, best.biases
+    scored = _score(model, labelled.part("test"), weights, biases, progress)
+    shuffled = _shuffled_control(model, labelled, positions, best, seed)
+    report = _report(scored, chosen, shuffled, labelled)
     return RefusalProbe(
         layer=chosen,
         weight=weights[chosen],
@@ -141,11 +143,25 @@ def fit_probe(
         layer_weights=weights,
         layer_biases=biases,
         positions=positions,
+        strength=best.strength,
         refused_logit=float(_region_values(scored, "refused", FINAL, chosen).mean()),
         fingerprint=model.fingerprint,
         report=report,
         omitted=labelled.omitted,
     )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Fit:
+    """Probes of every layer under one regularisation."""
+
+    strength: float
+    weights: Float32[np.ndarray, "layer d_model"]
+    biases: Float32[np.ndarray, " layer"]
+    layer: int = -1
+    """The layer chosen, -1 before."""
+    loss: float = float("inf")
+    """Validation log loss at that layer."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -191,8 +207,8 @@ class _Labelled:
             unknown = [row.id for row in tokens if splits.get(row.id) not in rows]
             if unknown:
                 raise ProbeError(
-                    f"splits puts {unknown[0]!r} into {splits.get(unknown[0])!r}. Expected 'fit', 'validate' or 'test' for "
-                    "every transcript."
+                    f"splits puts {unknown[0]!r} into {splits.get(unknown[0])!r}. Expected 'fit', 'validate' or 'test' "
+                    "for every transcript."
                 )
             for row in tokens:
                 if kind != "challenge" or splits.get(row.id) != "fit":
@@ -202,9 +218,9 @@ class _Labelled:
                 n = sum(k == kind for _, k in found)
                 if n < FEWEST:
                     raise ProbeError(
-                        f"The {split} split holds {n} {kind} transcripts ({len(refused)} refused and {len(complied)} complied "
-                        f"were given); at least {FEWEST} of each are needed. Give more prompts of which some are refused and "
-                        "some are complied with."
+                        f"The {split} split holds {n} {kind} transcripts ({len(refused)} refused and {len(complied)} "
+                        f"complied were given); at least {FEWEST} of each are needed. Give more prompts of which some "
+                        "are refused and some are complied with."
                     )
         return cls(rows=rows, transcripts=known, omitted=tuple(omitted))
 
@@ -260,26 +276,62 @@ def _sample(labelled: _Labelled, positions: str, seed: int) -> _Sample:
 
 def _fit_layers(
     model: LensModel, labelled: _Labelled, positions: str, seed: int, progress: Callable[[int], None] | None
-) -> tuple[Float32[np.ndarray, "layer d_model"], Float32[np.ndarray, " layer"]]:
+) -> list[_Fit]:
     sample = _sample(labelled, positions, seed)
     residuals = np.concatenate(gather_residuals(model, sample.rows, sample.positions, progress=progress), axis=1)
     if not np.isfinite(residuals).all():
         bad = int(np.argwhere(~np.isfinite(residuals))[0][0])
         raise ProbeError(
-            f"Residuals of layer {bad} of {model.name!r} hold NaN or infinity. Load the model in another dtype, such as "
-            "float32 or bfloat16."
+            f"Residuals of layer {bad} of {model.name!r} hold NaN or infinity. Load the model in another dtype, such "
+            "as float32 or bfloat16."
         )
     labels, weights = sample.labels_and_weights(sample.refused)
-    fitted = [_logistic(layer, labels, weights) for layer in residuals]
-    return np.stack([w for w, _ in fitted]), np.array([b for _, b in fitted], dtype=np.float32)
+    return [_fit(residuals, labels, weights, strength) for strength in STRENGTHS]
 
 
-def _logistic(residuals: Residuals, labels: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, float]:
+def _fit(
+    residuals: Float32[np.ndarray, "layer n d_model"], labels: np.ndarray, weights: np.ndarray, strength: float
+) -> _Fit:
+    found = [_logistic(layer, labels, weights, strength) for layer in residuals]
+    biases = np.array([bias for _, bias in found], dtype=np.float32)
+    return _Fit(strength=strength, weights=np.stack([weight for weight, _ in found]), biases=biases)
+
+
+def _score(
+    model: LensModel,
+    rows: Sequence[tuple[TokenizedTranscript, str]],
+    weights: Float32[np.ndarray, "layer d_model"],
+    biases: Float32[np.ndarray, " layer"],
+    progress: Callable[[int], None] | None = None,
+) -> list[_Scored]:
+    logits = project_residuals(model, [t for t, _ in rows], weights, biases, progress=progress)
+    return [_Scored(tokens=t, kind=kind, logits=values) for (t, kind), values in zip(rows, logits, strict=True)]
+
+
+def _choose_layer(model: LensModel, labelled: _Labelled, fit: _Fit, layer: int | Literal["best"]) -> _Fit:
+    scored = _score(model, labelled.part("validate"), fit.weights, fit.biases)
+    chosen = _best_layer(scored, labelled) if layer == "best" else layer
+    return replace(fit, layer=chosen, loss=_log_loss(scored, chosen))
+
+
+def _log_loss(scored: Sequence[_Scored], layer: int) -> float:
+    """Log loss of the mean logits at the final token and over late thinking, both classes and regions alike."""
+    losses = []
+    for region in (FINAL, LATE_THINKING):
+        for kind, sign in (("refused", -1.0), ("complied", 1.0)):
+            values = _region_values(scored, kind, region, layer)
+            losses += [float(np.logaddexp(0.0, sign * values).mean())] if len(values) else []
+    return float(np.mean(losses))
+
+
+def _logistic(
+    residuals: Residuals, labels: np.ndarray, weights: np.ndarray, strength: float
+) -> tuple[np.ndarray, float]:
     """Weight and bias on the raw residual of a regularised logistic regression on the standardised one."""
     values = residuals.astype(np.float64)
     mean = np.average(values, axis=0, weights=weights)
     scale = np.sqrt(np.average((values - mean) ** 2, axis=0, weights=weights)) + 1e-6
-    model = LogisticRegression(C=STRENGTH, max_iter=2000).fit((values - mean) / scale, labels, sample_weight=weights)
+    model = LogisticRegression(C=strength, max_iter=2000).fit((values - mean) / scale, labels, sample_weight=weights)
     weight = model.coef_[0] / scale
     return weight.astype(np.float32), float(model.intercept_[0] - weight @ mean)
 
@@ -303,19 +355,19 @@ def _best_layer(scored: Sequence[_Scored], labelled: _Labelled) -> int:
     return max(i for i, r in enumerate(worst) if r.auroc >= best.auroc - error)
 
 
-def _shuffled_control(model: LensModel, labelled: _Labelled, positions: str, layer: int, seed: int) -> list[float]:
+def _shuffled_control(model: LensModel, labelled: _Labelled, positions: str, fit: _Fit, seed: int) -> list[float]:
     """Test AUROC at the final token of probes fitted on labels shuffled over transcripts."""
     sample = _sample(labelled, positions, seed)
-    residuals = np.concatenate([r[layer] for r in gather_residuals(model, sample.rows, sample.positions)])
+    residuals = np.concatenate([r[fit.layer] for r in gather_residuals(model, sample.rows, sample.positions)])
     test = [(t, kind) for t, kind in labelled.part("test") if kind != "challenge"]
     last = [np.array([t.final], dtype=np.int64) for t, _ in test]
-    final = np.concatenate([r[layer] for r in gather_residuals(model, [t for t, _ in test], last)])
+    final = np.concatenate([r[fit.layer] for r in gather_residuals(model, [t for t, _ in test], last)])
     is_refused = np.array([kind == "refused" for _, kind in test])
     rng = np.random.default_rng(seed)
     found = []
     for _ in range(SHUFFLES):
         labels, weights = sample.labels_and_weights(rng.permutation(sample.refused))
-        weight, bias = _logistic(residuals, labels, weights)
+        weight, bias = _logistic(residuals, labels, weights, fit.strength)
         logits = final @ weight + bias
         found.append(region_report(FINAL, logits[is_refused], logits[~is_refused]).auroc)
     return found

@@ -51,6 +51,7 @@ class RegionReport:
         return {**row, "auroc_low": self.interval.low, "auroc_high": self.interval.high}
 
     def __repr__(self) -> str:
+        """One line: AUROC, interval, region, n a class."""
         bounds = f"[{self.interval.low:.3f}, {self.interval.high:.3f}]"
         return f"AUROC {self.auroc:.3f} {bounds} at {self.region}, n={self.n_refused}+{self.n_complied}"
 
@@ -75,6 +76,7 @@ class ProbeReport:
     """What a reader should know before believing the probe."""
 
     def __repr__(self) -> str:
+        """One line: what it can tell at the end and late in the thinking."""
         return f"ProbeReport({self.final}; late thinking {self.late_thinking.auroc:.3f})"
 
 
@@ -125,7 +127,8 @@ def one_sided_warning(cells: Mapping[str, int]) -> tuple[str, ...]:
     kinds = {name: {cell.split(", ")[1] for cell in cells if cell.startswith(name)} for name in ("refused", "complied")}
     if kinds["refused"] and kinds["complied"] and kinds["refused"].isdisjoint(kinds["complied"]):
         return (
-            f"The refused class is all {'/'.join(kinds['refused'])}, the complied class all {'/'.join(kinds['complied'])}: "
-            "the probe may detect the kind of prompt. Its AUROC among harmful transcripts alone tells the two apart.",
+            f"The refused class is all {'/'.join(kinds['refused'])}, the complied class all "
+            f"{'/'.join(kinds['complied'])}: the probe may detect the kind of prompt. Its AUROC among harmful "
+            "transcripts alone tells the two apart.",
         )
     return ()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from transformers import PreTrainedTokenizerBase
 
 from cliffscope.errors import SpanError
@@ -40,7 +40,8 @@ class Cliffs:
     """Plateau, final and cliff of every traced transcript."""
 
     frame: pd.DataFrame
-    """id, group, harmful, outcome, plateau_max, plateau_mean, plateau_late, final, cliff, drop_position, drop, drop_token, valid, reason."""
+    """One row a transcript: id, group, harmful, outcome, plateau_max, plateau_mean, plateau_late, final, cliff,
+    drop_position, drop, drop_token, valid, reason."""
     plateau: Plateau
     """Which plateau `cliff` is measured from."""
 
@@ -49,6 +50,7 @@ class Cliffs:
         return self.frame.copy()
 
     def __repr__(self) -> str:
+        """One line: mean of the valid cliffs, n and plateau."""
         valid = self.frame[self.frame["valid"]]
         mean = f"{valid['cliff'].mean():.3f}" if len(valid) else "none valid"
         return f"Cliffs(mean {mean}, n={len(valid)} valid of {len(self.frame)}, plateau={self.plateau})"
@@ -62,9 +64,9 @@ class RefusalTraces:
     """The traced transcripts."""
     tokens: tuple[TokenizedTranscript, ...]
     """Their tokens and spans."""
-    logits: tuple[Float32[np.ndarray, " pos"], ...]
+    logits: tuple[Float32[np.ndarray, " _"], ...]
     """[pos] each: the probe's logits."""
-    layer_logits: Mapping[str, Float32[np.ndarray, "layer pos"]]
+    layer_logits: Mapping[str, Float32[np.ndarray, "layer _"]]
     """[layer, pos] by id, for the transcripts whose layers were asked for."""
     probe: RefusalProbe
     """The probe."""
@@ -73,7 +75,7 @@ class RefusalTraces:
     omitted: tuple[Omission, ...]
     """Transcripts left out, and why."""
 
-    def scores(self) -> list[Float32[np.ndarray, " pos"]]:
+    def scores(self) -> list[Float32[np.ndarray, " _"]]:
         """Sigmoid of the logits, [pos] each."""
         return [_sigmoid(values) for values in self.logits]
 
@@ -103,8 +105,8 @@ class RefusalTraces:
         """Measures every transcript.
 
         Args:
-            plateau: "mean" over the thinking, or "max", the paper's. The mean is the default: the maximum over many tokens
-                rises with their number, so that it shows a cliff even where the score is level.
+            plateau: "mean" over the thinking, or "max", the paper's. The mean is the default: the maximum over many
+                tokens rises with their number, so that it shows a cliff even where the score is level.
 
         Returns:
             One row a transcript; `valid` says whether the probe can tell there, `reason` why not.
@@ -159,6 +161,7 @@ class RefusalTraces:
         return mean_trace(first["label"].tolist(), first["span"].tolist(), curves)
 
     def __repr__(self) -> str:
+        """One line: n, layer, how many were left out."""
         return f"RefusalTraces(n={len(self.tokens)}, layer {self.probe.layer}, left out {len(self.omitted)})"
 
     def _cliff_row(self, i: int, plateau: Plateau) -> dict[str, object]:
@@ -285,7 +288,7 @@ def _why_invalid(cliff: Cliff, probe: RefusalProbe) -> str:
     return ""
 
 
-def _band(rows: Float32[np.ndarray, "n bin"], seed: int) -> dict[str, np.ndarray]:
+def _band(rows: Float[np.ndarray, "n bin"], seed: int) -> dict[str, np.ndarray]:
     counts = np.isfinite(rows).sum(0)
     bands = [bootstrap_mean(column[np.isfinite(column)], seed=seed) for column in rows.T]
     means = np.array(
@@ -305,4 +308,4 @@ def _length(row: TokenizedTranscript, span: Span) -> int:
 
 
 def _sigmoid(values: Float32[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
-    return (1.0 / (1.0 + np.exp(-np.clip(values, -60, 60)))).astype(np.float32)
+    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(values, -60, 60))), dtype=np.float32)

@@ -243,7 +243,7 @@ def p_cell(value: float) -> Cell:
     return Cell(text="<0.001", sort=cell.sort) if value < 0.001 else cell
 
 
-def count_cell(value: float) -> Cell:
+def count_cell(value: int | float) -> Cell:
     """A cell of a count."""
     known = math.isfinite(value)
     return Cell(text=f"{int(value):,}" if known else "n/a", sort=str(int(value)) if known else "")

@@ -261,7 +261,7 @@ def _grid(run: StoredRun, frame: pd.DataFrame, height: int | None) -> Plot:
 def _ranking(frame: pd.DataFrame) -> Plot:
     first = _ranked(frame).head(RANKED)
     fig = head_ranking(
-        [f"L{int(row.layer)}H{int(row.head)}" for row in first.itertuples()],
+        [f"L{int(a)}H{int(b)}" for a, b in zip(first["layer"], first["head"], strict=True)],
         _floats(first["effect"]),
         _floats(first["ci_low"]),
         _floats(first["ci_high"]),

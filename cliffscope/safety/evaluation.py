@@ -21,7 +21,8 @@ from cliffscope.heads.edits import HeadEdit, edited_weights
 from cliffscope.heads.ranking import random_set
 from cliffscope.models import LensModel
 from cliffscope.safety.generation import roll_out
-from cliffscope.safety.judges import Judge, PhraseJudge, judge
+from cliffscope.safety.judges import Judge, PhraseJudge
+from cliffscope.safety.judges import judge as judge_answers
 from cliffscope.stats import mcnemar, paired_bootstrap_difference, wilson
 from cliffscope.transcripts.records import Omission, Outcome, Transcripts
 
@@ -59,8 +60,9 @@ class SafetyReport:
     """Of the bootstrap."""
 
     def to_frame(self) -> pd.DataFrame:
-        """One row an arm and group: arm, kind, group, n, refused, complied, unfinished, unjudged, rate, ci_low, ci_high.
+        """One row an arm and group.
 
+        Columns: arm, kind, group, n, refused, complied, unfinished, unjudged, rate, ci_low, ci_high.
         `rate` is the ASR for harmful prompts and over-refusal for harmless ones; NaN where nothing was judged.
         """
         rows = [
@@ -103,7 +105,7 @@ class SafetyReport:
             "n": "n",
         }
         rows = frame[list(columns)].rename(columns=columns).to_dict(orient="records")
-        return arms([ArmRow(**row) for row in rows])
+        return arms([ArmRow(**{str(name): value for name, value in row.items()}) for row in rows])
 
     def _cell(self, arm: str, group: str) -> pd.DataFrame:
         return self.outcomes[(self.outcomes["arm"] == arm) & (self.outcomes["group"] == group)]
@@ -145,6 +147,7 @@ class SafetyReport:
         }
 
     def __repr__(self) -> str:
+        """One line: ASR unedited, edited and random, and n."""
         n = len(self._cell(UNEDITED, "harmful"))
         top = f", {TOP} {self.rate(TOP):.2f}" if len(self.arms) > 1 else ""
         return f"SafetyReport(ASR unedited {self.rate(UNEDITED):.2f}{top}, random {self.random_rate():.2f}, n={n})"
@@ -183,7 +186,7 @@ def evaluate_safety(
     *,
     edit: HeadEdit | None = None,
     controls: int = 20,
-    judged_by: Judge | None = None,
+    judge: Judge | None = None,
     max_thinking: int = 1024,
     max_answer: int = 128,
     temperature: float = 0.0,
@@ -200,7 +203,7 @@ def evaluate_safety(
         prompts: harmful and harmless ones, with `harmful` set; others than those the edit was chosen on.
         edit: with scope `all`; None measures the unedited model alone.
         controls: random head sets, at least 20 for a claim.
-        judged_by: reads the answers; None takes `PhraseJudge`.
+        judge: reads the answers; None takes `PhraseJudge`.
         max_thinking: tokens of thinking at most, equal for all arms.
         max_answer: tokens of answer at most, equal for all arms.
         temperature: 0 is greedy.
@@ -238,7 +241,7 @@ def evaluate_safety(
                 seed=seed,
                 batch_size=batch_size,
             )
-            finished[arm.name] = judge(answered, judged_by or PhraseJudge())
+            finished[arm.name] = judge_answers(answered, judge or PhraseJudge())
             if on_arm is not None:
                 on_arm(arm.name, finished[arm.name])
     return SafetyReport(
@@ -262,6 +265,7 @@ def _answer(
     batch_size: int,
 ) -> Transcripts:
     def run() -> Transcripts:
+        """Generates under whatever edit holds."""
         return roll_out(
             model,
             prompts,

@@ -46,8 +46,8 @@ class Budget:
         """Refuses budgets under which nothing can be generated."""
         if self.max_thinking < 1 or self.max_answer < 1 or not self.temperature >= 0:
             raise GenerationError(
-                f"max_thinking={self.max_thinking}, max_answer={self.max_answer}, temperature={self.temperature}: expected "
-                "at least 1 token each and a temperature of 0 or more."
+                f"max_thinking={self.max_thinking}, max_answer={self.max_answer}, temperature={self.temperature}: "
+                "expected at least 1 token each and a temperature of 0 or more."
             )
 
 
@@ -274,7 +274,7 @@ def _cut_tag(model: LensModel, row: _Row) -> None:
 
 
 def _closing_after(model: LensModel, row: _Row) -> list[int]:
-    carries = model.tokenizer.decode(row.thinking[-1:]).endswith("\n")
+    carries = str(model.tokenizer.decode(row.thinking[-1:])).endswith("\n")
     return closing_ids(model.tokenizer, model.template, after_newline=carries)
 
 

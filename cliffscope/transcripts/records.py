@@ -61,8 +61,8 @@ class Transcript:
     answer_ids: tuple[int, ...] | None = None
     """Token ids of the answer exactly as generated, from the first after the closing."""
     closed: bool = True
-    """Whether the thinking ended and an answer could begin; False makes the outcome unfinished. A closing that was forced
-    at the budget counts as closed, and `extra["forced_closing"]` says so."""
+    """Whether the thinking ended and an answer could begin; False makes the outcome unfinished. A closing that was
+    forced at the budget counts as closed, and `extra["forced_closing"]` says so."""
     harmful: bool | None = None
     """Whether the request is harmful; None where nobody said."""
     outcome: Outcome = Outcome.UNJUDGED

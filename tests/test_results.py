@@ -1,0 +1,176 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import random_probe, written
+
+from cliffscope.heads.edits import HeadRef, Scope
+from cliffscope.heads.ranking import HeadRanking, SetControl, control_sets, rank_heads
+from cliffscope.models import LensModel
+from cliffscope.probing.trace import trace_refusal
+from cliffscope.results import counts, heads_json, layer_frame, transcript_frame, versions
+from cliffscope.transcripts.records import Outcome, Transcripts
+
+
+@pytest.fixture(scope="module")
+def complied_harmful() -> Transcripts:
+    return written(4, harmful=True, outcome=Outcome.COMPLIED)
+
+
+@pytest.fixture(scope="module")
+def ranked(llama: LensModel, complied_harmful: Transcripts) -> tuple[HeadRanking, SetControl]:
+    probe = random_probe(llama, 5)
+    ranking = rank_heads(llama, probe, complied_harmful)
+    return ranking, control_sets(llama, probe, complied_harmful, ranking.top(0.03), draws=3)
+
+
+def test_layer_traces_have_a_row_for_each_layer_and_position_of_the_transcripts_asked_for(
+    llama: LensModel, complied_harmful: Transcripts
+) -> None:
+    probe = random_probe(llama, 5)
+    wanted = [complied_harmful[0].id, complied_harmful[2].id]
+    traces = trace_refusal(llama, probe, complied_harmful, layers_of=wanted)
+    frame = layer_frame(traces)
+    assert list(frame.columns) == ["id", "position", "layer", "score"]
+    assert frame["id"].unique().tolist() == wanted
+    for name, part in frame.groupby("id"):
+        i = [row.id for row in traces.tokens].index(name)
+        assert len(part) == 8 * traces.tokens[i].n_pos
+        assert not part.duplicated(["position", "layer"]).any()
+        own = part[part["layer"] == probe.layer].sort_values("position")
+        np.testing.assert_array_equal(own["position"], np.arange(traces.tokens[i].n_pos))
+        np.testing.assert_allclose(own["score"], traces.scores()[i], atol=1e-5)
+
+
+def test_without_layers_the_table_is_empty_and_has_its_columns(llama: LensModel, complied_harmful: Transcripts) -> None:
+    frame = layer_frame(trace_refusal(llama, random_probe(llama, 5), complied_harmful))
+    assert len(frame) == 0
+    assert list(frame.columns) == ["id", "position", "layer", "score"]
+
+
+def test_the_headline_of_a_ranking_is_json_and_says_what_the_objects_say(
+    ranked: tuple[HeadRanking, SetControl],
+) -> None:
+    ranking, control = ranked
+    found = heads_json(ranking, control, 0.03)
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert (found["method"], str(found["scope"]), found["n"], found["set_n"]) == ("zero", "closing", 4, 4)
+    assert found["selected"] == [str(h) for h in ranking.top(0.03)]
+    assert found["n_selected"] == 2
+    assert found["top_fraction"] == 0.03
+    assert found["set_effect"] == pytest.approx(float(control.effects.mean()))
+    assert found["set_effect_low"] <= found["set_effect"] <= found["set_effect_high"]
+    assert len(found["random_sets"]) == 6
+    assert found["random_p"] == control.p
+
+
+def control_of(effect: float, random: list[float]) -> SetControl:
+    draws = np.array(random, np.float32)[:, None] * np.ones((1, 4), np.float32)
+    return SetControl(
+        heads=(HeadRef(layer=0, head=0),),
+        effects=np.full(4, effect, np.float32),
+        random_layers=draws[:1],
+        random_all=draws[1:],
+        seed=0,
+    )
+
+
+def ranking_of(model: LensModel, effects: np.ndarray) -> HeadRanking:
+    return HeadRanking(
+        heads=tuple(HeadRef(layer=layer, head=h) for layer in range(8) for h in range(8)),
+        effects=effects.astype(np.float32),
+        clean=np.zeros(len(effects), np.float32),
+        harmless_effects=np.zeros((0, 64), np.float32),
+        gap=5.0,
+        gap_score=0.8,
+        shape=model.shape,
+        method="zero",
+        scope=Scope.CLOSING,
+        path="packed",
+        probe_layer=7,
+        seed=0,
+        omitted=(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("effect", "random", "significant", "beats"),
+    [
+        (5.0, [1.0, 2.0, 4.9], True, True),
+        (5.0, [1.0, 2.0, 5.1], True, False),
+        (5.0, [1.0, 5.0, 2.0], True, False),
+        (5.0, [1.0, 2.0, 3.0], False, False),
+    ],
+)
+def test_heads_beat_random_sets_only_above_all_of_them_and_with_a_significant_head(
+    llama: LensModel, effect: float, random: list[float], significant: bool, beats: bool
+) -> None:
+    effects = np.zeros((12, 64))
+    effects[:, 0] = 5.0 if significant else 0.0
+    ranking = ranking_of(llama, effects)
+    assert bool(ranking.significant()) is significant
+    found = heads_json(ranking, control_of(effect, random), 0.03)
+    assert found["beats_random"] is beats
+    assert found["significant"] == (["L0H0"] if significant else [])
+
+
+def test_transcripts_are_counted_by_outcome_and_by_harmfulness(complied_harmful: Transcripts) -> None:
+    group = written(3, harmful=False, outcome=Outcome.REFUSED) + complied_harmful
+    group = group + Transcripts(
+        t.replace(id=f"x{i}", harmful=None, outcome=o)
+        for i, (t, o) in enumerate(zip(complied_harmful, [Outcome.UNFINISHED, Outcome.UNJUDGED], strict=False))
+    )
+    found = counts(group)
+    assert {k: v for k, v in found.items() if k != "by"} == {
+        **{"transcripts": 9, "refused": 3, "complied": 4, "unfinished": 1, "unjudged": 1}
+    }
+    assert sorted((row["group"], row["outcome"], row["n"]) for row in found["by"]) == [
+        ("harmful", "complied", 4),
+        ("harmless", "refused", 3),
+        ("unlabelled", "unfinished", 1),
+        ("unlabelled", "unjudged", 1),
+    ]
+    json.dumps(found, allow_nan=False)
+
+
+def test_no_transcripts_are_counted_as_none() -> None:
+    found = counts(Transcripts())
+    assert found["transcripts"] == 0
+    assert found["by"] == []
+
+
+def test_the_transcript_table_has_splits_and_counts_generated_tokens(complied_harmful: Transcripts) -> None:
+    group = Transcripts(
+        [
+            complied_harmful[0].replace(thinking_ids=(1, 2, 3), answer_ids=(4, 5)),
+            complied_harmful[1].replace(harmful=None),
+        ]
+    )
+    frame = transcript_frame(group, {group[0].id: "fit", group[1].id: "test"})
+    assert list(frame.columns) == [
+        *("id", "split", "harmful", "outcome", "source", "prompt", "thinking", "answer", "n_pos")
+    ]
+    assert frame["split"].tolist() == ["fit", "test"]
+    assert frame["n_pos"].tolist() == [5, 0]
+    assert frame["outcome"].tolist() == ["complied", "complied"]
+    assert frame["prompt"].tolist() == [t.prompt for t in group]
+    assert frame["harmful"].tolist() == [True, None]
+
+
+def test_the_transcript_table_survives_parquet(
+    complied_harmful: Transcripts, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    group = Transcripts([*complied_harmful[:2], complied_harmful[2].replace(harmful=None, thinking=None, answer=None)])
+    frame = transcript_frame(group, {t.id: "fit" for t in group})
+    path = tmp_path_factory.mktemp("frame") / "a.parquet"
+    frame.to_parquet(path, index=False)
+    found = pd.read_parquet(path)
+    assert found["harmful"].tolist() == [True, True, None]
+    assert found["answer"].isna().tolist() == [False, False, True]
+
+
+def test_versions_name_what_numbers_depend_on() -> None:
+    found = versions()
+    assert {"python", "torch", "transformers", "transformer-lens", "numpy", "scikit-learn"} == set(found)
+    assert all(v[0].isdigit() for v in found.values())
