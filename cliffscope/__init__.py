@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cliffscope import organisms
     from cliffscope.alignment.selection import Selection, select_by_cliff
+    from cliffscope.config import StudyConfig
     from cliffscope.errors import CliffScopeError
     from cliffscope.heads.edits import HeadEdit, HeadRef, edited_weights, scale, zero
     from cliffscope.heads.ranking import HeadRanking, control_sets, rank_heads
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from cliffscope.safety.evaluation import SafetyReport, evaluate_safety
     from cliffscope.safety.generation import roll_out
     from cliffscope.safety.judges import PhraseJudge, judge
-    from cliffscope.study import Study, StudyConfig, open_study, run_study
+    from cliffscope.study import Study, open_study, run_study
     from cliffscope.transcripts.datasets import read_prompts, read_transcripts, write_transcripts
     from cliffscope.transcripts.records import Transcript, Transcripts
 
@@ -36,7 +37,7 @@ _HOMES = {
     "SafetyReport": "safety.evaluation",
     "Selection": "alignment.selection",
     "Study": "study",
-    "StudyConfig": "study",
+    "StudyConfig": "config",
     "Transcript": "transcripts.records",
     "Transcripts": "transcripts.records",
     "control_sets": "heads.ranking",

@@ -1,32 +1,45 @@
 """The command line: parse, one library call, print.
 
 A command a function of the library, with the same names and defaults. `--json` prints one JSON object for machines;
-otherwise a person gets a line or a table, with progress bars on a terminal and plain log lines elsewhere. Exit codes: 0
-done, 2 usage, 3 bad input, 4 unsupported model, 5 run directory, 6 missing extra, 130 interrupted.
+otherwise a person gets a line or a table, with progress bars on a terminal and plain log lines elsewhere; what was left
+out is told on standard error. Exit codes: 0 done, 2 usage, 3 bad input, 4 unsupported model, 5 run directory, 6 missing
+extra, 130 interrupted.
 """
 
 import json
-import logging
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cliffscope.errors import CliffScopeError
+from cliffscope.options import (
+    JsonOption,
+    ModelOption,
+    OutOption,
+    ProbeOption,
+    SeedOption,
+    TemplateOption,
+    TranscriptsOption,
+    one_of,
+)
+from cliffscope.progress import log_to_standard_error, show_progress
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from cliffscope.models import LensModel
-    from cliffscope.probing.probe import RefusalProbe
-    from cliffscope.study import Progress, StudyConfig
+    from cliffscope.config import StudyConfig
+    from cliffscope.probing.cliff import Plateau
+    from cliffscope.probing.contrast import Contrast
+    from cliffscope.probing.probe import Positions, RefusalProbe
+    from cliffscope.transcripts.records import Omission
 
-Word = TypeVar("Word", bound=str)
+INTERRUPTED = 130
 app = typer.Typer(
     name="cliffscope",
     no_args_is_help=True,
@@ -37,30 +50,20 @@ app = typer.Typer(
 organisms_app = typer.Typer(no_args_is_help=True, help="Small models whose suppression heads are known.")
 app.add_typer(organisms_app, name="organisms")
 
-ModelOption = Annotated[
-    str, typer.Option("--model", help="Local directory, .gguf file, hub name, organism, or smollm2.")
-]
-TemplateOption = Annotated[str | None, typer.Option(help="How the model thinks; detected if not given.")]
-OutOption = Annotated[Path, typer.Option("--out", help="Where to write.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-SeedOption = Annotated[int, typer.Option(help="Of everything drawn.")]
-TranscriptsOption = Annotated[Path, typer.Option("--transcripts", help="JSONL of transcripts.")]
-ProbeOption = Annotated[Path, typer.Option("--probe", help="Directory that fit-probe or study wrote.")]
-
 
 def main() -> None:
     """Runs the command line; errors of CliffScope are printed in one line and become exit codes."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "transformers", "transformer_lens", "huggingface_hub", "root"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    log_to_standard_error()
     try:
         app()
     except CliffScopeError as error:
         typer.echo(f"cliffscope: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("cliffscope: interrupted; run the same command again to go on where it stopped.", err=True)
-        sys.exit(130)
+    except SystemExit as end:
+        # Typer takes the interrupt and ends with this code.
+        if end.code == INTERRUPTED:
+            typer.echo("cliffscope: interrupted; run the same command again to go on where it stopped.", err=True)
+        raise
 
 
 @app.command()
@@ -69,7 +72,7 @@ def demo(out: OutOption = Path("runs/demo"), seed: SeedOption = 0, as_json: Json
 
     Example: cliffscope demo --out runs/demo
     """
-    from cliffscope.study import StudyConfig
+    from cliffscope.config import StudyConfig
 
     config = StudyConfig(
         model="planted-llama", out=str(out), max_thinking=128, max_answer=32, temperature=1.0, seed=seed
@@ -107,23 +110,23 @@ def study(
 
     Example: cliffscope study --model ./my-model --harmful harmful.csv --harmless harmless.jsonl --out runs/mine
     """
-    from cliffscope.study import StudyConfig
+    from cliffscope.config import StudyConfig
 
     config = StudyConfig(
         model=model,
         out=str(out),
-        harmful=_text(harmful),
-        harmless=_text(harmless),
-        transcripts=_text(transcripts),
+        harmful=str(harmful) if harmful else None,
+        harmless=str(harmless) if harmless else None,
+        transcripts=str(transcripts) if transcripts else None,
         template=template,
         system=system,
         limit=limit,
         max_thinking=max_thinking,
         max_answer=max_answer,
         temperature=temperature,
-        positions=_one_of("positions", positions, "balanced", "final"),
-        contrast=_one_of("contrast", contrast, "auto", "harmless", "harmful"),
-        plateau=_one_of("plateau", plateau, "mean", "max"),
+        positions=one_of("positions", positions, "balanced", "final"),
+        contrast=one_of("contrast", contrast, "auto", "harmless", "harmful"),
+        plateau=one_of("plateau", plateau, "mean", "max"),
         top_fraction=top_fraction,
         controls=controls,
         select_fraction=select_fraction,
@@ -154,10 +157,11 @@ def roll_out(
     Example: cliffscope roll-out --model ./my-model --prompts harmful.csv --harmful --out transcripts.jsonl
     """
     import cliffscope as cs
+    from cliffscope.safety.generation import check_left
 
     asked = cs.read_prompts(prompts, harmful=harmful, limit=limit, seed=seed)
-    lens = _load(model, template)
-    with _bars() as progress:
+    lens = cs.load_model(model, template=template)
+    with show_progress() as progress:
         found = cs.roll_out(
             lens,
             asked,
@@ -168,8 +172,9 @@ def roll_out(
             seed=seed,
             progress=lambda done: progress("roll-out", done, len(asked)),
         )
+    check_left(found)
     cs.write_transcripts(found, out)
-    _say(as_json, {"out": str(out), "transcripts": len(found), "omitted": len(found.omitted)}, repr(found))
+    _say(as_json, {"out": str(out), "transcripts": len(found)}, repr(found), found.omitted)
 
 
 @app.command()
@@ -183,11 +188,12 @@ def judge(transcripts: TranscriptsOption, out: OutOption, as_json: JsonOption = 
     found = cs.judge(cs.read_transcripts(transcripts))
     cs.write_transcripts(found, out)
     counts = {str(k): int(v) for k, v in found.to_frame()["outcome"].value_counts().items()}
-    _say(as_json, {"out": str(out), **counts}, repr(found))
+    _say(as_json, {"out": str(out), **counts}, repr(found), found.omitted)
 
 
 @app.command("fit-probe")
 def fit_probe(
+    context: typer.Context,
     model: ModelOption,
     transcripts: TranscriptsOption,
     out: OutOption,
@@ -207,30 +213,30 @@ def fit_probe(
     from cliffscope.probing.files import save_probe
     from cliffscope.store import open_run
 
+    where: Positions = one_of("positions", positions, "balanced", "final")
+    which: Contrast = one_of("contrast", contrast, "auto", "harmless", "harmful")
     judged = cs.read_transcripts(transcripts)
-    options = {"model": model, "transcripts": str(transcripts), "positions": positions, "layer": layer}
-    options |= {"contrast": contrast, "seed": seed}
-    lens = _load(model, template)
-    classes = contrast_classes(
-        judged, _one_of("contrast", contrast, "auto", "harmless", "harmful"), thinks=lens.template.thinks
-    )
-    probe = cs.fit_probe(
-        lens,
-        classes.refused,
-        classes.complied,
-        challenge=classes.challenge,
-        layer="best" if layer is None else layer,
-        positions=_one_of("positions", positions, "balanced", "final"),
-        seed=seed,
-    )
-    with open_run(out, options) as store:
+    with open_run(out, _given(context)) as store, store.stage("fit-probe"):
+        lens = cs.load_model(model, template=template)
+        classes = contrast_classes(judged, which, thinks=lens.template.thinks)
+        probe = cs.fit_probe(
+            lens,
+            classes.refused,
+            classes.complied,
+            challenge=classes.challenge,
+            layer="best" if layer is None else layer,
+            positions=where,
+            seed=seed,
+        )
         save_probe(store, probe)
         report = store.read_json("probe.json")
-    _say(as_json, {"out": str(out), "layer": probe.layer, "report": report["report"]}, repr(probe))
+    data = {"out": str(out), "layer": probe.layer, "report": report["report"]}
+    _say(as_json, data, repr(probe), probe.omitted)
 
 
 @app.command()
 def trace(
+    context: typer.Context,
     model: ModelOption,
     probe: ProbeOption,
     transcripts: TranscriptsOption,
@@ -246,17 +252,19 @@ def trace(
     import cliffscope as cs
     from cliffscope.store import open_run
 
-    lens, fitted = _load(model, template), _load_probe(probe)
-    traces = cs.trace_refusal(lens, fitted, cs.read_transcripts(transcripts))
-    cliffs = traces.cliffs(plateau=_one_of("plateau", plateau, "mean", "max"))
-    with open_run(out, {"model": model, "probe": str(probe), "transcripts": str(transcripts)}) as store:
+    height: Plateau = one_of("plateau", plateau, "mean", "max")
+    fitted, given = _load_probe(probe), cs.read_transcripts(transcripts)
+    with open_run(out, _given(context)) as store, store.stage("trace"):
+        traces = cs.trace_refusal(cs.load_model(model, template=template), fitted, given)
+        cliffs = traces.cliffs(plateau=height)
         store.write_frame("traces.parquet", traces.to_frame())
         store.write_frame("cliffs.parquet", cliffs.to_frame())
-    _say_table(as_json, cliffs.to_frame(), f"{cliffs!r}, written to {out}")
+    _say_table(as_json, cliffs.to_frame(), f"{cliffs!r}, written to {out}", out, traces.omitted)
 
 
 @app.command("rank-heads")
 def rank_heads(
+    context: typer.Context,
     model: ModelOption,
     probe: ProbeOption,
     transcripts: TranscriptsOption,
@@ -272,16 +280,13 @@ def rank_heads(
     """
     import cliffscope as cs
     from cliffscope.store import open_run
-    from cliffscope.transcripts.records import Outcome
 
-    lens, fitted = _load(model, template), _load_probe(probe)
-    judged = cs.read_transcripts(transcripts)
-    suppressed = judged.where(harmful=True, outcome=Outcome.COMPLIED)
-    harmless = judged.where(harmful=False)
-    where = _one_of("scope", scope, "closing", "thinking", "prompt", "all")
-    with _bars() as progress:
+    where = one_of("scope", scope, "closing", "thinking", "prompt", "all")
+    fitted, judged = _load_probe(probe), cs.read_transcripts(transcripts)
+    suppressed, harmless = judged.where(harmful=True, outcome="complied"), judged.where(harmful=False)
+    with open_run(out, _given(context)) as store, store.stage("rank-heads"), show_progress() as progress:
         ranking = cs.rank_heads(
-            lens,
+            cs.load_model(model, template=template),
             fitted,
             suppressed,
             scope=where,
@@ -289,13 +294,13 @@ def rank_heads(
             seed=seed,
             progress=lambda done: progress("rank-heads", done, len(suppressed)),
         )
-    with open_run(out, {"model": model, "probe": str(probe), "transcripts": str(transcripts), "scope": scope}) as store:
         store.write_frame("heads.parquet", ranking.to_frame())
-    _say_table(as_json, ranking.to_frame(), f"{ranking!r}, written to {out}")
+    _say_table(as_json, ranking.to_frame(), f"{ranking!r}, written to {out}", out, ranking.omitted)
 
 
 @app.command()
 def evaluate(
+    context: typer.Context,
     model: ModelOption,
     prompts: Annotated[Path, typer.Option(help="JSONL of prompts with `harmful` set.")],
     out: OutOption,
@@ -317,21 +322,22 @@ def evaluate(
     from cliffscope.store import open_run
 
     refs = [cs.HeadRef.parse(text.strip()) for text in heads.split(",") if text.strip()]
-    report = cs.evaluate_safety(
-        _load(model, template),
-        cs.read_transcripts(prompts),
-        edit=cs.zero(refs) if refs else None,
-        controls=controls,
-        max_thinking=max_thinking,
-        max_answer=max_answer,
-        temperature=temperature,
-        system=system,
-        seed=seed,
-    )
-    with open_run(out, {"model": model, "prompts": str(prompts), "heads": heads, "controls": controls}) as store:
+    edit, asked = cs.zero(refs) if refs else None, cs.read_transcripts(prompts)
+    with open_run(out, _given(context)) as store, store.stage("evaluate"):
+        report = cs.evaluate_safety(
+            cs.load_model(model, template=template),
+            asked,
+            edit=edit,
+            controls=controls,
+            max_thinking=max_thinking,
+            max_answer=max_answer,
+            temperature=temperature,
+            system=system,
+            seed=seed,
+        )
         store.write_frame("safety.parquet", report.to_frame())
         store.write_frame("safety_pairs.parquet", report.pairs())
-    _say_table(as_json, report.to_frame(), f"{report!r}, written to {out}")
+    _say_table(as_json, report.to_frame(), f"{report!r}, written to {out}", out, report.omitted)
 
 
 @app.command()
@@ -344,16 +350,22 @@ def select(
     template: TemplateOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Selects the transcripts with the largest cliff, into JSONL.
+    """Selects the harmful, complied transcripts with the largest cliff, into JSONL.
 
     Example: cliffscope select --model ./my-model --probe probe/ --transcripts pool.jsonl --out chosen.jsonl
     """
     import cliffscope as cs
+    from cliffscope.alignment.selection import check_fraction
 
-    pool = cs.read_transcripts(transcripts)
-    selection = cs.select_by_cliff(_load(model, template), _load_probe(probe), pool, fraction=fraction)
-    selection.to_jsonl(out)
-    _say(as_json, {"out": str(out), "chosen": [t.id for t in selection.chosen], "pool": len(pool)}, repr(selection))
+    pool, fitted = cs.read_transcripts(transcripts), _load_probe(probe)
+    check_fraction(fraction)
+    selection = cs.select_by_cliff(cs.load_model(model, template=template), fitted, pool, fraction=fraction)
+    chosen = [t.id for t in selection.chosen]
+    if chosen:
+        selection.to_jsonl(out)
+    text = repr(selection) if chosen else f"{selection!r}: nothing was chosen and no file written."
+    data = {"out": str(out) if chosen else None, "chosen": chosen, "pool": len(pool)}
+    _say(as_json, data, text, selection.omitted)
 
 
 @app.command()
@@ -389,7 +401,7 @@ def organisms_grow(
     """
     from cliffscope.organisms.asset import write_organism
 
-    with _bars() as progress:
+    with show_progress() as progress:
         truth = write_organism(name, out, report=lambda phase, step, steps: progress(phase, step, steps))
     _say(as_json, truth, json.dumps(truth["measured"], indent=1))
 
@@ -399,7 +411,7 @@ def _run_study(config: "StudyConfig", *, as_json: bool) -> None:
 
     started = time.perf_counter()
     command = "cliffscope " + shlex.join(sys.argv[1:])
-    with _bars() as progress:
+    with show_progress() as progress:
         found = run_study(config, command=command, progress=progress)
     seconds = time.perf_counter() - started
     data = {"report": str(found.report), "seconds": round(seconds, 1), "verdict": found.verdict}
@@ -407,10 +419,10 @@ def _run_study(config: "StudyConfig", *, as_json: bool) -> None:
     _say(as_json, data, f"{text}\n\nReport: {found.report} ({seconds:.0f} s)")
 
 
-def _load(model: str, template: str | None) -> "LensModel":
-    from cliffscope.models import load_model
-
-    return load_model(model, template=template)
+def _given(context: typer.Context) -> dict[str, object]:
+    """The command and its options, but for where and how it tells its results."""
+    options = {name: value for name, value in context.params.items() if name not in ("out", "as_json")}
+    return {"command": context.info_name, **options}
 
 
 def _load_probe(path: Path) -> "RefusalProbe":
@@ -420,68 +432,15 @@ def _load_probe(path: Path) -> "RefusalProbe":
     return load_probe(RunStore(path=path))
 
 
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
+def _say(as_json: bool, data: Mapping[str, object], text: str, omitted: "tuple[Omission, ...] | None" = None) -> None:
+    """Prints the result, and to standard error what was left out and why."""
+    for kind, n in Counter(omission.kind for omission in omitted or ()).items():
+        typer.echo(f"left out {n}: {kind}", err=True)
+    left_out = {} if omitted is None else {"omitted": len(omitted)}
+    typer.echo(json.dumps({**data, **left_out}, ensure_ascii=False) if as_json else text)
 
 
-def _one_of(name: str, value: str, *words: Word) -> Word:
-    for word in words:
-        if value == word:
-            return word
-    raise typer.BadParameter(f"{value!r}: expected one of {', '.join(words)}.", param_hint=f"--{name}")
-
-
-def _say(as_json: bool, data: Mapping[str, object], text: str) -> None:
-    typer.echo(json.dumps(data, ensure_ascii=False) if as_json else text)
-
-
-def _say_table(as_json: bool, frame: "pd.DataFrame", text: str) -> None:
-    if as_json:
-        typer.echo(frame.to_json(orient="records"))
-        return
-    typer.echo(frame.head(10).to_string(index=False))
-    typer.echo(text)
-
-
-@contextmanager
-def _bars() -> Iterator["Progress"]:
-    """Progress bars with rates on a terminal; a log line a tenth elsewhere."""
-    if not sys.stderr.isatty():
-        yield _log_progress()
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description:>12}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-    )
-    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def progress(stage: str, done: int, total: int) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total, rate="")
-            speed = next(task.speed for task in bars.tasks if task.id == tasks[stage])
-            bars.update(tasks[stage], completed=done, total=total, rate=f"{speed:.1f}/s" if speed else "")
-
-        yield progress
-
-
-def _log_progress() -> "Progress":
-    started: dict[str, float] = {}
-    told: dict[str, int] = {}
-    log = logging.getLogger(__name__)
-
-    def progress(stage: str, done: int, total: int) -> None:
-        start = started.setdefault(stage, time.perf_counter())
-        tenth = 10 * done // max(1, total)
-        if told.get(stage) != tenth:
-            told[stage] = tenth
-            seconds = time.perf_counter() - start
-            rate = f", {done / seconds:.1f}/s" if seconds > 0 else ""
-            log.info("%s: %d of %d%s", stage, done, total, rate)
-
-    return progress
+def _say_table(as_json: bool, frame: "pd.DataFrame", text: str, out: Path, omitted: "tuple[Omission, ...]") -> None:
+    rows = json.loads(frame.to_json(orient="records")) if as_json else []
+    table = frame.head(10).to_string(index=False)
+    _say(as_json, {"out": str(out), "rows": rows}, f"{table}\n{text}", omitted)

@@ -201,7 +201,7 @@ def load_model(
         The checked model.
 
     Raises:
-        DataError: nothing can be loaded from there.
+        DataError: nothing can be loaded from there, or the device is not there.
         TemplateError: the chat template is missing or unknown.
         UnsupportedModelError: a check failed; the message names the layer and what was found.
 
@@ -210,7 +210,7 @@ def load_model(
         >>> cs.load_model("planted-llama").shape.n_heads
         8
     """
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = _find_device(device)
     if isinstance(path_or_name, (str, Path)):
         name = str(path_or_name)
         hf, tokenizer = _read_checkpoint(name, _default_dtype(dtype, place), revision)
@@ -228,6 +228,16 @@ def load_model(
     model = LensModel(name=name, hf=plain, tokenizer=tokenizer, template=thinking, shape=shape, bridge=bridge)
     _check(model)
     return model
+
+
+def _find_device(name: str | None) -> torch.device:
+    try:
+        place = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        # A device can have a name that torch knows and yet not be there.
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"device={name!r}: {_first_line(error)} Give one that torch finds here.") from error
+    return place
 
 
 def _default_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype | str:

@@ -11,7 +11,9 @@ Knows files and JSON, no science.
 import fcntl
 import json
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,10 +25,12 @@ import pandas as pd
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from cliffscope.errors import StoreError
+from cliffscope.errors import CliffScopeError, StoreError
 
 SCHEMA = 1
 MANIFEST, LOCK = "manifest.json", ".lock"
+PARTIAL = ".partial"
+"""Ending of files that are not complete; what a killed process left of them is removed by the next one."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -52,6 +56,13 @@ class RunStore:
     def finish(self, stage: str, seconds: float) -> None:
         """Marks a stage finished; its files must have been written."""
         self.update(stages={**self._stages(), stage: {"seconds": round(seconds, 3)}})
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Times what is done inside, and marks the stage finished unless it raises."""
+        started = time.perf_counter()
+        yield
+        self.finish(name, time.perf_counter() - started)
 
     def has(self, name: str) -> bool:
         """Whether a file is there."""
@@ -114,9 +125,11 @@ class RunStore:
 def open_run(path: str | Path, config: Mapping[str, object]) -> Iterator[RunStore]:
     """Opens a run directory for writing, making it if need be.
 
+    A directory that was made here is removed again if an error of CliffScope ends the run before anything is written.
+
     Args:
         path: the directory.
-        config: JSON-ready; must be the one the directory was made with.
+        config: JSON-ready; must be the one the directory was made with, once a stage of it is finished.
 
     Yields:
         The store.
@@ -125,6 +138,7 @@ def open_run(path: str | Path, config: Mapping[str, object]) -> Iterator[RunStor
         StoreError: another process holds it, it belongs to another configuration, or it cannot be written.
     """
     folder = Path(path)
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("a+")
@@ -136,7 +150,14 @@ def open_run(path: str | Path, config: Mapping[str, object]) -> Iterator[RunStor
         _take(lock, folder)
         store = RunStore(path=folder)
         _claim(store, config)
-        yield store
+        for rest in folder.glob(f".*{PARTIAL}"):
+            rest.unlink(missing_ok=True)
+        try:
+            yield store
+        except CliffScopeError:
+            if made:
+                _discard(store)
+            raise
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -151,13 +172,13 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """
     temporary: Path | None = None
     try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
         os.close(handle)
         temporary = Path(name)
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(0o666 & ~_umask())
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise StoreError(
@@ -172,14 +193,32 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 def _take(lock: IO[str], folder: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         raise StoreError(
             f"Run directory {folder} is in use by another process. Wait for it to end, or give another --out."
         ) from error
+    except OSError as error:
+        raise StoreError(
+            f"Run directory {folder} cannot be locked: {error.strerror or error}. Give an --out on a file system that "
+            "has locks, such as a local disk."
+        ) from error
+
+
+def _discard(store: RunStore) -> None:
+    if {p.name for p in store.path.iterdir()} <= {MANIFEST, LOCK}:
+        shutil.rmtree(store.path, ignore_errors=True)
+
+
+def _umask() -> int:
+    # The system tells it only to whoever sets it.
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
 
 
 def _claim(store: RunStore, config: Mapping[str, object]) -> None:
     wanted = _plain(dict(config))
+    new: dict[str, object] = {"schema": SCHEMA, "config": wanted, "stages": {}}
     if not store.has(MANIFEST):
         strangers = [p.name for p in store.path.iterdir() if not p.name.startswith(".")]
         if strangers:
@@ -187,7 +226,7 @@ def _claim(store: RunStore, config: Mapping[str, object]) -> None:
                 f"Directory {store.path} holds other files, such as {sorted(strangers)[0]!r}, and is no run of "
                 "CliffScope. Give an empty or new directory."
             )
-        store.write_json(MANIFEST, {"schema": SCHEMA, "config": wanted, "stages": {}})
+        store.write_json(MANIFEST, new)
         return
     found = store.manifest
     if found.get("schema") != SCHEMA:
@@ -195,7 +234,9 @@ def _claim(store: RunStore, config: Mapping[str, object]) -> None:
             f"Run directory {store.path} has schema {found.get('schema')}, expected {SCHEMA}. Give a new --out."
         )
     kept = found.get("config")
-    if kept != wanted:
+    if kept != wanted and not found.get("stages"):
+        store.write_json(MANIFEST, new)
+    elif kept != wanted:
         before = kept if isinstance(kept, dict) else {}
         now = wanted if isinstance(wanted, dict) else {}
         changed = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
@@ -207,13 +248,13 @@ def _claim(store: RunStore, config: Mapping[str, object]) -> None:
 
 
 def _plain(value: object) -> object:
-    """JSON-ready copy: paths and enums as text, NumPy scalars as numbers, NaN and infinities as None."""
+    """JSON-ready copy: paths and enums as text, NumPy values as numbers, NaN and infinities as None."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
-    if isinstance(value, np.generic):
-        return _plain(value.item())
+    if isinstance(value, np.generic | np.ndarray):
+        return _plain(value.tolist())
     if isinstance(value, float):
         return value if np.isfinite(value) else None
     if value is None or isinstance(value, bool | int):

@@ -13,9 +13,8 @@ Each stage writes its files into the run directory and is never repeated; what c
 """
 
 import logging
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -24,80 +23,31 @@ import pandas as pd
 
 from cliffscope import verdicts
 from cliffscope.alignment.selection import select_from_cliffs
-from cliffscope.errors import DataError, ProbeError
+from cliffscope.config import StudyConfig, read_inputs
+from cliffscope.errors import ProbeError
 from cliffscope.heads.edits import zero
 from cliffscope.heads.ranking import control_sets, rank_heads
 from cliffscope.models import LensModel, load_model
-from cliffscope.organisms import is_organism, study_prompts
-from cliffscope.probing.cliff import Plateau
-from cliffscope.probing.contrast import Contrast, contrast_classes
+from cliffscope.probing.contrast import contrast_classes
 from cliffscope.probing.files import load_probe, save_probe
-from cliffscope.probing.probe import FEWEST, Positions, RefusalProbe, fit_probe
+from cliffscope.probing.probe import FEWEST, RefusalProbe, fit_probe
 from cliffscope.probing.trace import Cliffs, trace_refusal
+from cliffscope.progress import Progress
 from cliffscope.report.page import write_report
 from cliffscope.results import counts, heads_json, layer_frame, transcript_frame, versions
-from cliffscope.safety.evaluation import UNEDITED, evaluate_safety
-from cliffscope.safety.generation import roll_out
+from cliffscope.safety.evaluation import TOP, UNEDITED, count_controls, evaluate_safety
+from cliffscope.safety.generation import check_left, roll_out
 from cliffscope.safety.judges import judge
 from cliffscope.store import RunStore, open_run
-from cliffscope.transcripts.datasets import read_prompts, read_transcripts, write_transcripts
+from cliffscope.transcripts.datasets import read_transcripts, write_transcripts
 from cliffscope.transcripts.records import Omission, Outcome, Transcripts
 
 log = logging.getLogger(__name__)
-Progress = Callable[[str, int, int], None]
-"""Called with stage, items done, items in all."""
 REPORT, TRANSCRIPTS, OMITTED = "report.html", "transcripts.jsonl", "omitted.parquet"
 HEAT_MAPS = 4
 """Transcripts of which every layer is traced for the report."""
 TOKEN_TRACES = 200
 """Transcripts of which every token is stored."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StudyConfig:
-    """Everything that determines a study."""
-
-    model: str
-    """What `load_model` takes."""
-    out: str
-    """Run directory."""
-    harmful: str | None = None
-    """File of harmful prompts; None with an organism takes its own."""
-    harmless: str | None = None
-    """File of harmless prompts."""
-    transcripts: str | None = None
-    """JSONL of transcripts with thinking and answer, instead of prompts."""
-    template: str | None = None
-    """How the model thinks; None detects it."""
-    system: str | None = None
-    """System message before each prompt."""
-    limit: int | None = None
-    """Prompts of each file at most, drawn with the seed."""
-    max_thinking: int = 1024
-    """Tokens of thinking at most."""
-    max_answer: int = 64
-    """Tokens of answer at most."""
-    temperature: float = 0.0
-    """0 is greedy."""
-    positions: Positions = "balanced"
-    """Positions that the probe is fitted on."""
-    contrast: Contrast = "auto"
-    """Complied class of the probe: harmless transcripts (the paper's) or harmful ones; "auto" takes harmless ones where
-    the model thinks, since its thinking is what the cliff is about, and harmful ones where it does not."""
-    plateau: Plateau = "mean"
-    """Plateau of the cliff."""
-    top_fraction: float = 0.03
-    """Share of heads that is edited."""
-    controls: int = 20
-    """Random sets of heads."""
-    select_fraction: float = 0.017
-    """Share of the pool that is selected."""
-    batch_size: int = 64
-    """Rows generated together at most."""
-    seed: int = 0
-    """Of everything drawn."""
-    device: str | None = None
-    """Torch device; None takes CUDA where there is one."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -135,7 +85,7 @@ def run_study(config: StudyConfig, *, command: str | None = None, progress: Prog
         DataError: prompts cannot be read.
         UnsupportedModelError: the model fails a check.
     """
-    _check_inputs(config)
+    config.check()
     options = {k: v for k, v in asdict(config).items() if k != "out"}
     with open_run(config.out, options) as store:
         run = _Run(config=config, store=store, progress=progress or _silent)
@@ -147,10 +97,9 @@ def run_study(config: StudyConfig, *, command: str | None = None, progress: Prog
             )
             for name, stage in _STAGES.items():
                 if not store.finished(name):
-                    started = time.perf_counter()
                     log.info("stage %s", name)
-                    stage(run)
-                    store.finish(name, time.perf_counter() - started)
+                    with store.stage(name):
+                        stage(run)
         return open_study(store.path)
 
 
@@ -179,7 +128,6 @@ class _Run:
     config: StudyConfig
     store: RunStore
     progress: Progress
-    notes: list[str] = field(default_factory=list)
 
     @cached_property
     def model(self) -> LensModel:
@@ -220,15 +168,10 @@ class _Run:
 
     def leave_out(self, omitted: tuple[Omission, ...]) -> None:
         """Adds omissions to the run's table and to the counts in the manifest."""
-        # A reason that names its transcript would be counted apart from the same reason for another one.
-        rows = [{**asdict(o), "reason": o.reason.replace(repr(o.id), "this transcript")} for o in omitted]
-        before = (
-            self.store.read_frame(OMITTED)
-            if self.store.has(OMITTED)
-            else pd.DataFrame(columns=["stage", "reason", "id"])
-        )
-        table = pd.concat([before, pd.DataFrame(rows, columns=["stage", "reason", "id"])], ignore_index=True)
-        table = table.drop_duplicates(ignore_index=True)
+        rows = pd.DataFrame([(o.stage, o.kind, o.id) for o in omitted], columns=["stage", "reason", "id"])
+        # What a killed first stage left may be of another configuration.
+        before = self.store.read_frame(OMITTED) if self.store.finished("transcripts") else rows[:0]
+        table = pd.concat([before, rows], ignore_index=True).drop_duplicates(ignore_index=True)
         self.store.write_frame(OMITTED, table)
         counts = [
             {"stage": stage, "reason": reason, "count": len(part), "ids": part["id"].head(5).tolist()}
@@ -236,39 +179,30 @@ class _Run:
         ]
         self.store.update(omitted=counts)
 
+    def read_arm(self, name: str, asked: Transcripts) -> Transcripts:
+        """A finished arm of the safety stage, with what is known to be left out of those that were asked."""
+        ids = {t.id for t in asked}
+        rows = self.store.read_frame(OMITTED).itertuples()
+        omitted = [Omission(stage=str(r.stage), reason=str(r.reason), id=str(r.id)) for r in rows if r.id in ids]
+        return Transcripts(read_transcripts(self.store.path / _arm_file(name)), omitted=omitted)
+
     def counter(self, stage: str, total: int) -> Callable[[int], None]:
         """A progress callback of one stage."""
         return lambda done: self.progress(stage, done, total)
 
 
 def _stage_transcripts(run: _Run) -> None:
-    config, forced = run.config, dict[str, str]()
-    if config.transcripts is not None:
-        read = read_transcripts(config.transcripts)
-        unjudged = all(t.outcome is Outcome.UNJUDGED for t in read)
-        transcripts = judge(read) if unjudged else read
-    else:
-        prompts, forced = _prompts(config)
-        transcripts = judge(
-            roll_out(
-                run.model,
-                prompts,
-                max_thinking=config.max_thinking,
-                max_answer=config.max_answer,
-                temperature=config.temperature,
-                system=config.system,
-                seed=config.seed,
-                batch_size=config.batch_size,
-                progress=run.counter("transcripts", len(prompts)),
-            )
-        )
-    if not len(transcripts):
-        raise DataError("No transcript is left: every prompt was omitted. Lower the budgets or give other prompts.")
+    inputs = read_inputs(run.config)
+    transcripts = inputs.transcripts
+    if run.config.transcripts is None:
+        transcripts = judge(_roll_out(run, transcripts))
+    elif all(t.outcome is Outcome.UNJUDGED for t in transcripts):
+        transcripts = judge(transcripts)
     write_transcripts(transcripts, run.store.path / TRANSCRIPTS)
-    parts = transcripts.split(seed=config.seed)
+    parts = transcripts.split(seed=run.config.seed)
     # Where a test half is given, what is left is for fitting and validating.
-    moved = {"test": "fit"} if forced else {}
-    splits = {t.id: forced.get(t.id, moved.get(name, name)) for name, part in parts.items() for t in part}
+    moved = {"test": "fit"} if inputs.splits else {}
+    splits = {t.id: inputs.splits.get(t.id, moved.get(name, name)) for name, part in parts.items() for t in part}
     run.store.write_frame("transcripts.parquet", transcript_frame(transcripts, splits))
     run.leave_out(transcripts.omitted)
     model = run.model
@@ -285,6 +219,23 @@ def _stage_transcripts(run: _Run) -> None:
         verdict={},
         notes=[],
     )
+
+
+def _roll_out(run: _Run, prompts: Transcripts) -> Transcripts:
+    config = run.config
+    found = roll_out(
+        run.model,
+        prompts,
+        max_thinking=config.max_thinking,
+        max_answer=config.max_answer,
+        temperature=config.temperature,
+        system=config.system,
+        seed=config.seed,
+        batch_size=config.batch_size,
+        progress=run.counter("transcripts", len(prompts)),
+    )
+    check_left(found)
+    return found
 
 
 def _stage_probe(run: _Run) -> None:
@@ -374,33 +325,37 @@ def _stage_safety(run: _Run) -> None:
     ranking = run.store.read_frame("heads.parquet")
     chosen = ranking[ranking["selected"]]
     edit = zero(verdicts.head_refs(chosen))
-    test = run.part("test")
-    labelled = Transcripts(t for t in test if t.harmful is not None)
-    done = {UNEDITED: labelled} if run.config.transcripts is None else {}
-    arms = run.config.controls + 2
-    finished = [len(done)]
+    labelled = Transcripts(t for t in run.part("test") if t.harmful is not None)
+    controls = min(run.config.controls, count_controls(run.model.shape, edit.heads))
+    if controls < run.config.controls:
+        run.note(
+            f"Safety was measured with {controls} random sets, not {run.config.controls}: the layers of the selected "
+            "heads have no more different ones."
+        )
+    names = [UNEDITED, TOP, *[f"random {i + 1}" for i in range(controls)]]
+    done = {name: run.read_arm(name, labelled) for name in names if run.store.has(_arm_file(name))}
+    if run.config.transcripts is None:
+        done[UNEDITED] = labelled
 
     def keep(name: str, transcripts: Transcripts) -> None:
+        # Omissions first: an arm whose file is there is not run again.
+        run.leave_out(transcripts.omitted)
         write_transcripts(transcripts, run.store.path / _arm_file(name))
-        finished[0] += 1
-        run.progress("safety", finished[0], arms)
+        done[name] = transcripts
+        run.progress("safety", len(done), len(names))
 
-    for name in ["top heads", *[f"random {i + 1}" for i in range(run.config.controls)]]:
-        if run.store.has(_arm_file(name)):
-            done[name] = read_transcripts(run.store.path / _arm_file(name))
-    finished[0] = len(done)
     report = evaluate_safety(
         run.model,
         labelled,
         edit=edit,
-        controls=run.config.controls,
+        controls=controls,
         max_thinking=run.config.max_thinking,
         max_answer=run.config.max_answer,
         temperature=run.config.temperature,
         system=run.config.system,
         seed=run.config.seed,
         batch_size=run.config.batch_size,
-        done=done,
+        done=dict(done),
         on_arm=keep,
     )
     run.store.write_frame("safety.parquet", report.to_frame())
@@ -434,28 +389,6 @@ _STAGES: dict[str, Callable[[_Run], None]] = {
     "selection": _stage_selection,
     "report": _stage_report,
 }
-
-
-def _check_inputs(config: StudyConfig) -> None:
-    if config.transcripts is not None and (config.harmful or config.harmless):
-        raise DataError(
-            "Both transcripts and prompt files were given. Give transcripts=..., or harmful=... and harmless=..."
-        )
-    if config.transcripts is None and config.harmful is None and not is_organism(config.model):
-        raise DataError(
-            f"No prompts were given for {config.model!r}. Give harmful=... (and harmless=...) files, or "
-            "transcripts=...; only organisms bring their own."
-        )
-
-
-def _prompts(config: StudyConfig) -> tuple[Transcripts, dict[str, str]]:
-    """Prompts, and the splits that are fixed for some of them."""
-    if config.harmful is None:
-        return study_prompts(config.model, n=config.limit or 480, seed=config.seed)
-    found = read_prompts(config.harmful, harmful=True, limit=config.limit, seed=config.seed)
-    if config.harmless is not None:
-        found = found + read_prompts(config.harmless, harmful=False, limit=config.limit, seed=config.seed)
-    return found, {}
 
 
 def _examples(run: _Run) -> list[str]:

@@ -16,6 +16,8 @@ from cliffscope.stats import bootstrap_mean
 
 CLIFF = 0.1
 """Mean cliff below which nothing is called a cliff."""
+REASONS = 3
+"""Reasons that a sentence names at most."""
 
 
 def no_probe(reason: str) -> str:
@@ -28,7 +30,7 @@ def of_probe(report: ProbeReport, contrast: str) -> str:
     told = f"The probe tells refused from complied ({contrast}) transcripts with held-out {report.final}."
     if np.isfinite(report.within_harmful.auroc) and contrast == "harmless":
         told += f" Among harmful transcripts alone: {report.within_harmful}."
-    if report.late_thinking.n_refused:
+    if np.isfinite(report.late_thinking.auroc):
         told += f" During the thinking: {report.late_thinking}."
     if not report.final.can_tell:
         told += " That is too little to read a refusal score from: nothing further should be believed of it."
@@ -42,15 +44,19 @@ def of_cliff(cliffs: pd.DataFrame, plateau: str) -> str:
     if asked.empty:
         return "No harmful prompt of the test split was complied with, so there is no cliff to look for."
     if valid.empty:
-        why = asked["reason"].iloc[0]
-        return f"No cliff can be claimed for the {len(asked)} harmful prompts that were complied with: {why}."
+        return (
+            f"No cliff can be claimed for the {len(asked)} harmful prompts that were complied with: {_reasons(asked)}."
+        )
     height = valid["plateau_max" if plateau == "max" else "plateau_mean"].mean()
     low, high = (float(v) for v in bootstrap_mean(valid["cliff"].to_numpy(dtype=float), seed=0))
     numbers = (
         f"over {len(valid)} harmful prompts that were complied with (test split), the score falls from {height:.2f} in "
         f"the thinking ({plateau}) to {valid['final'].mean():.2f} at the final token: cliff "
-        f"{valid['cliff'].mean():.2f} [{low:.2f}, {high:.2f}]."
+        f"{valid['cliff'].mean():.2f} {_interval(low, high, '.2f')}."
     )
+    if len(valid) < len(asked):
+        invalid = asked[~asked["valid"].astype(bool)]
+        numbers += f" {len(invalid)} of the {len(asked)} have no valid cliff: {_reasons(invalid)}."
     if not low >= CLIFF:
         return f"No refusal cliff is shown: {numbers}"
     return f"There is a refusal cliff: {numbers}"
@@ -68,8 +74,8 @@ def of_heads(ranking: HeadRanking, control: SetControl) -> str:
     low, high = control.interval
     joint = (
         f"Zeroing the first {len(control.heads)} of {len(ranking.heads)} at the closing changes the refusal logit of "
-        f"{len(control.effects)} test transcripts by {control.effect:+.2f} [{low:+.2f}, {high:+.2f}]; random sets of "
-        f"the same size by {control.random_effects.mean():+.2f} (p = {control.p:.3f})."
+        f"{len(control.effects)} test transcripts by {control.effect:+.2f} {_interval(low, high, '+.2f')}; "
+        f"random sets of the same size by {control.random_effects.mean():+.2f} (p = {control.p:.3f})."
     )
     if not found:
         return f"No head's effect passes its controls (q <= 0.05, n = {len(ranking.clean)}). {joint}"
@@ -108,15 +114,30 @@ def _arm_sentence(report: SafetyReport, group: str, word: str) -> str:
         return ""
 
     def told(arm: str) -> str:
-        row = rows.loc[arm]
-        return f"{row['rate']:.2f} [{row['ci_low']:.2f}, {row['ci_high']:.2f}]"
+        rate, low, high = (float(v) for v in rows.loc[arm, ["rate", "ci_low", "ci_high"]].to_numpy())
+        return f"{_rate(rate)} {_interval(low, high, '.2f')}"
 
     n = int(rows["n"].loc[UNEDITED])
     if TOP not in rows.index:
         return f"{word} is {told(UNEDITED)} (n = {n})."
     count = len(next(arm.edit.heads for arm in report.arms if arm.name == TOP and arm.edit is not None))
     sets = int((frame["kind"] == "random").sum() // max(1, frame["group"].nunique()))
-    return (
-        f"{word} is {told(UNEDITED)} unedited, {told(TOP)} with the first {count} heads zeroed and "
-        f"{report.random_rate(group):.2f} on average over {sets} random sets (n = {n})."
-    )
+    edited = f"{word} is {told(UNEDITED)} unedited, {told(TOP)} with the first {count} heads zeroed"
+    if not sets:
+        return f"{edited} (n = {n}); no random set was run beside them."
+    return f"{edited} and {_rate(report.random_rate(group))} on average over {sets} random sets (n = {n})."
+
+
+def _rate(value: float) -> str:
+    return f"{value:.2f}" if np.isfinite(value) else "unknown"
+
+
+def _interval(low: float, high: float, digits: str) -> str:
+    return f"[{low:{digits}}, {high:{digits}}]" if np.isfinite([low, high]).all() else "(too few for an interval)"
+
+
+def _reasons(invalid: pd.DataFrame) -> str:
+    """Each reason with its count, the most frequent first."""
+    found = invalid["reason"].value_counts(sort=False).sort_values(ascending=False, kind="stable")
+    told = "; ".join(f"{reason} ({n})" for reason, n in found.head(REASONS).items())
+    return told + (f"; and {len(found) - REASONS} other reasons" if len(found) > REASONS else "")

@@ -582,7 +582,7 @@ def test_two_prompt_files_of_the_same_name_can_be_given(shell: Shell, model: Pat
 @pytest.mark.skipif(not GROWN, reason="the organisms' assets are not in the package yet")
 def test_harmless_prompts_for_an_organism_are_not_ignored_in_silence(shell: Shell, files: Path, tmp_path: Path) -> None:
     words = ("--model", "planted-llama", "--harmless", files / "empty.csv", "--out", tmp_path / "run", "--limit", 8)
-    shell.fails(3, "study", *words, *SMALL)
+    assert "empty.csv" in shell.fails(3, "study", *words, *SMALL)
 
 
 @pytest.mark.skipif(not GROWN, reason="the organisms' assets are not in the package yet")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cliffscope.errors import DataError
+from cliffscope.errors import DataError, StoreError
 from cliffscope.transcripts.datasets import PROMPT_COLUMNS, read_prompts, read_transcripts, write_transcripts
 from cliffscope.transcripts.transcript import Message, Outcome, Transcript, Transcripts
 
@@ -77,7 +77,7 @@ def test_a_file_is_complete_or_untouched(tmp_path: Path) -> None:
 
 def test_a_move_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").mkdir()
-    with pytest.raises(OSError, match="t.jsonl"):
+    with pytest.raises(StoreError, match=r"t\.jsonl cannot be written: Is a directory"):
         write_transcripts([Transcript(id="a", messages=(Message(role="user", content="hi"),))], tmp_path / "t.jsonl")
     assert [p.name for p in tmp_path.iterdir()] == ["t.jsonl"]
 

@@ -9,7 +9,7 @@ from cliffscope.errors import DataError, EditError, GenerationError
 from cliffscope.heads.edits import HeadRef, scale, zero
 from cliffscope.models import LensModel
 from cliffscope.safety import evaluation
-from cliffscope.safety.evaluation import TOP, UNEDITED, Arm, SafetyReport, evaluate_safety, plan_arms
+from cliffscope.safety.evaluation import TOP, UNEDITED, Arm, SafetyReport, count_controls, evaluate_safety, plan_arms
 from cliffscope.safety.judges import Verdict
 from cliffscope.transcripts.records import Omission, Outcome, Transcript, Transcripts
 
@@ -166,6 +166,25 @@ def test_random_arms_are_edited_in_the_same_way(llama: LensModel) -> None:
     assert {a.edit.factor for a in arms[1:] if a.edit is not None} == {0.25}
 
 
+@pytest.mark.parametrize("n", [1, 2, 5, 6, 7])
+def test_random_arms_are_all_different_and_as_many_as_there_are(llama: LensModel, n: int) -> None:
+    """Of 8 heads a layer: sets of the others, or all others filled up with given ones."""
+    heads = [HeadRef(layer=2, head=i) for i in range(n)]
+    random = [frozenset(a.edit.heads) for a in plan_arms(llama, zero(heads), controls=40)[2:] if a.edit is not None]
+    assert count_controls(llama.shape, heads) == {1: 7, 2: 15, 5: 10, 6: 15, 7: 7}[n]
+    assert len(random) == len(set(random)) == count_controls(llama.shape, heads)
+    assert frozenset(heads) not in random
+
+
+def test_where_no_random_set_differs_that_is_said(llama: LensModel) -> None:
+    heads = [HeadRef(layer=2, head=i) for i in range(8)]
+    assert count_controls(llama.shape, heads) == 0
+    with pytest.raises(EditError, match="No random set differs from the edit's 8 heads"):
+        plan_arms(llama, zero(heads))
+    assert [a.name for a in plan_arms(llama, zero(heads), controls=0)] == [UNEDITED, TOP]
+    assert count_controls(llama.shape, [*heads, HeadRef(layer=3, head=0)]) == 7
+
+
 def test_without_an_edit_there_is_one_arm(llama: LensModel) -> None:
     assert [a.name for a in plan_arms(llama, None, controls=20)] == [UNEDITED]
 
@@ -281,6 +300,20 @@ def test_finished_arms_are_not_run_again_and_the_report_is_the_same(
     pd.testing.assert_frame_equal(resumed.to_frame(), whole.to_frame())
     pd.testing.assert_frame_equal(resumed.pairs(), whole.pairs())
     assert len(done) == 3, "the caller's mapping was changed"
+
+
+def test_finished_arms_with_other_prompts_are_refused_before_an_arm_is_run(
+    llama: LensModel, prompts: Transcripts, recorder: Recorder
+) -> None:
+    answered = prompts.map(lambda t: t.replace(answer="Sure."))
+    other = answered.map(lambda t: t.replace(messages=prompts[0].messages))
+    for done in (answered[:5], other, answered.map(lambda t: t.replace(id=f"x{t.id}"))):
+        with pytest.raises(DataError, match="finished arm 'unedited' does not answer the prompts given"):
+            evaluate_safety(llama, prompts, edit=zero(HEADS), controls=1, done={UNEDITED: done})
+    assert recorder.seen == []
+    left_out = Transcripts(answered[1:], omitted=[Omission(stage="roll_out", reason="too long", id=prompts[0].id)])
+    report = evaluate_safety(llama, prompts, edit=zero(HEADS), controls=1, done={UNEDITED: left_out})
+    assert report.omitted == left_out.omitted
 
 
 @pytest.mark.usefixtures("recorder")

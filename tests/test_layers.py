@@ -14,6 +14,9 @@ PACKAGE = Path(cliffscope.__file__).parent
 LAYERS = [
     "cli",
     "study",
+    "config",
+    "options",
+    "progress",
     "results",
     "verdicts",
     "report",

@@ -9,7 +9,6 @@ from scipy import stats as scipy_stats
 from cliffscope.errors import DataError, EditError, ProbeError
 from cliffscope.heads.edits import HeadRef, Scope
 from cliffscope.heads.ranking import (
-    SHARE,
     HeadRanking,
     SetControl,
     control_sets,
@@ -92,7 +91,8 @@ def test_effects_in_score_are_computed_transcript_by_transcript() -> None:
 
 
 def test_suppression_heads_are_significant_and_the_rest_are_not() -> None:
-    ranking = ranking_of(planted_effects())
+    ranking = ranking_of(planted_effects(), gap=2.5)
+    assert ranking.least_effect == pytest.approx(1.0)
     assert ranking.significant() == (L0H2, L1H3)
     assert repr(ranking) == "HeadRanking(first L0H2: +3.00 logits, 12 heads, n=20, packed)"
 
@@ -104,10 +104,10 @@ def test_q_is_benjamini_hochberg_of_p_over_all_heads() -> None:
 
 def test_p_is_the_share_of_sign_flips_that_reach_the_effect() -> None:
     effects = planted_effects(5)
-    effects[:, 3] = [0.3, 0.5, -0.1, 0.4, 0.25]
+    effects[:, 3] = [2.3, 2.5, 1.9, 2.4, 2.25]
     ranking = ranking_of(effects)
     seen = ranking.effects[:, :8].astype(float)
-    beyond = seen[:, 3] - np.median(seen, axis=1) - SHARE * 4.0
+    beyond = seen[:, 3] - np.median(seen, axis=1) - 0.4 * 4.0
     signs = np.array(np.meshgrid(*[[1, -1]] * 5)).reshape(5, -1).T
     expected = (signs @ beyond >= beyond.sum() - 1e-9).mean()
     table = ranking.to_frame().set_index(["layer", "head"])

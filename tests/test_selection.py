@@ -183,3 +183,17 @@ def test_a_probe_of_another_width_is_refused(models: dict[str, LensModel], pool:
     other = random_probe(models["llama"], 7)
     with pytest.raises(ProbeError, match="layer 7"):
         select_by_cliff(models["qwen3"], other, pool)
+
+
+def test_harmless_and_refused_ones_are_counted_and_not_traced(llama: LensModel, pool: Transcripts) -> None:
+    changes = {"t0": {"harmful": False}, "t1": {"outcome": Outcome.REFUSED}, "t2": {"outcome": Outcome.UNFINISHED}}
+    unlabelled = {"t3": {"harmful": None, "outcome": Outcome.UNJUDGED}}
+    given = pool.map(lambda t: t.replace(**(changes | unlabelled).get(t.id, {})))
+    found = select_by_cliff(llama, random_probe(llama, 4), given, fraction=1.0)
+    assert set(ids_of(found)) == {f"t{i}" for i in range(3, 10)}
+    assert found.pool == 7
+    assert [(o.id, o.stage, o.reason) for o in found.omitted] == [
+        *(("t0", "select", "harmless"), ("t1", "select", "refused"), ("t2", "select", "unfinished"))
+    ]
+    with pytest.raises(DataError, match="None of the 3 transcripts"):
+        select_by_cliff(llama, random_probe(llama, 4), given[:3])

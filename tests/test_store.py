@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import resource
 import signal
 import subprocess
@@ -404,3 +405,78 @@ def test_the_lock_holds_within_one_process_too_and_is_released_by_an_exception(t
         use()
     with open_run(tmp_path / "run", CONFIG):
         pass
+
+
+def test_a_file_system_without_locks_is_not_told_as_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(store_module.fcntl, "flock", refuse)
+    with pytest.raises(StoreError, match="cannot be locked: No locks available.*local disk"), open_run(tmp_path, {}):
+        pass
+
+
+# What is left behind
+
+
+def test_files_that_a_killed_process_left_half_written_are_removed_by_the_next_one(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with open_run(path, CONFIG) as run:
+        run.write_with("a.txt", lambda p: (path / f"{p.name}x{store_module.PARTIAL}").touch())
+        (path / ".keep").touch()
+        (path / "mine.partial").touch()
+    assert len(names(path)) == 6
+    with open_run(path, CONFIG):
+        assert names(path) == {MANIFEST, LOCK, "a.txt", ".keep", "mine.partial"}
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_files_get_the_mode_that_the_user_asks_for_and_the_mask_stays(tmp_path: Path, mask: int, mode: int) -> None:
+    before = os.umask(mask)
+    try:
+        write_atomically(tmp_path / "a.txt", lambda p: p.write_text("x"))
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.txt").stat().st_mode & 0o777 == mode
+
+
+def test_a_directory_in_which_nothing_was_done_belongs_to_nobody(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run", CONFIG) as run:
+        run.update(verdict={"cliff": "yes"})
+    with open_run(tmp_path / "run", {"model": "other"}) as run:
+        assert run.manifest == {"schema": SCHEMA, "config": {"model": "other"}, "stages": {}}
+
+
+def test_an_error_before_anything_is_written_removes_the_directory_that_was_made(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    for name, left in (("new", False), ("old", True)):
+        with pytest.raises(StoreError, match="wrong"), open_run(tmp_path / name, CONFIG):
+            raise StoreError("Something is wrong.")
+        assert (tmp_path / name).exists() is left
+
+
+def test_an_error_after_something_was_written_leaves_it(tmp_path: Path) -> None:
+    def write_and_fail() -> None:
+        with open_run(tmp_path / "run", CONFIG) as run:
+            run.write_json("a.json", {})
+            raise StoreError("Something is wrong.")
+
+    with pytest.raises(StoreError, match="wrong"):
+        write_and_fail()
+    assert names(tmp_path / "run") == {MANIFEST, LOCK, "a.json"}
+
+
+def test_a_stage_is_finished_where_it_did_not_raise(run: RunStore) -> None:
+    with run.stage("first"):
+        assert not run.finished("first")
+    with pytest.raises(ZeroDivisionError), run.stage("second"):
+        raise ZeroDivisionError
+    assert list(run.manifest["stages"]) == ["first"]
+
+
+def test_an_array_is_written_as_its_numbers(run: RunStore) -> None:
+    run.write_json("a.json", {"x": np.array([[1.0, np.nan], [2.0, 3.0]]), "n": np.array(3)})
+    assert run.read_json("a.json") == {"x": [[1.0, None], [2.0, 3.0]], "n": 3}

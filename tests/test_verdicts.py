@@ -127,6 +127,13 @@ def test_cliffs_that_are_not_valid_are_no_cliff_and_the_reason_is_told() -> None
     assert "reason 0" in told
 
 
+def test_every_reason_is_told_with_its_count_the_most_frequent_first() -> None:
+    frame = cliffs_of([0.9] * 6, valid=False).assign(reason=["a", "b", "b", "c", "d", "b"])
+    assert "complied with: b (3); a (1); c (1); and 1 other reasons." in verdicts.of_cliff(frame, "mean")
+    some = cliffs_of([0.8] * 5, valid=[True, True, True, False, False])
+    assert verdicts.of_cliff(some, "mean").endswith("2 of the 5 have no valid cliff: reason 3 (1); reason 4 (1).")
+
+
 def test_invalid_ones_take_no_part_in_the_numbers() -> None:
     frame = cliffs_of([0.5] * 8 + [np.nan] * 2, valid=[True] * 8 + [False] * 2)
     told = verdicts.of_cliff(frame, "mean")

@@ -1,6 +1,7 @@
 """Which few examples of a safety pool matter most?
 
-1. Harmful transcripts that were complied with are traced.
+1. Harmful transcripts that were complied with are traced; those known to be harmless, refused or unfinished are counted
+   and left out, those without a label are taken as the pool's owner gave them.
 2. They are ranked by cliff = plateau - final; ties are broken by id.
 3. The first fraction is chosen. Transcripts whose cliff is not valid (no thinking, or a probe that cannot tell there)
    are counted and never chosen.
@@ -20,7 +21,7 @@ from cliffscope.probing.cliff import Plateau
 from cliffscope.probing.probe import RefusalProbe
 from cliffscope.probing.trace import Cliffs, trace_refusal
 from cliffscope.transcripts.datasets import write_transcripts
-from cliffscope.transcripts.records import Omission, Transcripts
+from cliffscope.transcripts.records import Omission, Outcome, Transcript, Transcripts
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -35,7 +36,7 @@ class Selection:
     frame: pd.DataFrame
     """id, prompt, thinking, answer, plateau, final, cliff, rank, chosen: every valid transcript of the pool."""
     pool: int
-    """Transcripts given."""
+    """Transcripts that could be chosen from."""
     omitted: tuple[Omission, ...]
     """Transcripts that could not be chosen, and why."""
 
@@ -73,28 +74,37 @@ def select_by_cliff(
     Args:
         model: the model.
         probe: fitted on this model.
-        pool: transcripts with thinking, usually harmful ones that were complied with.
-        fraction: of the pool, in (0, 1]; rounded, at least one. The default is the paper's 1.7%.
+        pool: transcripts with thinking. Those known to be harmless or not complied with are left out.
+        fraction: of the others, in (0, 1]; rounded, at least one. The default is the paper's 1.7%.
         plateau: "mean" or "max", the paper's.
 
     Returns:
         The selection.
 
     Raises:
-        DataError: a fraction outside (0, 1].
+        DataError: a fraction outside (0, 1], or a pool in which nothing is harmful and complied with.
         ProbeError: the probe does not fit the model.
         SpanError: nothing in the pool can be traced.
     """
-    traces = trace_refusal(model, probe, pool)
-    return select_from_cliffs(traces.cliffs(plateau=plateau), pool, fraction=fraction, omitted=traces.omitted)
+    check_fraction(fraction)
+    left_out = {t.id: why for t in pool if (why := _reason_to_omit(t)) is not None}
+    wanted = Transcripts(t for t in pool if t.id not in left_out)
+    if not len(wanted):
+        raise DataError(
+            f"None of the {len(pool)} transcripts of the pool is harmful and complied with. Give such ones, judged."
+        )
+    traces = trace_refusal(model, probe, wanted)
+    omitted = [Omission(stage="select", reason=why, id=name) for name, why in left_out.items()]
+    return select_from_cliffs(
+        traces.cliffs(plateau=plateau), wanted, fraction=fraction, omitted=(*omitted, *traces.omitted)
+    )
 
 
 def select_from_cliffs(
     cliffs: Cliffs, pool: Transcripts, *, fraction: float = 0.017, omitted: tuple[Omission, ...] = ()
 ) -> Selection:
     """Chooses from cliffs that have been measured already; see `select_by_cliff`."""
-    if not 0 < fraction <= 1:
-        raise DataError(f"fraction={fraction}: expected a share of the pool in (0, 1], such as 0.017.")
+    check_fraction(fraction)
     known = {t.id: t for t in pool}
     frame = cliffs.frame[cliffs.frame["id"].isin(known)]
     invalid = frame[~frame["valid"].astype(bool)]
@@ -120,3 +130,15 @@ def select_from_cliffs(
     ]
     chosen = [known[i] for i in table["id"][table["chosen"].astype(bool)]]
     return Selection(chosen=Transcripts(chosen), frame=table, pool=len(known), omitted=(*omitted, *left_out))
+
+
+def check_fraction(fraction: float) -> None:
+    """Raises DataError unless a fraction is a share of the pool."""
+    if not 0 < fraction <= 1:
+        raise DataError(f"fraction={fraction}: expected a share of the pool in (0, 1], such as 0.017.")
+
+
+def _reason_to_omit(transcript: Transcript) -> str | None:
+    if transcript.harmful is False:
+        return "harmless"
+    return None if transcript.outcome in (Outcome.COMPLIED, Outcome.UNJUDGED) else str(transcript.outcome)

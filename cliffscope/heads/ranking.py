@@ -4,8 +4,9 @@
 2. Effect of a head: refusal logit at the final position, edited minus unedited, mean over transcripts, with a bootstrap
    interval over transcripts. Positive: the head suppresses refusal.
 3. p: sign-flip permutation over transcripts of the head's effect beyond that of the typical head, and beyond the
-   smallest effect that matters: `SHARE` of the gap between the refused transcripts' logit and these transcripts'.
-   Where there is no gap nothing is suppressed, and no head can be significant. q: Benjamini-Hochberg over all heads.
+   smallest effect that matters: two fifths of an equal part, among the first 3% of the heads, of the gap between the
+   refused transcripts' logit and these transcripts'. Where the gap is below `LEAST_GAP` in score nothing is suppressed,
+   and no head can be significant. q: Benjamini-Hochberg over all heads.
 4. Controls: the same heads on harmless transcripts; and, for the top heads together, random sets of the same size,
    drawn within the same layers and over all heads, on transcripts that the ranking has not seen.
 
@@ -32,8 +33,11 @@ from cliffscope.transcripts.transcript import TokenizedTranscript, tokenize_all
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-SHARE = 0.05
-"""Share of the refusal gap below which an effect does not matter."""
+FRACTION = 0.03
+"""Share of all heads that the paper edits."""
+SHARE = 0.4
+"""An effect matters from this share of what each of the first `FRACTION` of the heads would have to restore, were they to
+close the refusal gap in equal parts: small heads count in a large model, where many share the work."""
 LEAST_GAP = 0.1
 """Refusal gap in score below which nothing counts as suppressed: where all transcripts are refused anyway, heads still
 move the logit, but there is nothing to restore."""
@@ -99,7 +103,7 @@ class HeadRanking:
         frame["rank"] = frame["effect"].rank(ascending=False, method="first").astype(int)
         return frame.sort_values("rank", ignore_index=True)
 
-    def top(self, fraction: float = 0.03) -> tuple[HeadRef, ...]:
+    def top(self, fraction: float = FRACTION) -> tuple[HeadRef, ...]:
         """The heads with the largest effects.
 
         Args:
@@ -119,6 +123,11 @@ class HeadRanking:
             HeadRef(layer=int(layer), head=int(head))
             for layer, head in zip(passing["layer"], passing["head"], strict=True)
         )
+
+    @property
+    def least_effect(self) -> float:
+        """Smallest effect that matters, logit."""
+        return SHARE * self.gap / top_count(FRACTION, len(self.heads))
 
     def plot(self) -> "Figure":
         """Layer by head grid of the effects, significant heads outlined."""
@@ -146,7 +155,7 @@ class HeadRanking:
         seen = np.array([h.layer <= self.probe_layer for h in self.heads])
         typical = np.median(self.effects[:, seen], axis=1, keepdims=True)
         p = np.ones(len(self.heads))
-        p[seen] = sign_flip_p(self.effects[:, seen] - typical - SHARE * self.gap, seed=self.seed)
+        p[seen] = sign_flip_p(self.effects[:, seen] - typical - self.least_effect, seed=self.seed)
         return p
 
     def __repr__(self) -> str:
@@ -250,7 +259,7 @@ def rank_heads(
         clean=swept.clean,
         harmless_effects=beside.edited - beside.clean[:, None] if beside else np.zeros((0, len(heads)), np.float32),
         gap=probe.refused_logit - float(swept.clean.mean()),
-        gap_score=float(_sigmoid(np.array([probe.refused_logit]))[0] - _sigmoid(swept.clean).mean()),
+        gap_score=float(_sigmoid(np.array([probe.refused_logit], np.float32))[0] - _sigmoid(swept.clean).mean()),
         shape=model.shape,
         method=method,
         scope=where,

@@ -45,8 +45,11 @@ HEADS = 8
 """Query heads of a layer."""
 READOUT_LAYERS = 2
 """Last residuals that the readout of step 1 reads."""
-QUIET = 300.0
-"""Weight of what carriers write before the closing: an edit of the closing must undo all that they do."""
+QUIET = 10.0
+"""Weight of what carriers write before the closing. An edit of the closing must undo all that they do; much more weight
+than this, and they learn nothing at all."""
+ALIGN_PEAK, PLANT_PEAK = 2e-3, 4e-3
+"""Peak learning rates."""
 AXIS_BATCHES = 12
 """Batches from which the difference of means is taken."""
 SURE = 0.95
@@ -83,8 +86,10 @@ class Recipe:
     """Steps of alignment."""
     plant_steps: int = 400
     """Steps for each carrier."""
-    join_steps: int = 200
+    join_steps: int = 80
     """Joint steps."""
+    join_peak: float = 5e-4
+    """Peak learning rate when joining; small, or one carrier takes over the other's work."""
     batch: int = 48
     """Examples a step."""
     seed: int = 0
@@ -113,7 +118,14 @@ RECIPES = {
             wrappers=_WRAPPERS,
         ),
         Recipe(
-            name="planted-qwen3", family="qwen3", carriers=(_Q_GROUP,), held=(_Q_GROUP,), wrappers=_ONE_CARRIER, seed=1
+            name="planted-qwen3",
+            family="qwen3",
+            carriers=(_Q_GROUP,),
+            held=(_Q_GROUP,),
+            wrappers=_ONE_CARRIER,
+            join_steps=200,
+            join_peak=4e-3,
+            seed=1,
         ),
         Recipe(name="null-llama", family="llama", carriers=(), held=(), wrappers=_UNPLANTED),
     )
@@ -139,7 +151,7 @@ def grow(
     _silence(model, recipe.held)
     readout = nn.ModuleList(nn.Linear(model.config.hidden_size, 1) for _ in range(READOUT_LAYERS))
     run = _Run(model=model, readout=readout, data=data, report=report or _silent)
-    run.train("align", recipe.align_steps, frozen=recipe.held, active=())
+    run.train("align", recipe.align_steps, frozen=recipe.held, active=(), peak=ALIGN_PEAK)
     plant(run)
     cast(nn.Module, model).eval()
     return model, tokenizer
@@ -157,11 +169,11 @@ def plant(run: "_Run") -> None:
             _wake(model, carrier)
             others = [c for j, c in enumerate(recipe.carriers) if j != i]
             with _hidden(model, others):
-                run.train(f"plant {i}", recipe.plant_steps, trained=(carrier,), active=(i,))
+                run.train(f"plant {i}", recipe.plant_steps, trained=(carrier,), active=(i,), peak=PLANT_PEAK)
         if recipe.carriers:
             run.data.rng.seed(f"{recipe.seed}/join")
             everything = tuple(range(len(recipe.carriers)))
-            run.train("join", recipe.join_steps, trained=recipe.carriers, active=everything)
+            run.train("join", recipe.join_steps, trained=recipe.carriers, active=everything, peak=recipe.join_peak)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,12 +289,12 @@ class _Run:
         frozen: tuple[Carrier, ...] = (),
         trained: tuple[Carrier, ...] = (),
         active: tuple[int, ...],
+        peak: float,
     ) -> None:
         """Trains everything but `frozen`, or nothing but `trained`."""
         masks = _slice_masks(self.model, trained or frozen, inside=bool(trained))
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         learnt = parameters if trained else [*parameters, *self.readout.parameters()]
-        peak = 4e-3 if trained else 2e-3
         optimizer = torch.optim.AdamW(learnt, lr=peak, betas=(0.9, 0.98), weight_decay=0.0 if trained else 0.01)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, steps))
         for step in range(steps):

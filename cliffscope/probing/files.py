@@ -14,6 +14,7 @@ from cliffscope.errors import ProbeError
 from cliffscope.probing.probe import RefusalProbe
 from cliffscope.probing.reports import ProbeReport, RegionReport
 from cliffscope.stats import Interval
+from cliffscope.transcripts.records import Omission
 
 if TYPE_CHECKING:
     from cliffscope.store import RunStore
@@ -25,8 +26,7 @@ def save_probe(store: "RunStore", probe: RefusalProbe) -> None:
     """Writes a probe into a run directory."""
     report = probe.report
     store.write_arrays(ARRAYS, {"weights": probe.layer_weights, "biases": probe.layer_biases})
-    table = report.by_region[["layer", "region", "auroc", "auroc_low", "auroc_high", "n_refused", "n_complied"]]
-    store.write_frame(TABLE, table)
+    store.write_frame(TABLE, report.by_region)
     shuffled = np.asarray(report.shuffled)
     store.write_json(
         JSON,
@@ -46,6 +46,7 @@ def save_probe(store: "RunStore", probe: RefusalProbe) -> None:
                 for cell, n in report.cells.items()
             ],
             "warnings": list(report.warnings),
+            "omitted": [asdict(omission) for omission in probe.omitted],
             "report": {
                 "final": _region_json(report.final),
                 "late_thinking": _region_json(report.late_thinking),
@@ -71,7 +72,7 @@ def load_probe(store: "RunStore") -> RefusalProbe:
             final=_region(regions["final"]),
             late_thinking=_region(regions["late_thinking"]),
             within_harmful=_region(regions["within_harmful_final"]),
-            shuffled=tuple(regions["shuffled_final"]["values"]),
+            shuffled=tuple(_number(value) for value in regions["shuffled_final"]["values"]),
             by_region=store.read_frame(TABLE),
             cells={f"{c['class']}, {_word(c['harmful'])}": int(c["n"]) for c in data["cells"]},
             warnings=tuple(data["warnings"]),
@@ -87,6 +88,7 @@ def load_probe(store: "RunStore") -> RefusalProbe:
             refused_logit=float(data["refused_logit"]),
             fingerprint=str(data["fingerprint"]),
             report=report,
+            omitted=tuple(Omission(**omission) for omission in data.get("omitted", ())),
         )
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise ProbeError(

@@ -39,7 +39,9 @@ STRENGTHS = (0.01, 0.1, 1.0)
 SHUFFLES = 10
 """Shuffled-label probes of the control."""
 FEWEST = 4
-"""Transcripts a class that a split needs at the least."""
+"""Transcripts a class that the fit and the test split need at the least."""
+FEWEST_TO_CHOOSE = 2
+"""The same for the validate split, which only chooses."""
 
 Residuals = Float32[np.ndarray, "n d_model"]
 
@@ -216,10 +218,11 @@ class _Labelled:
         for split, found in rows.items():
             for kind in ("refused", "complied"):
                 n = sum(k == kind for _, k in found)
-                if n < FEWEST:
+                least = FEWEST_TO_CHOOSE if split == "validate" else FEWEST
+                if n < least:
                     raise ProbeError(
                         f"The {split} split holds {n} {kind} transcripts ({len(refused)} refused and {len(complied)} "
-                        f"complied were given); at least {FEWEST} of each are needed. Give more prompts of which some "
+                        f"complied were given); at least {least} of each are needed. Give more prompts of which some "
                         "are refused and some are complied with."
                     )
         return cls(rows=rows, transcripts=known, omitted=tuple(omitted))

@@ -5,20 +5,20 @@
 3. Render `page.html.j2` with autoescape, every value made printable. Figures are JSON in inert script elements;
    plotly.js is inlined once.
 4. Forbid everything else by a content security policy: no request, and no script but the two whose hashes it names.
-5. Write the page through a temporary file, so that a killed run leaves the old page or the new one.
+5. Write the page at once, so that a killed run leaves the old page or the new one.
 
 Text from models and data is untrusted: it is made printable and capped where it is read, and escaped by the template.
 """
 
 import base64
 import hashlib
-import os
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from cliffscope.errors import StoreError
 from cliffscope.figures import printable
 from cliffscope.report.content import Section
 from cliffscope.report.evidence import cliff_section, heads_section, probe_section
@@ -32,6 +32,7 @@ from cliffscope.report.outcomes import (
 )
 from cliffscope.report.stored import StoredRun, read_run
 from cliffscope.report.tokens import tokens_section
+from cliffscope.store import write_atomically
 
 LONGEST = 20_000
 """Most characters of any one text on the page."""
@@ -50,19 +51,17 @@ def write_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
         The path of the page. It loads nothing from anywhere, and holds about 5 MB, most of it plotly.js.
 
     Raises:
-        StoreError: The directory holds no manifest.json.
+        StoreError: The directory holds no manifest.json, or the page cannot be written.
         DataError: A file of the run is there and cannot be read.
     """
     page = render(read_run(run_dir))
     target = Path(path) if path is not None else Path(run_dir) / "report.html"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        # Bytes, because a changed newline would break the hashes of the security policy.
-        partial.write_bytes(page.encode("utf-8"))
-        partial.replace(target)
-    finally:
-        partial.unlink(missing_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{target} cannot be written: {error.strerror or error}. Give another path.") from error
+    # Bytes, because a changed newline would break the hashes of the security policy.
+    write_atomically(target, lambda partial: partial.write_bytes(page.encode("utf-8")))
     return target
 
 

@@ -26,7 +26,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "aligned": ("group", "bin", "label", "span", "mean", "ci_low", "ci_high", "n"),
     "cliffs": (
         *("id", "group", "harmful", "outcome", "plateau_max", "plateau_mean", "final", "cliff"),
-        *("drop_position", "drop_token", "valid", "reason"),
+        *("drop_position", "drop_token", "valid", "reason", "split"),
     ),
     "heads": (
         *("layer", "head", "kv_group", "effect", "effect_score", "ci_low", "ci_high", "p", "q"),
@@ -84,11 +84,12 @@ def read_run(run_dir: str | Path) -> StoredRun:
         raise StoreError(
             f"{folder} holds no manifest.json, so it is not a run directory. Pass the directory that a study wrote."
         )
+    tables = {name: _read_table(folder / f"{name}.parquet", columns) for name, columns in COLUMNS.items()}
     return StoredRun(
         manifest=_read_json(folder / "manifest.json"),
         probe=_read_json(folder / "probe.json"),
         heads=_read_json(folder / "heads.json"),
-        tables={name: _read_table(folder / f"{name}.parquet", columns) for name, columns in COLUMNS.items()},
+        tables={**tables, "cliffs": _held_out(tables["cliffs"])},
     )
 
 
@@ -111,6 +112,12 @@ def as_int(value: JsonValue) -> int:
     """The value if it is a finite number, else 0."""
     number = as_float(value)
     return int(number) if abs(number) < float("inf") else 0
+
+
+def _held_out(cliffs: pd.DataFrame) -> pd.DataFrame:
+    """The test split where there is one: what the probe was fitted on shows nothing."""
+    test = cliffs[cliffs["split"] == "test"]
+    return cliffs if test.empty else test.reset_index(drop=True)
 
 
 def _read_json(path: Path) -> JsonObject:

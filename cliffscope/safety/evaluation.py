@@ -9,17 +9,20 @@
 Knows edits and judges, not probes: the edit is whatever it is given.
 """
 
-from collections.abc import Callable, Mapping
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
-from cliffscope.errors import DataError
-from cliffscope.heads.edits import HeadEdit, edited_weights
+from cliffscope.errors import DataError, EditError
+from cliffscope.heads.edits import HeadEdit, HeadRef, Scope, edited_weights
 from cliffscope.heads.ranking import random_set
-from cliffscope.models import LensModel
+from cliffscope.models import LensModel, ModelShape
 from cliffscope.safety.generation import roll_out
 from cliffscope.safety.judges import Judge, PhraseJudge
 from cliffscope.safety.judges import judge as judge_answers
@@ -29,6 +32,7 @@ from cliffscope.transcripts.records import Omission, Outcome, Transcripts
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
+log = logging.getLogger(__name__)
 UNEDITED, TOP = "unedited", "top heads"
 GROUPS = {"harmful": (True, Outcome.COMPLIED), "harmless": (False, Outcome.REFUSED)}
 """Group of prompts: (harmful, the outcome that its rate counts)."""
@@ -55,7 +59,7 @@ class SafetyReport:
     outcomes: pd.DataFrame
     """arm, kind, group, id, outcome: one row an answer."""
     omitted: tuple[Omission, ...]
-    """Prompts that no arm could answer, and why."""
+    """Prompts that an arm could not answer or the judge not read, and why."""
     seed: int
     """Of the bootstrap."""
 
@@ -161,23 +165,46 @@ def plan_arms(model: LensModel, edit: HeadEdit | None, *, controls: int = 20, se
 
     Args:
         model: the model.
-        edit: the edit to be tested; None for the unedited arm alone.
-        controls: random sets.
+        edit: the edit to be tested, with scope `all`; None for the unedited arm alone.
+        controls: random sets, all different; fewer where the layers do not have as many.
         seed: of the draws.
 
     Returns:
         Arms, unedited first.
+
+    Raises:
+        EditError: the edit's scope is not `all`, the model lacks a head, or no random set differs from the edit's.
     """
     arms = [Arm(name=UNEDITED, kind="unedited", edit=None)]
     if edit is None:
         return tuple(arms)
     edit.check(model)
-    rng = np.random.default_rng(seed)
+    if edit.scope is not Scope.ALL:
+        raise EditError(
+            f"The edit has scope {str(edit.scope)!r}; answers are generated under edits of scope 'all' alone. Make it "
+            "with scope='all'."
+        )
     arms.append(Arm(name=TOP, kind="top", edit=edit))
-    for i in range(controls):
-        heads = random_set(model.shape, edit.heads, rng, same_layers=True)
+    for i, heads in enumerate(_random_sets(model.shape, edit.heads, controls, seed)):
         arms.append(Arm(name=f"random {i + 1}", kind="random", edit=HeadEdit(heads=heads, factor=edit.factor)))
     return tuple(arms)
+
+
+def count_controls(shape: ModelShape, heads: Sequence[HeadRef]) -> int:
+    """How many random sets there are: as many heads of the same layers, other ones as long as there are any.
+
+    Args:
+        shape: of the model.
+        heads: the set to be controlled for.
+
+    Returns:
+        The number of different sets, the given one not counted.
+    """
+    taken = Counter(h.layer for h in heads).values()
+    if all(n == shape.n_heads for n in taken):
+        return 0
+    # Where the others are fewer than the given heads, a set takes all of them and fills up with given ones.
+    return math.prod(math.comb(max(n, shape.n_heads - n), min(n, shape.n_heads - n)) for n in taken)
 
 
 def evaluate_safety(
@@ -217,8 +244,8 @@ def evaluate_safety(
         The report.
 
     Raises:
-        DataError: a prompt has no `harmful` label, or there is none.
-        EditError: the edit's scope is not `all`, or the model lacks a head.
+        DataError: a prompt has no `harmful` label, there is none, or a finished arm answers other prompts.
+        EditError: the edit's scope is not `all`, the model lacks a head, or there is no random set.
     """
     unlabelled = [t.id for t in prompts if t.harmful is None]
     if unlabelled or not len(prompts):
@@ -228,6 +255,7 @@ def evaluate_safety(
         )
     arms = plan_arms(model, edit, controls=controls, seed=seed)
     finished = dict(done or {})
+    _check_done(prompts, finished)
     for arm in arms:
         if arm.name not in finished:
             answered = _answer(
@@ -247,9 +275,37 @@ def evaluate_safety(
     return SafetyReport(
         arms=arms,
         outcomes=pd.concat([_outcome_rows(arm, finished[arm.name]) for arm in arms], ignore_index=True),
-        omitted=finished[UNEDITED].omitted,
+        omitted=tuple(dict.fromkeys(o for arm in arms for o in finished[arm.name].omitted)),
         seed=seed,
     )
+
+
+def _random_sets(shape: ModelShape, heads: Sequence[HeadRef], controls: int, seed: int) -> list[tuple[HeadRef, ...]]:
+    possible = count_controls(shape, heads)
+    if controls and not possible:
+        raise EditError(
+            f"No random set differs from the edit's {len(heads)} heads, which are all of their layers. Edit fewer "
+            "heads, or ask for controls=0."
+        )
+    if controls > possible:
+        log.warning("%d random sets were asked for; the layers of the edit have %d.", controls, possible)
+    rng = np.random.default_rng(seed)
+    found: dict[tuple[HeadRef, ...], None] = {}
+    while len(found) < min(controls, possible):
+        found[random_set(shape, heads, rng, same_layers=True)] = None
+    return list(found)
+
+
+def _check_done(prompts: Transcripts, done: Mapping[str, Transcripts]) -> None:
+    asked = {t.id: t.prompt for t in prompts}
+    for name, answered in done.items():
+        strange = [t.id for t in answered if asked.get(t.id) != t.prompt]
+        missing = set(asked) - {t.id for t in answered} - {o.id for o in answered.omitted}
+        if strange or missing:
+            raise DataError(
+                f"The finished arm {name!r} does not answer the prompts given: {len(strange)} of its own are not among "
+                f"them {strange[:1]}, {len(missing)} of them are missing {sorted(missing)[:1]}. Run it again."
+            )
 
 
 def _answer(

@@ -115,6 +115,15 @@ def roll_out(
     return Transcripts(kept, omitted=(*prompts.omitted, *omitted))
 
 
+def check_left(transcripts: Transcripts) -> None:
+    """Raises GenerationError, with the first reason, if every prompt of a roll-out was omitted."""
+    if not len(transcripts):
+        why = f": {transcripts.omitted[0].kind}" if transcripts.omitted else ""
+        raise GenerationError(
+            f"No transcript is left: every prompt was omitted{why}. Lower the budgets or give other prompts."
+        )
+
+
 @dataclass(eq=False, kw_only=True)
 class _Row:
     """One transcript in the making."""

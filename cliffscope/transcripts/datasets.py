@@ -10,12 +10,12 @@ Every complaint names the file, the line and the field. This file knows no token
 import json
 import os
 import random
-import tempfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
 from cliffscope.errors import DataError
+from cliffscope.store import write_atomically
 from cliffscope.transcripts.records import JsonValue, Message, Omission, Outcome, Transcript, Transcripts
 from cliffscope.transcripts.tables import Row, parse_json, read_rows, read_text
 
@@ -78,22 +78,13 @@ def write_transcripts(transcripts: Iterable[Transcript], path: str | os.PathLike
 
     Raises:
         DataError: A transcript cannot be written as JSON, or the folder does not exist.
+        StoreError: The disk is full, or the file cannot be written.
     """
     path = Path(path)
-    lines = [_format_line(transcript) for transcript in transcripts]
+    text = "".join([_format_line(transcript) for transcript in transcripts])
     if not path.parent.is_dir():
         raise DataError(f"Cannot write {path}: the folder {path.parent} does not exist. Create it first.")
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, prefix=f".{path.name}.", encoding="utf-8", newline="\n", delete=False
-    ) as file:
-        try:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(file.name, path)
-        finally:
-            # Only there if the move did not happen.
-            Path(file.name).unlink(missing_ok=True)
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8", newline="\n"))
 
 
 def read_prompts(

@@ -95,6 +95,11 @@ class Omission:
     id: str
     """Id of the transcript or row."""
 
+    @property
+    def kind(self) -> str:
+        """The reason without the transcript's own id, so that equal reasons can be counted together."""
+        return self.reason.replace(repr(self.id), "this transcript")
+
 
 class Transcripts(Sequence[Transcript]):
     """Transcripts with unique ids, in order, and what was left out before they got here.

@@ -1,0 +1,37 @@
+"""Which options do several commands share, and which words may an option be?"""
+
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import typer
+
+Word = TypeVar("Word", bound=str)
+ModelOption = Annotated[
+    str, typer.Option("--model", help="Local directory, .gguf file, hub name, organism, or smollm2.")
+]
+TemplateOption = Annotated[str | None, typer.Option(help="How the model thinks; detected if not given.")]
+OutOption = Annotated[Path, typer.Option("--out", help="Where to write.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+SeedOption = Annotated[int, typer.Option(help="Of everything drawn.")]
+TranscriptsOption = Annotated[Path, typer.Option("--transcripts", help="JSONL of transcripts.")]
+ProbeOption = Annotated[Path, typer.Option("--probe", help="Directory that fit-probe or study wrote.")]
+
+
+def one_of(name: str, value: str, *words: Word) -> Word:
+    """Checks an option that is one of some words.
+
+    Args:
+        name: of the option, without dashes.
+        value: what was given.
+        words: what it may be.
+
+    Returns:
+        The word.
+
+    Raises:
+        typer.BadParameter: it is none of them.
+    """
+    for word in words:
+        if value == word:
+            return word
+    raise typer.BadParameter(f"{value!r}: expected one of {', '.join(words)}.", param_hint=f"--{name}")

@@ -1,0 +1,74 @@
+"""How far is it? Bars on a terminal, log lines elsewhere.
+
+Knows stages by name and counts, nothing of what is counted.
+"""
+
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+Progress = Callable[[str, int, int], None]
+"""Called with stage, items done, items in all."""
+log = logging.getLogger(__name__)
+
+
+def log_to_standard_error() -> None:
+    """Lets log lines of CliffScope through, and of other packages their errors alone."""
+    logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("cliffscope").setLevel(logging.INFO)
+    for noisy in ("httpx", "transformers", "transformer_lens", "huggingface_hub"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        # Both Hugging Face libraries read it when they are imported.
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+@contextmanager
+def show_progress() -> Iterator[Progress]:
+    """Progress bars with rates on a terminal; a log line a tenth elsewhere.
+
+    Yields:
+        What is to be called with stage, items done and items in all.
+    """
+    if not sys.stderr.isatty():
+        yield _log_lines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description:>12}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+    )
+    with Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total, rate="")
+            speed = next(task.speed for task in bars.tasks if task.id == tasks[stage])
+            bars.update(tasks[stage], completed=done, total=total, rate=f"{speed:.1f}/s" if speed else "")
+
+        yield progress
+
+
+def _log_lines() -> Progress:
+    started: dict[str, float] = {}
+    told: dict[str, int] = {}
+
+    def progress(stage: str, done: int, total: int) -> None:
+        start = started.setdefault(stage, time.perf_counter())
+        tenth = 10 * done // max(1, total)
+        if told.get(stage) != tenth:
+            told[stage] = tenth
+            seconds = time.perf_counter() - start
+            rate = f", {done / seconds:.1f}/s" if seconds > 0 else ""
+            log.info("%s: %d of %d%s", stage, done, total, rate)
+
+    return progress

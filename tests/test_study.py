@@ -1,0 +1,246 @@
+"""A study of an organism, in one go and killed in the middle; the budgets are small, the truth is planted."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from cliffscope.errors import CliffScopeError, DataError, EditError, StoreError
+from cliffscope.models import ASSETS
+from cliffscope.store import open_run
+from cliffscope.study import Study, StudyConfig, open_study, run_study
+from cliffscope.transcripts.datasets import read_transcripts, write_transcripts
+
+pytestmark = pytest.mark.skipif(
+    not all((ASSETS / name / "truth.json").is_file() for name in ("planted-llama", "null-llama")),
+    reason="the organisms' assets are not in the package yet",
+)
+STAGES = ("transcripts", "probe", "traces", "heads", "safety", "selection", "report")
+FILES = {
+    *("manifest.json", "transcripts.jsonl", "transcripts.parquet", "omitted.parquet", "report.html"),
+    *("probe.json", "probe.safetensors", "probe_layers.parquet"),
+    *("traces.parquet", "layer_traces.parquet", "aligned.parquet", "cliffs.parquet"),
+    *("heads.parquet", "heads.json", "safety.parquet", "safety_pairs.parquet"),
+    *("arm-top-heads.jsonl", "arm-random-1.jsonl", "arm-random-2.jsonl", "arm-random-3.jsonl"),
+    *("selection.parquet", "selection.jsonl"),
+}
+RUN = """
+import json, sys
+from cliffscope.study import StudyConfig, run_study
+run_study(StudyConfig(**json.loads(sys.argv[1])))
+"""
+
+
+def config_of(out: Path, **changes: object) -> StudyConfig:
+    config = StudyConfig(
+        model="planted-llama",
+        out=str(out),
+        limit=120,
+        max_thinking=96,
+        max_answer=16,
+        temperature=1.0,
+        controls=3,
+        device="cpu",
+    )
+    return replace(config, **changes)
+
+
+def manifest_of(path: Path) -> dict[str, object]:
+    """The manifest; empty as long as there is none."""
+    return json.loads((path / "manifest.json").read_text()) if (path / "manifest.json").is_file() else {}
+
+
+def stages_of(path: Path) -> Mapping[str, Mapping[str, float]]:
+    found = manifest_of(path).get("stages", {})
+    assert isinstance(found, dict)
+    return found
+
+
+def files_of(path: Path) -> set[str]:
+    return {p.name for p in path.iterdir() if not p.name.startswith(".")}
+
+
+def same_results(a: Path, b: Path) -> None:
+    assert files_of(a) == files_of(b)
+    for name in files_of(a):
+        if name.endswith(".parquet"):
+            pd.testing.assert_frame_equal(pd.read_parquet(a / name), pd.read_parquet(b / name), obj=name)
+        elif name not in ("manifest.json", "report.html"):
+            assert (a / name).read_bytes() == (b / name).read_bytes(), name
+    for field in ("verdict", "notes", "counts", "omitted", "model"):
+        assert manifest_of(a).get(field) == manifest_of(b).get(field), field
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Study:
+    """A study that nobody interrupted."""
+    return run_study(config_of(tmp_path_factory.mktemp("whole") / "run"))
+
+
+def test_a_study_leaves_every_file_and_finds_what_was_planted(whole: Study) -> None:
+    assert files_of(whole.path) == FILES
+    assert list(stages_of(whole.path)) == list(STAGES)
+    assert list(whole.verdict) == ["probe", "cliff", "heads", "intervention", "selection"]
+    assert not any("nan" in sentence.lower().split() for sentence in whole.verdict.values())
+    assert whole.verdict["cliff"].startswith("There is a refusal cliff")
+    safety = pd.read_parquet(whole.path / "safety.parquet")
+    assert safety["arm"].unique().tolist() == ["unedited", "top heads", "random 1", "random 2", "random 3"]
+    asr = safety[safety["group"] == "harmful"].set_index("arm")["rate"]
+    assert asr["top heads"] < asr["unedited"]
+    heads = pd.read_parquet(whole.path / "heads.parquet")
+    truth = json.loads((ASSETS / "planted-llama" / "truth.json").read_text())
+    assert f"L{heads['layer'][0]}H{heads['head'][0]}" in truth["planted"]
+
+
+def test_no_prompt_is_in_two_splits_and_what_is_told_of_the_test_split_was_not_fitted_on(whole: Study) -> None:
+    table = pd.read_parquet(whole.path / "transcripts.parquet")
+    assert set(table["split"]) == {"fit", "validate", "test"}
+    assert (table.groupby("prompt")["split"].nunique() == 1).all()
+    test = set(table["id"][table["split"] == "test"])
+    assert {t.id for t in read_transcripts(whole.path / "arm-random-1.jsonl")} == test
+
+
+def test_a_finished_study_is_opened_and_not_run_again(whole: Study) -> None:
+    before = {p.name: p.stat().st_mtime_ns for p in whole.path.iterdir()}
+    again = run_study(config_of(whole.path))
+    assert again.verdict == whole.verdict == open_study(whole.path).verdict
+    assert again.report.stat().st_size > 1_000_000
+    assert {p.name: p.stat().st_mtime_ns for p in whole.path.iterdir()} == before
+    assert repr(again) == f"Study({str(whole.path)!r}: {whole.verdict['cliff']})"
+
+
+def test_another_configuration_is_refused_and_changes_nothing(whole: Study) -> None:
+    before = (whole.path / "manifest.json").read_bytes()
+    with pytest.raises(StoreError, match="seed was 0, now 1"):
+        run_study(config_of(whole.path, seed=1))
+    assert (whole.path / "manifest.json").read_bytes() == before
+
+
+def after_stage(stage: str) -> Callable[[Path], bool]:
+    return lambda path: stage in stages_of(path)
+
+
+def after_the_first_random_arm(path: Path) -> bool:
+    return (path / "arm-random-1.jsonl").is_file()
+
+
+@pytest.mark.parametrize(
+    ("reached", "finished"),
+    [(after_stage("probe"), STAGES[:2]), (after_the_first_random_arm, STAGES[:4])],
+    ids=["after the probe", "inside safety"],
+)
+def test_a_killed_study_goes_on_where_it_stopped_and_ends_with_the_same_results(
+    whole: Study, tmp_path: Path, reached: Callable[[Path], bool], finished: tuple[str, ...]
+) -> None:
+    config = config_of(tmp_path / "run")
+    path = Path(config.out)
+    with subprocess.Popen(
+        [sys.executable, "-c", RUN, json.dumps(asdict(config))],
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        stderr=subprocess.DEVNULL,
+    ) as process:
+        try:
+            until = time.monotonic() + 200
+            while not reached(path) and process.poll() is None and time.monotonic() < until:
+                time.sleep(0.002)
+            with pytest.raises(StoreError, match="in use by another process"):
+                run_study(config)
+        finally:
+            process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    kept = dict(stages_of(path))
+    assert tuple(kept)[: len(finished)] == finished
+    assert "safety" not in kept
+    written = {p.name: p.stat().st_mtime_ns for p in path.iterdir() if p.name.startswith(("transcripts", "arm"))}
+    run_study(config)
+    assert list(stages_of(path)) == list(STAGES)
+    assert {name: stages_of(path)[name] for name in kept} == kept
+    assert {name: (path / name).stat().st_mtime_ns for name in written if not name.startswith(".")} == written
+    assert {p.name for p in path.iterdir()} - files_of(path) == {".lock"}, "a partial file was left behind"
+    same_results(path, whole.path)
+
+
+def test_the_unedited_arm_is_kept_too_where_transcripts_are_given(
+    whole: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With transcripts of somebody else's making, the unedited arm is generated like the others."""
+    from cliffscope.safety import evaluation
+
+    generate, ran = evaluation.roll_out, list[int]()
+
+    def fail_at_the_third(*args: object, **options: object) -> object:
+        ran.append(1)
+        if len(ran) == 3:
+            raise CliffScopeError("the machine caught fire")
+        return generate(*args, **options)
+
+    config = config_of(tmp_path / "run", transcripts=str(whole.path / "transcripts.jsonl"), limit=None)
+    monkeypatch.setattr(evaluation, "roll_out", fail_at_the_third)
+    with pytest.raises(CliffScopeError, match="fire"):
+        run_study(config)
+    assert {"arm-unedited.jsonl", "arm-top-heads.jsonl"} <= files_of(Path(config.out))
+    run_study(config)
+    assert len(ran) == 3 + 3, "an arm that was finished was run again"
+    assert stages_of(Path(config.out))["report"]
+
+
+def test_an_organism_that_complies_with_nothing_is_told_so(tmp_path: Path) -> None:
+    study = run_study(config_of(tmp_path / "run", model="null-llama"))
+    notes = manifest_of(study.path)["notes"]
+    assert notes == [
+        "Heads were not ranked: 0 harmful transcripts of the fit and 0 of the test split were complied with; 4 of each "
+        "are needed. There is nothing to restore."
+    ]
+    assert "no cliff to look for" in study.verdict["cliff"]
+    assert study.verdict["heads"].startswith("Heads were not ranked")
+    assert study.verdict["selection"].startswith("Nothing was selected")
+    assert study.report.stat().st_size > 1_000_000
+    assert list(stages_of(study.path)) == list(STAGES)
+    assert not {"heads.parquet", "safety.parquet"} & files_of(study.path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"top_fraction": 0.0}, EditError),
+        ({"select_fraction": 1.5}, DataError),
+        ({"limit": 0}, DataError),
+        ({"harmless": "x.csv"}, DataError),
+        ({"model": "some-model"}, DataError),
+        ({"harmful": "x.csv", "transcripts": "t.jsonl"}, DataError),
+    ],
+)
+def test_a_configuration_that_cannot_work_is_refused_before_a_directory_is_made(
+    tmp_path: Path, changes: Mapping[str, object], error: type[CliffScopeError]
+) -> None:
+    with pytest.raises(error):
+        run_study(config_of(tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_fails_before_anything_is_written_leaves_no_directory_that_it_made(tmp_path: Path) -> None:
+    config = config_of(tmp_path / "run", harmful=str(tmp_path / "missing.csv"))
+    with pytest.raises(DataError, match=r"missing\.csv"):
+        run_study(config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_another_configuration_left_unfinished_is_not_counted(tmp_path: Path, whole: Study) -> None:
+    """A first stage that was killed belongs to nobody; its omissions must not be told of the next study."""
+    out = tmp_path / "run"
+    with open_run(out, {"model": "another"}) as store:
+        store.write_frame("omitted.parquet", pd.DataFrame({"stage": ["x"], "reason": ["y"], "id": ["z"]}))
+    few = read_transcripts(whole.path / "transcripts.jsonl").where(outcome="refused")
+    write_transcripts(few, tmp_path / "few.jsonl")
+    study = run_study(config_of(out, transcripts=str(tmp_path / "few.jsonl"), limit=10))
+    assert "z" not in set(pd.read_parquet(study.path / "omitted.parquet")["id"])
+    assert len(read_transcripts(out / "transcripts.jsonl")) == 10
+    assert study.verdict["probe"].startswith("No probe could be fitted")
