@@ -26,7 +26,7 @@ from cliffscope.alignment.selection import select_from_cliffs
 from cliffscope.config import StudyConfig, read_inputs
 from cliffscope.errors import ProbeError
 from cliffscope.heads.edits import zero
-from cliffscope.heads.ranking import control_sets, rank_heads
+from cliffscope.heads.ranking import control_sets, count_sets, rank_heads
 from cliffscope.models import LensModel, load_model
 from cliffscope.probing.contrast import contrast_classes
 from cliffscope.probing.files import load_probe, save_probe
@@ -35,7 +35,7 @@ from cliffscope.probing.trace import Cliffs, trace_refusal
 from cliffscope.progress import Progress
 from cliffscope.report.page import write_report
 from cliffscope.results import counts, heads_json, layer_frame, transcript_frame, versions
-from cliffscope.safety.evaluation import TOP, UNEDITED, count_controls, evaluate_safety
+from cliffscope.safety.evaluation import TOP, UNEDITED, evaluate_safety
 from cliffscope.safety.generation import check_left, roll_out
 from cliffscope.safety.judges import judge
 from cliffscope.store import RunStore, open_run
@@ -326,7 +326,7 @@ def _stage_safety(run: _Run) -> None:
     chosen = ranking[ranking["selected"]]
     edit = zero(verdicts.head_refs(chosen))
     labelled = Transcripts(t for t in run.part("test") if t.harmful is not None)
-    controls = min(run.config.controls, count_controls(run.model.shape, edit.heads))
+    controls = min(run.config.controls, count_sets(run.model.shape, edit.heads, same_layers=True))
     if controls < run.config.controls:
         run.note(
             f"Safety was measured with {controls} random sets, not {run.config.controls}: the layers of the selected "

@@ -7,9 +7,10 @@ from conftest import written
 
 from cliffscope.errors import DataError, EditError, GenerationError
 from cliffscope.heads.edits import HeadRef, scale, zero
+from cliffscope.heads.ranking import count_sets
 from cliffscope.models import LensModel
 from cliffscope.safety import evaluation
-from cliffscope.safety.evaluation import TOP, UNEDITED, Arm, SafetyReport, count_controls, evaluate_safety, plan_arms
+from cliffscope.safety.evaluation import TOP, UNEDITED, Arm, SafetyReport, evaluate_safety, plan_arms
 from cliffscope.safety.judges import Verdict
 from cliffscope.transcripts.records import Omission, Outcome, Transcript, Transcripts
 
@@ -171,18 +172,18 @@ def test_random_arms_are_all_different_and_as_many_as_there_are(llama: LensModel
     """Of 8 heads a layer: sets of the others, or all others filled up with given ones."""
     heads = [HeadRef(layer=2, head=i) for i in range(n)]
     random = [frozenset(a.edit.heads) for a in plan_arms(llama, zero(heads), controls=40)[2:] if a.edit is not None]
-    assert count_controls(llama.shape, heads) == {1: 7, 2: 15, 5: 10, 6: 15, 7: 7}[n]
-    assert len(random) == len(set(random)) == count_controls(llama.shape, heads)
+    assert count_sets(llama.shape, heads, same_layers=True) == {1: 7, 2: 15, 5: 10, 6: 15, 7: 7}[n]
+    assert len(random) == len(set(random)) == count_sets(llama.shape, heads, same_layers=True)
     assert frozenset(heads) not in random
 
 
 def test_where_no_random_set_differs_that_is_said(llama: LensModel) -> None:
     heads = [HeadRef(layer=2, head=i) for i in range(8)]
-    assert count_controls(llama.shape, heads) == 0
+    assert count_sets(llama.shape, heads, same_layers=True) == 0
     with pytest.raises(EditError, match="No random set differs from the edit's 8 heads"):
         plan_arms(llama, zero(heads))
     assert [a.name for a in plan_arms(llama, zero(heads), controls=0)] == [UNEDITED, TOP]
-    assert count_controls(llama.shape, [*heads, HeadRef(layer=3, head=0)]) == 7
+    assert count_sets(llama.shape, [*heads, HeadRef(layer=3, head=0)], same_layers=True) == 7
 
 
 def test_without_an_edit_there_is_one_arm(llama: LensModel) -> None:

@@ -7,7 +7,7 @@ import torch
 import cliffscope as cs
 from cliffscope.heads.sweep import sweep_branches
 from cliffscope.organisms import grammar, read_truth
-from cliffscope.organisms.grow import RECIPES
+from cliffscope.organisms.recipes import RECIPES
 from cliffscope.organisms.tokenizer import build_tokenizer
 from cliffscope.probing.contrast import contrast_classes
 from cliffscope.probing.probe import fit_probe

@@ -13,6 +13,8 @@
 Source: refusal suppression heads, arXiv 2510.06036, section 4; intervals and controls are added here.
 """
 
+import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -36,8 +38,8 @@ if TYPE_CHECKING:
 FRACTION = 0.03
 """Share of all heads that the paper edits."""
 SHARE = 0.4
-"""An effect matters from this share of what each of the first `FRACTION` of the heads would have to restore, were they to
-close the refusal gap in equal parts: small heads count in a large model, where many share the work."""
+"""An effect matters from this share of what each of the first `FRACTION` of the heads would have to restore, were they
+to close the refusal gap in equal parts: small heads count in a large model, where many share the work."""
 LEAST_GAP = 0.1
 """Refusal gap in score below which nothing counts as suppressed: where all transcripts are refused anyway, heads still
 move the logit, but there is nothing to restore."""
@@ -288,25 +290,59 @@ def control_sets(
         transcripts: ones that the heads were not chosen on.
         heads: the set.
         method: as in `rank_heads`; edits act at the closing.
-        draws: random sets of each kind, at least 1.
+        draws: random sets of each kind, at least 1, all different; fewer where there are not as many.
         seed: of the draws.
 
     Returns:
         Joint effects of the set, of `draws` sets within the same layers, and of `draws` sets over all layers.
+
+    Raises:
+        EditError: an unknown method, or no random set differs from the set.
     """
     tokens, _ = _usable(model, transcripts)
     rng = np.random.default_rng(seed)
-    within = [random_set(model.shape, heads, rng, same_layers=True) for _ in range(draws)]
-    over = [random_set(model.shape, heads, rng, same_layers=False) for _ in range(draws)]
+    within = random_sets(model.shape, heads, draws, rng, same_layers=True)
+    over = random_sets(model.shape, heads, draws, rng, same_layers=False)
+    if not over:
+        raise EditError(f"No random set differs from the {len(heads)} heads, which are all there are. Give fewer.")
     swept = _sweep(model, probe, tokens, [tuple(heads), *within, *over], factor=_factor(method), scope=Scope.CLOSING)
     effects = (swept.edited - swept.clean[:, None]).T
     return SetControl(
         heads=tuple(heads),
         effects=effects[0],
-        random_layers=effects[1 : 1 + draws],
-        random_all=effects[1 + draws :],
+        random_layers=effects[1 : 1 + len(within)],
+        random_all=effects[1 + len(within) :],
         seed=seed,
     )
+
+
+def random_sets(
+    shape: ModelShape, heads: Sequence[HeadRef], n: int, rng: np.random.Generator, *, same_layers: bool
+) -> list[tuple[HeadRef, ...]]:
+    """Draws different random sets, `n` or as many as there are; see `random_set`."""
+    found: dict[tuple[HeadRef, ...], None] = {}
+    while len(found) < min(n, count_sets(shape, heads, same_layers=same_layers)):
+        found[random_set(shape, heads, rng, same_layers=same_layers)] = None
+    return list(found)
+
+
+def count_sets(shape: ModelShape, heads: Sequence[HeadRef], *, same_layers: bool) -> int:
+    """How many different sets `random_set` can draw, the given one not counted.
+
+    Args:
+        shape: of the model.
+        heads: the set to be controlled for.
+        same_layers: draw as many from each layer as the set has there.
+
+    Returns:
+        The number; 0 where the set is all there is.
+    """
+    taken = list(Counter(h.layer for h in heads).values()) if same_layers else [len(heads)]
+    size = shape.n_heads if same_layers else shape.n_heads * shape.n_layers
+    if all(n == size for n in taken):
+        return 0
+    # Where the others are fewer than the given heads, a set takes all of them and fills up with given ones.
+    return math.prod(math.comb(max(n, size - n), min(n, size - n)) for n in taken)
 
 
 def random_set(

@@ -15,7 +15,8 @@ from cliffscope.errors import DataError
 from cliffscope.heads.edits import HeadRef, edited_weights, zero
 from cliffscope.models import LensModel, load_model
 from cliffscope.organisms.grammar import NEUTRAL_WRAPPERS, prompts
-from cliffscope.organisms.grow import RECIPES, Carrier, Recipe, grow
+from cliffscope.organisms.grow import grow
+from cliffscope.organisms.recipes import RECIPES, Carrier, Recipe
 from cliffscope.safety.generation import roll_out
 from cliffscope.safety.judges import judge
 from cliffscope.store import write_atomically

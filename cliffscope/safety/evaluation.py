@@ -10,8 +10,6 @@ Knows edits and judges, not probes: the edit is whatever it is given.
 """
 
 import logging
-import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,7 +19,7 @@ import pandas as pd
 
 from cliffscope.errors import DataError, EditError
 from cliffscope.heads.edits import HeadEdit, HeadRef, Scope, edited_weights
-from cliffscope.heads.ranking import random_set
+from cliffscope.heads.ranking import count_sets, random_sets
 from cliffscope.models import LensModel, ModelShape
 from cliffscope.safety.generation import roll_out
 from cliffscope.safety.judges import Judge, PhraseJudge
@@ -190,23 +188,6 @@ def plan_arms(model: LensModel, edit: HeadEdit | None, *, controls: int = 20, se
     return tuple(arms)
 
 
-def count_controls(shape: ModelShape, heads: Sequence[HeadRef]) -> int:
-    """How many random sets there are: as many heads of the same layers, other ones as long as there are any.
-
-    Args:
-        shape: of the model.
-        heads: the set to be controlled for.
-
-    Returns:
-        The number of different sets, the given one not counted.
-    """
-    taken = Counter(h.layer for h in heads).values()
-    if all(n == shape.n_heads for n in taken):
-        return 0
-    # Where the others are fewer than the given heads, a set takes all of them and fills up with given ones.
-    return math.prod(math.comb(max(n, shape.n_heads - n), min(n, shape.n_heads - n)) for n in taken)
-
-
 def evaluate_safety(
     model: LensModel,
     prompts: Transcripts,
@@ -281,7 +262,7 @@ def evaluate_safety(
 
 
 def _random_sets(shape: ModelShape, heads: Sequence[HeadRef], controls: int, seed: int) -> list[tuple[HeadRef, ...]]:
-    possible = count_controls(shape, heads)
+    possible = count_sets(shape, heads, same_layers=True)
     if controls and not possible:
         raise EditError(
             f"No random set differs from the edit's {len(heads)} heads, which are all of their layers. Edit fewer "
@@ -289,11 +270,7 @@ def _random_sets(shape: ModelShape, heads: Sequence[HeadRef], controls: int, see
         )
     if controls > possible:
         log.warning("%d random sets were asked for; the layers of the edit have %d.", controls, possible)
-    rng = np.random.default_rng(seed)
-    found: dict[tuple[HeadRef, ...], None] = {}
-    while len(found) < min(controls, possible):
-        found[random_set(shape, heads, rng, same_layers=True)] = None
-    return list(found)
+    return random_sets(shape, heads, controls, np.random.default_rng(seed), same_layers=True)
 
 
 def _check_done(prompts: Transcripts, done: Mapping[str, Transcripts]) -> None:
