@@ -59,16 +59,17 @@ def show_progress() -> Iterator[Progress]:
 
 
 def _log_lines() -> Progress:
-    started: dict[str, float] = {}
+    started: dict[str, tuple[float, int]] = {}
     told: dict[str, int] = {}
 
     def progress(stage: str, done: int, total: int) -> None:
-        start = started.setdefault(stage, time.perf_counter())
+        # The first call comes when something has been done already, so the rate counts from there.
+        start, before = started.setdefault(stage, (time.perf_counter(), done))
         tenth = 10 * done // max(1, total)
         if told.get(stage) != tenth:
             told[stage] = tenth
             seconds = time.perf_counter() - start
-            rate = f", {done / seconds:.1f}/s" if seconds > 0 else ""
+            rate = f", {(done - before) / seconds:.2f}/s" if done > before and seconds > 0 else ""
             log.info("%s: %d of %d%s", stage, done, total, rate)
 
     return progress

@@ -7,8 +7,8 @@ The packed counterfactual sweep: every branch (a set of heads to edit) shares th
    own positions and a mask in which a branch sees the prefix and itself.
 3. A pack enters the model at its first edited layer, with the clean residual, and leaves it at the probe's layer; a
    hook on `hook_z` edits in each branch its own heads.
-4. On the longest transcript some branches must equal plain hooked forward passes; otherwise the whole sweep takes the
-   plain path, and the result says so.
+4. On the longest transcript the branch with the earliest edit must equal a plain hooked forward pass; otherwise the
+   whole sweep takes the plain path, and the result says so.
 
 Exact: an edit at the closing changes nothing before it. Memory is the prefix's cache and one pack.
 """
@@ -90,12 +90,16 @@ def sweep_branches(
     path = "packed" if scope is Scope.CLOSING else f"plain: scope {scope}"
     clean, edited = np.zeros(len(transcripts), np.float32), np.zeros((len(transcripts), len(branches)), np.float32)
     job = _Job(model=model, probe=probe, branches=list(branches), factor=factor, scope=scope)
+    done: dict[int, tuple[float, np.ndarray]] = {}
     if path == "packed" and transcripts and branches:
-        # The longest, since a window of attention that is too narrow shows there.
-        path = _choose_path(job, max(transcripts, key=lambda t: t.final))
+        # The longest is tried first, since a window of attention that is too narrow shows there.
+        longest = max(range(len(transcripts)), key=lambda i: transcripts[i].final)
+        path, tried = _choose_path(job, transcripts[longest])
+        if tried is not None:
+            done[longest] = tried
+    run = _packed if path == "packed" else _plain
     for i, transcript in enumerate(transcripts):
-        run = _packed if path == "packed" else _plain
-        clean[i], edited[i] = run(job, transcript, range(len(branches)))
+        clean[i], edited[i] = done[i] if i in done else run(job, transcript, range(len(branches)))
         if progress is not None:
             progress(i + 1)
     return Sweep(clean=clean, edited=edited, path=path)
@@ -121,20 +125,22 @@ class _Job:
         return min((ref.layer for ref in self.branches[branch]), default=self.model.shape.n_layers)
 
 
-def _choose_path(job: _Job, transcript: TokenizedTranscript) -> str:
-    """`packed` if it equals the plain path on this transcript, else why not."""
-    by_layer = sorted(range(len(job.branches)), key=job.first_layer)
-    some = sorted({by_layer[0], by_layer[len(by_layer) // 2], by_layer[-1]})
+def _choose_path(job: _Job, transcript: TokenizedTranscript) -> tuple[str, tuple[float, np.ndarray] | None]:
+    """`packed` with its result if it equals the plain path on this transcript, else why not.
+
+    One branch is compared, the one with the earliest edit: all other branches run through fewer of the same layers.
+    """
+    everything = range(len(job.branches))
     try:
-        clean, packed = _packed(job, transcript, some)
+        clean, packed = _packed(job, transcript, everything)
     except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
         log.warning("the packed sweep does not run on %s: %s", job.model.name, error)
-        return f"plain: packing failed ({type(error).__name__})"
-    plain_clean, plain = _plain(job, transcript, some)
-    difference = float(np.abs(np.append(packed - plain, clean - plain_clean)).max())
-    if not difference <= _tolerance(job.model) * max(1.0, abs(plain_clean)):
-        return f"plain: packing differs by {difference:.1e}"
-    return "packed"
+        return f"plain: packing failed ({type(error).__name__})", None
+    earliest = min(everything, key=job.first_layer)
+    difference = abs(float(packed[earliest]) - _edited_logit(job, transcript, earliest))
+    if not difference <= _tolerance(job.model) * max(1.0, abs(clean)):
+        return f"plain: packing differs by {difference:.1e}", None
+    return "packed", (clean, packed)
 
 
 def _tolerance(model: LensModel) -> float:
@@ -143,15 +149,14 @@ def _tolerance(model: LensModel) -> float:
 
 def _plain(job: _Job, transcript: TokenizedTranscript, which: Sequence[int]) -> tuple[float, np.ndarray]:
     """One hooked forward pass a branch."""
-    ids = transcript.token_ids[: transcript.final + 1].tolist()
-    where = job.scope.positions(transcript)
-    clean = _final_logit(job, ids)
-    found = []
-    for branch in which:
-        edit = HeadEdit(heads=job.branches[branch], factor=job.factor, scope=job.scope)
-        with edited_hooks(job.model, edit, [where]):
-            found.append(_final_logit(job, ids))
-    return clean, np.array(found, dtype=np.float32)
+    clean = _final_logit(job, transcript.token_ids[: transcript.final + 1].tolist())
+    return clean, np.array([_edited_logit(job, transcript, branch) for branch in which], dtype=np.float32)
+
+
+def _edited_logit(job: _Job, transcript: TokenizedTranscript, branch: int) -> float:
+    edit = HeadEdit(heads=job.branches[branch], factor=job.factor, scope=job.scope)
+    with edited_hooks(job.model, edit, [job.scope.positions(transcript)]):
+        return _final_logit(job, transcript.token_ids[: transcript.final + 1].tolist())
 
 
 def _final_logit(job: _Job, ids: list[int]) -> float:
