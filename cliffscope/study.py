@@ -316,7 +316,7 @@ def _stage_heads(run: _Run) -> None:
     run.store.write_frame("heads.parquet", frame)
     run.store.write_json("heads.json", heads_json(ranking, control, run.config.top_fraction))
     run.leave_out(ranking.omitted)
-    _add_verdict(run, "heads", verdicts.of_heads(ranking, control))
+    _add_verdict(run, "heads", verdicts.of_heads(ranking, control, can_tell=run.probe.report.final.can_tell))
 
 
 def _stage_safety(run: _Run) -> None:

@@ -67,8 +67,8 @@ def no_heads(n: int) -> str:
     return f"Heads were not ranked: only {n} harmful prompts were complied with, so there is nothing to restore."
 
 
-def of_heads(ranking: HeadRanking, control: SetControl) -> str:
-    """Which heads suppress refusal, and whether they beat random sets."""
+def of_heads(ranking: HeadRanking, control: SetControl, *, can_tell: bool = True) -> str:
+    """Which heads suppress refusal, and whether they beat random sets; no claim where the probe cannot tell."""
     found = ranking.significant()
     names = ", ".join(str(h) for h in found[:6]) + (" ..." if len(found) > 6 else "")
     low, high = control.interval
@@ -77,6 +77,8 @@ def of_heads(ranking: HeadRanking, control: SetControl) -> str:
         f"{len(control.effects)} test transcripts by {control.effect:+.2f} {_interval(low, high, '+.2f')}; "
         f"random sets of the same size by {control.random_effects.mean():+.2f} (p = {control.p:.3f})."
     )
+    if not can_tell:
+        return f"No head can be claimed to suppress refusal, since the probe cannot tell at the final token. {joint}"
     if not found:
         return f"No head's effect passes its controls (q <= 0.05, n = {len(ranking.clean)}). {joint}"
     return f"{len(found)} heads suppress refusal (q <= 0.05, n = {len(ranking.clean)}): {names}. {joint}"

@@ -187,6 +187,12 @@ def control_of(n: int = 6) -> SetControl:
     )
 
 
+def test_no_head_is_claimed_with_a_probe_that_cannot_tell(llama: LensModel) -> None:
+    told = verdicts.of_heads(ranking_of(llama, 2), control_of(), can_tell=False)
+    assert told.startswith("No head can be claimed")
+    assert "suppress refusal (q" not in told
+
+
 def test_significant_heads_are_named_with_the_joint_effect_and_its_control(llama: LensModel) -> None:
     told = verdicts.of_heads(ranking_of(llama, 2), control_of())
     assert told.startswith("2 heads suppress refusal (q <= 0.05, n = 12): L0H0, L0H1.")
