@@ -318,12 +318,17 @@ def _choose_layer(model: LensModel, labelled: _Labelled, fit: _Fit, layer: int |
 
 
 def _log_loss(scored: Sequence[_Scored], layer: int) -> float:
-    """Log loss of the mean logits at the final token and over late thinking, both classes and regions alike."""
+    """Log loss of the mean logits at the final token and over late thinking, all classes and regions alike.
+
+    The challenge counts at the final token alone, where its outcome is settled: a probe that calls it refused there reads
+    harmfulness.
+    """
+    signs = {"refused": -1.0, "complied": 1.0, "challenge": 1.0}
     losses = []
-    for region in (FINAL, LATE_THINKING):
-        for kind, sign in (("refused", -1.0), ("complied", 1.0)):
+    for region, kinds in ((FINAL, ("refused", "complied", "challenge")), (LATE_THINKING, ("refused", "complied"))):
+        for kind in kinds:
             values = _region_values(scored, kind, region, layer)
-            losses += [float(np.logaddexp(0.0, sign * values).mean())] if len(values) else []
+            losses += [float(np.logaddexp(0.0, signs[kind] * values).mean())] if len(values) else []
     return float(np.mean(losses))
 
 
