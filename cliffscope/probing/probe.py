@@ -320,8 +320,8 @@ def _choose_layer(model: LensModel, labelled: _Labelled, fit: _Fit, layer: int |
 def _log_loss(scored: Sequence[_Scored], layer: int) -> float:
     """Log loss of the mean logits at the final token and over late thinking, all classes and regions alike.
 
-    The challenge counts at the final token alone, where its outcome is settled: a probe that calls it refused there reads
-    harmfulness.
+    The challenge counts at the final token alone, where its outcome is settled: a probe that calls it refused there is
+    reading harmfulness.
     """
     signs = {"refused": -1.0, "complied": 1.0, "challenge": 1.0}
     losses = []
