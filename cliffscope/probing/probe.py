@@ -5,9 +5,10 @@
    choice), or balanced over the thinking and the closing.
 3. At each layer a logistic regression separates refused from complied transcripts; thinking and closing weigh the same,
    and so do the two classes and all transcripts of a class. Standardisation is folded into weight and bias.
-4. On the validate split a regularisation is chosen, by log loss, and a layer: the latest one within one standard error
-   of the best, judged by the worst of its AUROCs at the final token, over late thinking, and among harmful transcripts
-   alone. Late, since a probe sees only heads below it.
+4. On the validate split a regularisation is chosen, by log loss (harmful transcripts that were complied with count as
+   complied at the final token, which favours a probe whose score has fallen there), and a layer: the latest one within
+   one standard error of the best, judged by the worst of its AUROCs at the final token, over late thinking, and among
+   harmful transcripts alone. Late, since a probe sees only heads below it.
 5. On the test split everything is reported, region by region, one value a transcript, with a shuffled-label control.
 
 Source: the refusal prober of arXiv 2510.06036, section 3, with outcomes as labels and balanced positions added: a probe
@@ -131,12 +132,13 @@ def fit_probe(
     labelled = _Labelled.build(
         model, refused, complied, challenge, splits or _split(refused, complied, challenge, seed)
     )
-    fitted = _fit_layers(model, labelled, positions, seed, progress)
-    fits = [_choose_layer(model, labelled, fit, layer) for fit in fitted]
+    sample = _sample(labelled, positions, seed)
+    residuals = _gather(model, sample, progress)
+    fits = [_choose_layer(model, labelled, fit, layer) for fit in _fit_layers(sample, residuals)]
     best = min(fits, key=lambda fit: fit.loss)
     chosen, weights, biases = best.layer, best.weights, best.biases
     scored = _score(model, labelled.part("test"), weights, biases, progress)
-    shuffled = _shuffled_control(model, labelled, positions, best, seed)
+    shuffled = _shuffled_control(model, labelled, sample, residuals, best, seed=seed)
     report = _report(scored, chosen, shuffled, labelled)
     return RefusalProbe(
         layer=chosen,
@@ -277,10 +279,10 @@ def _sample(labelled: _Labelled, positions: str, seed: int) -> _Sample:
     return _Sample(rows=tokens, refused=refused, positions=chosen, n_thinking=n_thinking)
 
 
-def _fit_layers(
-    model: LensModel, labelled: _Labelled, positions: str, seed: int, progress: Callable[[int], None] | None
-) -> list[_Fit]:
-    sample = _sample(labelled, positions, seed)
+def _gather(
+    model: LensModel, sample: _Sample, progress: Callable[[int], None] | None
+) -> Float32[np.ndarray, "layer n d_model"]:
+    """Residuals of the sample at every layer, positions of all transcripts after one another."""
     residuals = np.concatenate(gather_residuals(model, sample.rows, sample.positions, progress=progress), axis=1)
     if not np.isfinite(residuals).all():
         bad = int(np.argwhere(~np.isfinite(residuals))[0][0])
@@ -288,6 +290,10 @@ def _fit_layers(
             f"Residuals of layer {bad} of {model.name!r} hold NaN or infinity. Load the model in another dtype, such "
             "as float32 or bfloat16."
         )
+    return residuals
+
+
+def _fit_layers(sample: _Sample, residuals: Float32[np.ndarray, "layer n d_model"]) -> list[_Fit]:
     labels, weights = sample.labels_and_weights(sample.refused)
     return [_fit(residuals, labels, weights, strength) for strength in STRENGTHS]
 
@@ -363,10 +369,16 @@ def _best_layer(scored: Sequence[_Scored], labelled: _Labelled) -> int:
     return max(i for i, r in enumerate(worst) if r.auroc >= best.auroc - error)
 
 
-def _shuffled_control(model: LensModel, labelled: _Labelled, positions: str, fit: _Fit, seed: int) -> list[float]:
+def _shuffled_control(
+    model: LensModel,
+    labelled: _Labelled,
+    sample: _Sample,
+    residuals: Float32[np.ndarray, "layer n d_model"],
+    fit: _Fit,
+    *,
+    seed: int,
+) -> list[float]:
     """Test AUROC at the final token of probes fitted on labels shuffled over transcripts."""
-    sample = _sample(labelled, positions, seed)
-    residuals = np.concatenate([r[fit.layer] for r in gather_residuals(model, sample.rows, sample.positions)])
     test = [(t, kind) for t, kind in labelled.part("test") if kind != "challenge"]
     last = [np.array([t.final], dtype=np.int64) for t, _ in test]
     final = np.concatenate([r[fit.layer] for r in gather_residuals(model, [t for t, _ in test], last)])
@@ -375,7 +387,7 @@ def _shuffled_control(model: LensModel, labelled: _Labelled, positions: str, fit
     found = []
     for _ in range(SHUFFLES):
         labels, weights = sample.labels_and_weights(rng.permutation(sample.refused))
-        weight, bias = _logistic(residuals, labels, weights, fit.strength)
+        weight, bias = _logistic(residuals[fit.layer], labels, weights, fit.strength)
         logits = final @ weight + bias
         found.append(region_report(FINAL, logits[is_refused], logits[~is_refused]).auroc)
     return found
