@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from cliffscope.alignment.selection import Selection, select_by_cliff
     from cliffscope.config import StudyConfig
     from cliffscope.errors import CliffScopeError
+    from cliffscope.heads.controls import control_sets
     from cliffscope.heads.edits import HeadEdit, HeadRef, edited_weights, scale, zero
-    from cliffscope.heads.ranking import HeadRanking, control_sets, rank_heads
+    from cliffscope.heads.ranking import HeadRanking, rank_heads
     from cliffscope.models import LensModel, load_model
     from cliffscope.probing.probe import RefusalProbe, fit_probe
     from cliffscope.probing.trace import Cliffs, RefusalTraces, trace_refusal
@@ -40,7 +41,7 @@ _HOMES = {
     "StudyConfig": "config",
     "Transcript": "transcripts.records",
     "Transcripts": "transcripts.records",
-    "control_sets": "heads.ranking",
+    "control_sets": "heads.controls",
     "edited_weights": "heads.edits",
     "evaluate_safety": "safety.evaluation",
     "fit_probe": "probing.probe",

@@ -270,11 +270,16 @@ def rank_heads(
     transcripts: TranscriptsOption,
     out: OutOption,
     template: TemplateOption = None,
+    method: Annotated[str, typer.Option(help="zero, or another method of the guide to heads.")] = "zero",
     scope: Annotated[str, typer.Option(help="closing, thinking, prompt or all.")] = "closing",
+    factor: Annotated[float, typer.Option(help="What `scale` multiplies by.")] = 0.5,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Ranks every head by what zeroing it does to the refusal logit, on harmful transcripts that were complied with.
+    """Ranks every head by its part in suppressing refusal, on harmful transcripts that were complied with.
+
+    Donors of patch and patch-reverse are the harmful transcripts of the file that were refused, those of mean and
+    resample the harmless ones.
 
     Example: cliffscope rank-heads --model ./my-model --probe probe/ --transcripts judged.jsonl --out heads/
     """
@@ -283,14 +288,18 @@ def rank_heads(
 
     where = one_of("scope", scope, "closing", "thinking", "prompt", "all")
     fitted, judged = _load_probe(probe), cs.read_transcripts(transcripts)
-    suppressed, harmless = judged.where(harmful=True, outcome="complied"), judged.where(harmful=False)
+    suppressed, refused = (judged.where(harmful=True, outcome=word) for word in ("complied", "refused"))
+    harmless = judged.where(harmful=False)
     with open_run(out, _given(context)) as store, store.stage("rank-heads"), show_progress() as progress:
         ranking = cs.rank_heads(
             cs.load_model(model, template=template),
             fitted,
             suppressed,
+            method=method,
             scope=where,
             harmless=harmless if len(harmless) else None,
+            refused=refused if len(refused) else None,
+            factor=factor,
             seed=seed,
             progress=lambda done: progress("rank-heads", done, len(suppressed)),
         )

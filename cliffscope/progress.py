@@ -22,8 +22,9 @@ def log_to_standard_error() -> None:
     for noisy in ("httpx", "transformers", "transformer_lens", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     if not sys.stderr.isatty():
-        # Both Hugging Face libraries read it when they are imported.
+        # Hugging Face's libraries, and the bars that they use, read these when they are imported.
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 @contextmanager

@@ -11,8 +11,10 @@ from importlib.metadata import PackageNotFoundError, version
 
 import numpy as np
 import pandas as pd
+from scipy.special import expit
 
-from cliffscope.heads.ranking import HeadRanking, SetControl
+from cliffscope.heads.controls import SetControl
+from cliffscope.heads.ranking import HeadRanking
 from cliffscope.probing.trace import RefusalTraces
 from cliffscope.transcripts.records import Outcome, Transcripts
 
@@ -25,7 +27,7 @@ def layer_frame(traces: RefusalTraces) -> pd.DataFrame:
                 "id": name,
                 "position": np.tile(np.arange(logits.shape[1]), logits.shape[0]),
                 "layer": np.repeat(np.arange(logits.shape[0]), logits.shape[1]),
-                "score": (1 / (1 + np.exp(-np.clip(logits, -60, 60)))).ravel(),
+                "score": expit(logits).ravel(),
             }
         )
         for name, logits in traces.layer_logits.items()

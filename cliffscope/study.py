@@ -25,8 +25,9 @@ from cliffscope import verdicts
 from cliffscope.alignment.selection import select_from_cliffs
 from cliffscope.config import StudyConfig, read_inputs
 from cliffscope.errors import ProbeError
+from cliffscope.heads.controls import control_sets, count_sets
 from cliffscope.heads.edits import zero
-from cliffscope.heads.ranking import control_sets, count_sets, rank_heads
+from cliffscope.heads.ranking import rank_heads
 from cliffscope.models import LensModel, load_model
 from cliffscope.probing.contrast import contrast_classes
 from cliffscope.probing.files import load_probe, save_probe
@@ -306,6 +307,7 @@ def _stage_heads(run: _Run) -> None:
         run.probe,
         suppressed,
         harmless=harmless,
+        refused=run.part("fit", "validate", harmful=True, outcome=Outcome.REFUSED),
         seed=run.config.seed,
         progress=run.counter("heads", len(suppressed)),
     )

@@ -8,8 +8,9 @@ import numpy as np
 import pandas as pd
 
 from cliffscope.alignment.selection import Selection
+from cliffscope.heads.controls import SetControl
 from cliffscope.heads.edits import HeadRef
-from cliffscope.heads.ranking import HeadRanking, SetControl
+from cliffscope.heads.ranking import HeadRanking
 from cliffscope.probing.reports import ProbeReport
 from cliffscope.safety.evaluation import TOP, UNEDITED, SafetyReport
 from cliffscope.stats import bootstrap_mean

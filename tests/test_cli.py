@@ -16,8 +16,8 @@ from conftest import MakeCheckpoint, written
 
 import cliffscope
 from cliffscope import cli
+from cliffscope.checkpoints import ASSETS
 from cliffscope.errors import CliffScopeError, MissingExtraError
-from cliffscope.models import ASSETS
 from cliffscope.store import open_run
 from cliffscope.transcripts.datasets import read_transcripts, write_transcripts
 from cliffscope.transcripts.records import Outcome, Transcripts

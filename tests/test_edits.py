@@ -2,6 +2,7 @@ import json
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from conftest import plain_logits, tokens_of
@@ -10,12 +11,23 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cliffscope.errors import EditError
-from cliffscope.heads.edits import HeadEdit, HeadRef, Scope, edited_hooks, edited_weights, scale, zero
+from cliffscope.heads.edits import (
+    EditKind,
+    EditPlan,
+    HeadEdit,
+    HeadRef,
+    Scope,
+    compose,
+    edited_hooks,
+    edited_weights,
+    scale,
+    zero,
+)
 from cliffscope.models import LensModel
 from cliffscope.transcripts.records import Transcripts
+from cliffscope.transcripts.transcript import TokenizedTranscript
 
 HEADS = [HeadRef(layer=0, head=1), HeadRef(layer=2, head=3), HeadRef(layer=2, head=0)]
-EVERYWHERE = [slice(None)]
 refs = st.builds(HeadRef, layer=st.integers(0, 99), head=st.integers(0, 99))
 TakeCopy = Callable[[LensModel], Callable[[], None]]
 
@@ -25,21 +37,33 @@ def ids(model: LensModel, refused: Transcripts) -> list[int]:
     return tokens_of(model, refused[:1])[0].token_ids.tolist()
 
 
-def bridge_logits(model: LensModel, ids: list[int], edit: HeadEdit, where: slice) -> Tensor:
-    """The oracle: TransformerLens' own hooks."""
+def row_of(ids: list[int], where: slice) -> TokenizedTranscript:
+    """A transcript whose closing stands at `where`."""
+    return TokenizedTranscript(
+        id="row", token_ids=np.array(ids), bounds=(where.start, where.start, where.stop, len(ids))
+    )
 
-    def hook_for(heads: list[int]) -> Callable[..., Tensor]:
+
+def whole(ids: list[int]) -> list[TokenizedTranscript]:
+    """A transcript that is edited everywhere."""
+    return [row_of(ids, slice(0, len(ids)))]
+
+
+def bridge_logits(model: LensModel, ids: list[int], edit: HeadEdit | EditPlan, where: slice) -> Tensor:
+    """The oracle: TransformerLens' own hooks, one a head."""
+
+    def hook_for(one: HeadEdit, i: int) -> Callable[..., Tensor]:
         def hook(z: Tensor, hook: object) -> Tensor:
-            changed = z.clone()
-            for head in heads:
-                changed[:, where, head] = changed[:, where, head] * edit.factor
+            changed, head = z.clone(), one.heads[i].head
+            changed[:, where, head] = changed[:, where, head] * one.factor
+            if one.values:
+                changed[:, where, head] = torch.tensor(one.values[i])
             return changed
 
         return hook
 
     hooks = [
-        (f"blocks.{layer}.attn.hook_z", hook_for([ref.head for ref in edit.heads if ref.layer == layer]))
-        for layer in {ref.layer for ref in edit.heads}
+        (f"blocks.{ref.layer}.attn.hook_z", hook_for(one, i)) for one in edit.edits for i, ref in enumerate(one.heads)
     ]
     with torch.no_grad():
         return model.bridge.run_with_hooks(torch.tensor([ids]), return_type="logits", fwd_hooks=hooks)[0]
@@ -52,7 +76,7 @@ def test_weight_edit_hook_edit_and_bridge_hooks_give_the_same_logits(
     edit = scale(HEADS, factor)
     with edited_weights(model, edit):
         by_weights = plain_logits(model, ids)
-    with edited_hooks(model, edit, EVERYWHERE):
+    with edited_hooks(model, edit, whole(ids)):
         by_hooks = plain_logits(model, ids)
     expected = bridge_logits(model, ids, edit, slice(None))
     torch.testing.assert_close(by_weights, expected, rtol=1e-4, atol=1e-5)
@@ -64,7 +88,7 @@ def test_weight_edit_hook_edit_and_bridge_hooks_give_the_same_logits(
 @pytest.mark.parametrize("where", [slice(3, 7), slice(0, 1), slice(5, 5)])
 def test_a_hook_edit_acts_at_its_positions_alone(model: LensModel, ids: list[int], where: slice) -> None:
     edit = zero(HEADS, scope=Scope.CLOSING)
-    with edited_hooks(model, edit, [where]):
+    with edited_hooks(model, edit, [row_of(ids, where)]):
         found = plain_logits(model, ids)
     torch.testing.assert_close(found, bridge_logits(model, ids, edit, where), rtol=1e-4, atol=1e-5)
     assert torch.equal(found[: where.start], plain_logits(model, ids)[: where.start])
@@ -73,9 +97,10 @@ def test_a_hook_edit_acts_at_its_positions_alone(model: LensModel, ids: list[int
 def test_each_row_of_a_batch_is_edited_at_its_own_positions(model: LensModel, refused: Transcripts) -> None:
     rows = [t.token_ids.tolist() for t in tokens_of(model, refused[:3])]
     where = [slice(2, 4), slice(0, 0), slice(5, 6)]
-    edit = scale(HEADS, 0.5, scope=Scope.THINKING)
+    edit = scale(HEADS, 0.5, scope=Scope.CLOSING)
     batch = model.to_batch(rows)
-    with torch.no_grad(), edited_hooks(model, edit, where):
+    marked = [row_of(ids, at) for ids, at in zip(rows, where, strict=True)]
+    with torch.no_grad(), edited_hooks(model, edit, marked):
         found = model.hf(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions).logits
     for ids, logits, at in zip(rows, found, where, strict=True):
         torch.testing.assert_close(logits[: len(ids)], bridge_logits(model, ids, edit, at), rtol=1e-3, atol=1e-4)
@@ -128,7 +153,7 @@ def test_weights_are_restored_when_an_edit_fails_half_way(
 
 def test_hooks_are_gone_after_an_exception(model: LensModel, unchanged: TakeCopy, ids: list[int]) -> None:
     check, clean = unchanged(model), plain_logits(model, ids)
-    with pytest.raises(KeyboardInterrupt), edited_hooks(model, zero(HEADS), EVERYWHERE):
+    with pytest.raises(KeyboardInterrupt), edited_hooks(model, zero(HEADS), whole(ids)):
         raise KeyboardInterrupt
     check()
     assert torch.equal(plain_logits(model, ids), clean)
@@ -136,7 +161,7 @@ def test_hooks_are_gone_after_an_exception(model: LensModel, unchanged: TakeCopy
 
 def test_an_edit_of_no_heads_changes_nothing(model: LensModel, ids: list[int]) -> None:
     clean = plain_logits(model, ids)
-    with edited_weights(model, zero([])), edited_hooks(model, zero([]), EVERYWHERE):
+    with edited_weights(model, zero([])), edited_hooks(model, zero([]), whole(ids)):
         assert torch.equal(plain_logits(model, ids), clean)
 
 
@@ -156,7 +181,7 @@ def test_a_head_that_the_model_lacks_is_refused_before_anything_changes(
         edited_weights(llama, edit),
     ):
         pass
-    with pytest.raises(EditError, match="no head"), edited_hooks(llama, edit, EVERYWHERE):
+    with pytest.raises(EditError, match="no head"), edited_hooks(llama, edit, []):
         pass
     check()
 
@@ -194,21 +219,36 @@ def test_anything_else_names_no_head(text: str) -> None:
     st.sampled_from(list(Scope)),
 )
 def test_an_edit_round_trips_through_json(heads: list[HeadRef], factor: float, scope: Scope) -> None:
-    edit = HeadEdit(heads=tuple(heads), factor=factor, scope=scope)
-    assert HeadEdit.from_dict(json.loads(json.dumps(edit.to_dict()))) == edit
+    values = tuple(((float(i), factor % 7),) for i in range(len(heads)))
+    edits = [
+        scale(heads, factor, scope=scope),
+        zero(heads, scope=scope),
+        *(HeadEdit(heads=tuple(heads), kind=EditKind(k), values=values, scope=scope) for k in ("mean", "patch")),
+    ]
+    for edit in edits:
+        assert HeadEdit.from_dict(json.loads(json.dumps(edit.to_dict()))) == edit
+        assert EditPlan.from_dict(json.loads(json.dumps(edit.to_dict()))) == compose(edit)
+        assert EditPlan.from_dict(json.loads(json.dumps(compose(edit).to_dict()))) == compose(edit)
 
 
 @pytest.mark.parametrize(
     "data",
     [
         {},
-        {"heads": "L1H2"},
-        {"heads": ["L1H2"], "factor": "none"},
-        {"heads": ["L1H2"], "scope": "everywhere"},
-        {"heads": ["L1H2"], "scope": ["all"]},
-        {"heads": ["1.2"]},
-        {"heads": ["L1H2", "L1H2"]},
-        {"heads": ["L1H2"], "factor": float("nan")},
+        {"heads": "L1H2", "kind": "zero"},
+        {"heads": ["L1H2"]},
+        {"heads": ["L1H2"], "kind": "remove"},
+        {"heads": ["L1H2"], "kind": "scale", "factor": "none"},
+        {"heads": ["L1H2"], "kind": "zero", "scope": "everywhere"},
+        {"heads": ["L1H2"], "kind": "zero", "scope": ["all"]},
+        {"heads": ["1.2"], "kind": "zero"},
+        {"heads": ["L1H2", "L1H2"], "kind": "zero"},
+        {"heads": ["L1H2"], "kind": "scale", "factor": float("nan")},
+        {"heads": ["L1H2"], "kind": "zero", "factor": 0.5},
+        {"heads": ["L1H2"], "kind": "mean"},
+        {"heads": ["L1H2"], "kind": "mean", "values": [["x"]]},
+        {"heads": ["L1H2"], "kind": "mean", "values": [[[float("inf")]]]},
+        {"heads": ["L1H2", "L1H3"], "kind": "mean", "values": [[[1.0]], [[1.0, 2.0]]]},
     ],
 )
 def test_what_is_no_edit_cannot_be_read(data: dict[str, object]) -> None:
@@ -219,3 +259,101 @@ def test_what_is_no_edit_cannot_be_read(data: dict[str, object]) -> None:
 def test_an_edit_prints_what_it_does() -> None:
     assert repr(zero(HEADS)) == "HeadEdit(zero, 3 heads, scope all)"
     assert repr(scale(HEADS[:1], 0.5, scope=Scope.CLOSING)) == "HeadEdit(scale by 0.5, 1 heads, scope closing)"
+
+
+def values_for(model: LensModel, heads: list[HeadRef], positions: int) -> tuple[tuple[tuple[float, ...], ...], ...]:
+    drawn = np.random.default_rng(3).normal(size=(len(heads), positions, model.shape.d_head)).astype(np.float32)
+    return tuple(tuple(tuple(row) for row in rows) for rows in drawn.tolist())
+
+
+def test_fixed_values_by_weights_by_hooks_and_by_the_bridge_give_the_same_logits(
+    model: LensModel, ids: list[int], unchanged: TakeCopy
+) -> None:
+    check = unchanged(model)
+    edit = HeadEdit(heads=tuple(HEADS), kind=EditKind.MEAN, values=values_for(model, HEADS, 1))
+    with edited_weights(model, edit):
+        by_weights = plain_logits(model, ids)
+    with edited_hooks(model, edit, whole(ids)):
+        by_hooks = plain_logits(model, ids)
+    expected = bridge_logits(model, ids, edit, slice(None))
+    torch.testing.assert_close(by_weights, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(by_hooks, expected, rtol=1e-4, atol=1e-5)
+    check()
+
+
+def test_values_of_each_position_act_at_their_own(model: LensModel, ids: list[int]) -> None:
+    where = slice(4, 7)
+    edit = HeadEdit(heads=tuple(HEADS), kind=EditKind.PATCH, values=values_for(model, HEADS, 3), scope=Scope.CLOSING)
+    with edited_hooks(model, edit, [row_of(ids, where)]):
+        found = plain_logits(model, ids)
+    torch.testing.assert_close(found, bridge_logits(model, ids, edit, where), rtol=1e-4, atol=1e-5)
+
+
+def test_values_for_another_number_of_positions_are_refused(llama: LensModel, refused: Transcripts) -> None:
+    ids = tokens_of(llama, refused[:1])[0].token_ids.tolist()
+    edit = HeadEdit(heads=(HEADS[0],), kind=EditKind.PATCH, values=values_for(llama, HEADS[:1], 2), scope=Scope.CLOSING)
+    with (
+        pytest.raises(EditError, match="2 positions .* scope has 3"),
+        edited_hooks(llama, edit, [row_of(ids, slice(4, 7))]),
+    ):
+        plain_logits(llama, ids)
+    with pytest.raises(EditError, match="cannot be held"), edited_weights(llama, edit):
+        pass
+
+
+def test_values_of_another_models_heads_are_refused(models: dict[str, LensModel]) -> None:
+    edit = HeadEdit(heads=(HEADS[0],), kind=EditKind.MEAN, values=values_for(models["qwen3"], HEADS[:1], 1))
+    with pytest.raises(EditError, match="12 numbers a head"), edited_weights(models["llama"], edit):
+        pass
+
+
+def test_a_plan_is_its_edits_together(model: LensModel, ids: list[int], unchanged: TakeCopy) -> None:
+    check = unchanged(model)
+    mean = HeadEdit(heads=(HEADS[2],), kind=EditKind.MEAN, values=values_for(model, HEADS[2:], 1))
+    plan = compose(zero(HEADS[:1]), compose(scale(HEADS[1:2], 2.0), mean))
+    expected = bridge_logits(model, ids, plan, slice(None))
+    with edited_weights(model, plan):
+        torch.testing.assert_close(plain_logits(model, ids), expected, rtol=1e-4, atol=1e-5)
+    with edited_hooks(model, plan, whole(ids)):
+        torch.testing.assert_close(plain_logits(model, ids), expected, rtol=1e-4, atol=1e-5)
+    assert plan.heads == tuple(HEADS[:1] + HEADS[1:2] + HEADS[2:])
+    assert plan.scope is Scope.ALL
+    check()
+
+
+def test_each_edit_of_a_plan_acts_in_its_own_scope(model: LensModel, refused: Transcripts) -> None:
+    (row,) = tokens_of(model, refused[:1])
+    ids, first, second = row.token_ids.tolist(), zero(HEADS[:1], scope="prompt"), zero(HEADS[1:], scope="closing")
+    plan = compose(first, second)
+    with edited_hooks(model, plan, [row]):
+        found = plain_logits(model, ids)
+    with edited_hooks(model, first, [row]), edited_hooks(model, second, [row]):
+        torch.testing.assert_close(found, plain_logits(model, ids), rtol=1e-5, atol=1e-6)
+    with pytest.raises(EditError, match="scopes closing, prompt"):
+        _ = plan.scope
+
+
+def test_two_edits_of_one_head_in_one_plan_are_refused() -> None:
+    with pytest.raises(EditError, match="L0H1 edited twice in one plan"):
+        compose(zero(HEADS[:2]), scale(HEADS[:1], 0.5))
+
+
+def test_an_edit_can_be_made_on_other_heads_unless_its_values_are_theirs(llama: LensModel) -> None:
+    assert scale(HEADS, 0.5).on(HEADS[:1]) == scale(HEADS[:1], 0.5)
+    with pytest.raises(EditError, match="values of its own heads"):
+        HeadEdit(heads=(HEADS[0],), kind=EditKind.MEAN, values=values_for(llama, HEADS[:1], 1)).on(HEADS[1:])
+
+
+def test_a_cached_start_shifts_the_positions(llama: LensModel, refused: Transcripts) -> None:
+    from transformers import DynamicCache
+
+    (row,) = tokens_of(llama, refused[:1])
+    ids, start = torch.from_numpy(row.token_ids)[None], row.bounds[0]
+    with torch.no_grad(), edited_hooks(llama, edit := zero(HEADS, scope="closing"), [row]):
+        expected = llama.hf(input_ids=ids).logits[0, start:]
+    cache = DynamicCache()
+    with torch.no_grad():
+        llama.hf(input_ids=ids[:, :start], past_key_values=cache, use_cache=True)
+        with edited_hooks(llama, edit, [row], start=start):
+            found = llama.hf(input_ids=ids[:, start:], past_key_values=cache, use_cache=True).logits[0]
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

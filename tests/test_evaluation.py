@@ -6,8 +6,8 @@ import pytest
 from conftest import written
 
 from cliffscope.errors import DataError, EditError, GenerationError
+from cliffscope.heads.controls import count_sets
 from cliffscope.heads.edits import HeadRef, scale, zero
-from cliffscope.heads.ranking import count_sets
 from cliffscope.models import LensModel
 from cliffscope.safety import evaluation
 from cliffscope.safety.evaluation import TOP, UNEDITED, Arm, SafetyReport, evaluate_safety, plan_arms

@@ -26,6 +26,7 @@ LAYERS = [
     "heads",
     "probing",
     "models",
+    "checkpoints",
     "transcripts",
     "store",
     "stats",

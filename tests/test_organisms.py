@@ -5,6 +5,10 @@ import pytest
 import torch
 
 import cliffscope as cs
+from cliffscope.heads.agreement import compare_rankings, split_half
+from cliffscope.heads.edits import Scope
+from cliffscope.heads.methods import CAUSAL, METHODS
+from cliffscope.heads.shares import decompose_logit
 from cliffscope.heads.sweep import sweep_branches
 from cliffscope.organisms import grammar, read_truth
 from cliffscope.organisms.recipes import RECIPES
@@ -93,7 +97,7 @@ def test_a_prompt_is_drawn_once_and_the_seed_decides():
 
 @pytest.mark.parametrize("name", ORGANISMS)
 def test_the_asset_is_small_and_an_ordinary_directory(name):
-    from cliffscope.models import ASSETS
+    from cliffscope.checkpoints import ASSETS
 
     files = list((ASSETS / name).iterdir())
     assert sum(f.stat().st_size for f in files) < 5_000_000
@@ -164,26 +168,110 @@ def test_no_cliff_stands_in_the_null_organism(grown):
         assert organism.cliffs(transcripts)["cliff"].mean() <= 0.1
 
 
+def ranked(organism: Grown, method: str, **options: object) -> cs.HeadRanking:
+    """Heads ranked on fully wrapped prompts, with both controls."""
+    return cs.rank_heads(
+        organism.model,
+        organism.probe,
+        organism.fit.where(harmful=True, outcome=Outcome.COMPLIED),
+        method=method,
+        harmless=organism.fit.where(harmful=False),
+        refused=organism.fit.where(harmful=True, outcome=Outcome.REFUSED),
+        **options,
+    )
+
+
 @pytest.mark.parametrize("name", PLANTED)
-def test_the_planted_heads_come_first_and_are_the_significant_ones(grown, name):
+@pytest.mark.parametrize("method", CAUSAL)
+def test_every_causal_method_finds_the_planted_heads(grown, name, method):
     organism = grown(name)
-    suppressed = organism.fit.where(harmful=True, outcome=Outcome.COMPLIED)
-    ranking = cs.rank_heads(organism.model, organism.probe, suppressed, harmless=organism.harmless)
-    planted = set(organism.truth.planted)
+    ranking, planted = ranked(organism, method), set(organism.truth.planted)
     assert ranking.path == "packed"
     assert set(ranking.top(len(planted) / len(ranking.heads))) == planted
     assert planted <= set(ranking.significant())
     assert len(ranking.significant()) <= len(planted) + 2
+
+
+@pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.parametrize("method", sorted(set(METHODS) - set(CAUSAL)))
+def test_estimates_and_shares_put_the_planted_heads_first_too(grown, name, method):
+    organism = grown(name)
+    planted = set(organism.truth.planted)
+    assert set(ranked(organism, method).top(len(planted) / 64)) == planted
+
+
+@pytest.mark.parametrize("name", ORGANISMS)
+def test_attribution_agrees_with_zero_ablation(grown, name):
+    organism = grown(name)
+    asked = organism.fit.where(harmful=True)
+    rankings = {
+        method: cs.rank_heads(organism.model, organism.probe, asked, method=method)
+        for method in ("zero", "attribution")
+    }
+    assert compare_rankings(rankings).loc[0, "spearman"] >= 0.6
+
+
+@pytest.mark.parametrize("name", PLANTED)
+@pytest.mark.parametrize("scope", ["thinking", "prompt", "all"])
+def test_other_scopes_are_exact_on_the_organisms(grown, name, scope):
+    organism = grown(name)
+    tokens, _ = tokenize_all(organism.wrapped[:4], organism.model.tokenizer, organism.model.template)
+    heads = [(cs.HeadRef(layer=layer, head=head),) for layer in (0, 4, 5) for head in (2, 3, 5)]
+    swept = sweep_branches(organism.model, organism.probe, tokens, heads, scope=Scope(scope))
+    assert swept.path == "batched"
+    for row, transcript in enumerate(tokens):
+        ids = torch.from_numpy(transcript.token_ids[: transcript.final + 1])[None]
+        for column, (head,) in enumerate(heads):
+            expected = _looped(organism.model, organism.probe, ids, Scope(scope).positions(transcript), head)
+            assert swept.edited[row, column] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_the_ranking_is_stable_and_its_set_beats_random_sets(grown, name):
+    organism = grown(name)
+    ranking = ranked(organism, "zero")
+    assert split_half(ranking).overlap.mean() >= 0.9
     control = cs.control_sets(
         organism.model, organism.probe, organism.wrapped.where(outcome=Outcome.COMPLIED), ranking.top(0.03)
     )
     assert control.effect > control.random_effects.max()
+    # Of the other heads of a layer no more different sets can be drawn.
+    assert len(control.random_layers) == (20 if name == "planted-llama" else 15)
+    assert len(control.random_all) == 20
 
 
-def test_no_head_of_the_null_organism_beats_its_controls(grown):
+@pytest.mark.parametrize("name", PLANTED)
+def test_the_logit_is_the_sum_of_its_shares(grown, name):
+    organism = grown(name)
+    tokens, _ = tokenize_all(organism.wrapped[:20], organism.model.tokenizer, organism.model.template)
+    shares = decompose_logit(organism.model, organism.probe, tokens)
+    np.testing.assert_allclose(shares.sums, shares.logits, atol=1e-4)
+
+
+def test_no_head_of_the_null_organism_is_significant_whatever_the_seed(grown):
     organism = grown("null-llama")
-    ranking = cs.rank_heads(organism.model, organism.probe, organism.wrapped, harmless=organism.harmless)
-    assert ranking.significant() == ()
+    asked = organism.plain + organism.wrapped
+    empty = 0
+    for seed in range(20):
+        drawn = np.random.default_rng(seed).permutation(len(asked))[:40]
+        ranking = cs.rank_heads(
+            organism.model, organism.probe, Transcripts(asked[int(i)] for i in drawn), harmless=None, seed=seed
+        )
+        empty += ranking.significant() == ()
+    assert empty >= 19
+
+
+def test_effects_under_probes_of_shuffled_labels_are_far_smaller(grown):
+    # Such a probe may tell refusal by luck, since refusal is the plainest direction here; it does not tell it as far.
+    organism = grown("planted-llama")
+    classes = contrast_classes(organism.fit, "auto", thinks=True)
+    suppressed, planted = organism.fit.where(harmful=True, outcome=Outcome.COMPLIED)[:40], organism.truth.planted
+    true = cs.rank_heads(organism.model, organism.probe, suppressed)
+    places = [true.heads.index(head) for head in planted]
+    for seed in range(3):
+        probe = fit_probe(organism.model, classes.refused, classes.complied, shuffle_labels=True, seed=seed)
+        effects = cs.rank_heads(organism.model, probe, suppressed).effects.mean(0)[places]
+        assert np.abs(effects).max() < 0.3 * true.effects.mean(0)[places].min()
 
 
 @pytest.mark.parametrize("name", ORGANISMS)

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -7,36 +9,39 @@ from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 
 from cliffscope.errors import DataError, EditError, ProbeError
+from cliffscope.heads.controls import SetControl, control_sets, random_set
 from cliffscope.heads.edits import HeadRef, Scope
-from cliffscope.heads.ranking import (
-    HeadRanking,
-    SetControl,
-    control_sets,
-    random_set,
-    rank_heads,
-    top_count,
-)
+from cliffscope.heads.ranking import FLIPS, SHARE, HeadRanking, rank_heads, top_count
 from cliffscope.heads.sweep import sweep_branches
 from cliffscope.models import LensModel, ModelShape
 from cliffscope.probing.probe import RefusalProbe
+from cliffscope.stats import sign_flip_p
 from cliffscope.transcripts.records import Transcripts
 
 COLUMNS = [
     *("layer", "head", "kv_group", "effect", "effect_score", "ci_low", "ci_high", "p", "q"),
-    *("effect_harmless", "n", "rank"),
+    *("effect_harmless", "effect_refused", "n", "rank", "method", "scope"),
 ]
 SHAPE = ModelShape(n_layers=3, n_heads=4, n_kv_heads=2, d_model=32, d_head=8, context=256)
 HEADS = tuple(HeadRef(layer=layer, head=head) for layer in range(3) for head in range(4))
 L0H2, L1H3 = HEADS[2], HEADS[7]
 
 
-def ranking_of(effects: np.ndarray, *, gap: float = 4.0, harmless: np.ndarray | None = None) -> HeadRanking:
+def ranking_of(
+    effects: np.ndarray, *, gap: float = 4.0, harmless: np.ndarray | None = None, refused: np.ndarray | None = None
+) -> HeadRanking:
     """A ranking of 3 x 4 heads whose effects are given, with the probe at layer 1."""
     return HeadRanking(
         heads=HEADS,
         effects=effects.astype(np.float32),
         clean=np.linspace(-2, 0, len(effects)).astype(np.float32),
         harmless_effects=np.zeros((0, 12), np.float32) if harmless is None else harmless.astype(np.float32),
+        refused_effects=np.zeros((0, 12), np.float32) if refused is None else refused.astype(np.float32),
+        order=np.argsort(-effects.mean(0), kind="stable"),
+        dose=1.0,
+        sign=1,
+        donors="",
+        can_tell=True,
         gap=gap,
         gap_score=0.8 if gap > 0 else 0.0,
         shape=SHAPE,
@@ -91,10 +96,57 @@ def test_effects_in_score_are_computed_transcript_by_transcript() -> None:
 
 
 def test_suppression_heads_are_significant_and_the_rest_are_not() -> None:
-    ranking = ranking_of(planted_effects(), gap=2.5)
-    assert ranking.least_effect == pytest.approx(1.0)
+    ranking = ranking_of(planted_effects(), gap=8.0)
+    assert ranking.least_effect == pytest.approx(8.0 * SHARE)
     assert ranking.significant() == (L0H2, L1H3)
-    assert repr(ranking) == "HeadRanking(first L0H2: +3.00 logits, 12 heads, n=20, packed)"
+    assert repr(ranking) == "HeadRanking(first L0H2: +3.00 logits, 12 heads, n=20, zero, packed)"
+
+
+def test_the_spread_of_all_heads_is_the_null_of_each() -> None:
+    effects = np.random.default_rng(2).normal(0, 0.02, size=(20, 12))
+    effects[:, :8] += np.array([-0.4, 0.4, -0.2, 0.2, -0.1, 0.1, 0.0, 0.9])
+    ranking = ranking_of(effects, gap=0.5)
+    means = ranking.effects[:, :8].mean(0)
+    assert ranking.least_effect == pytest.approx(3 * 1.4826 * np.median(np.abs(means - np.median(means))))
+    assert ranking.significant() == ()
+    effects[:, 7] += 1.0
+    assert ranking_of(effects, gap=0.5).significant() == (L1H3,)
+
+
+@pytest.mark.parametrize("control", ["harmless", "refused"])
+def test_a_head_that_does_as_much_on_controls_is_not_significant(control: str) -> None:
+    effects = planted_effects()
+    beside = np.random.default_rng(1).normal(0, 0.02, size=(9, 12))
+    assert ranking_of(effects, **{control: beside}).significant() == (L0H2, L1H3)
+    beside[:, 2] += 3.0
+    assert ranking_of(effects, **{control: beside}).significant() == (L1H3,)
+    beside[:, 7] -= 3.0
+    assert ranking_of(effects, **{control: beside}).significant() == (L1H3,)
+
+
+def test_a_probe_that_cannot_tell_makes_nothing_significant() -> None:
+    assert replace(ranking_of(planted_effects()), can_tell=False).significant() == ()
+
+
+def test_half_a_dose_asks_for_half_the_effect() -> None:
+    whole = ranking_of(planted_effects(), gap=8.0)
+    assert replace(whole, dose=0.5).least_effect == pytest.approx(whole.least_effect / 2)
+
+
+def test_an_effect_that_an_edit_takes_is_turned_round_in_score_too() -> None:
+    table = replace(ranking_of(planted_effects(3)), sign=-1).to_frame().set_index(["layer", "head"])
+    ranking = ranking_of(planted_effects(3))
+    pairs = zip(ranking.clean, ranking.effects[:, 2], strict=True)
+    by_hand = np.mean([1 / (1 + np.exp(-c)) - 1 / (1 + np.exp(e - c)) for c, e in pairs])
+    assert table.loc[(0, 2), "effect_score"] == pytest.approx(by_hand, abs=1e-6)
+
+
+@pytest.mark.parametrize("n_heads", [64, 784])
+def test_one_head_among_many_can_be_significant(n_heads: int) -> None:
+    effects = np.random.default_rng(0).normal(0, 0.02, size=(40, n_heads))
+    effects[:, 5] += 3.0
+    p = sign_flip_p(effects - 0.1, seed=0, draws=max(2000, FLIPS * n_heads))
+    assert scipy_stats.false_discovery_control(p)[5] <= 0.05
 
 
 def test_q_is_benjamini_hochberg_of_p_over_all_heads() -> None:
@@ -107,7 +159,7 @@ def test_p_is_the_share_of_sign_flips_that_reach_the_effect() -> None:
     effects[:, 3] = [2.3, 2.5, 1.9, 2.4, 2.25]
     ranking = ranking_of(effects)
     seen = ranking.effects[:, :8].astype(float)
-    beyond = seen[:, 3] - np.median(seen, axis=1) - 0.4 * 4.0
+    beyond = seen[:, 3] - np.median(seen, axis=1) - ranking.least_effect
     signs = np.array(np.meshgrid(*[[1, -1]] * 5)).reshape(5, -1).T
     expected = (signs @ beyond >= beyond.sum() - 1e-9).mean()
     table = ranking.to_frame().set_index(["layer", "head"])
@@ -135,7 +187,7 @@ def test_effects_that_all_heads_share_are_not_significant() -> None:
 
 def test_effects_below_a_share_of_the_gap_are_not_significant() -> None:
     small = planted_effects() * 0.05
-    assert ranking_of(small, gap=100.0).significant() == ()
+    assert ranking_of(small, gap=400.0).significant() == ()
 
 
 def test_one_transcript_gives_effects_without_intervals() -> None:
@@ -253,10 +305,10 @@ def test_grouped_heads_are_shown_with_their_group(models: dict[str, LensModel], 
     assert set(table["kv_group"]) == {0, 1}
 
 
-def test_other_scopes_are_plain(models: dict[str, LensModel], refused: Transcripts) -> None:
+def test_other_scopes_are_batched(models: dict[str, LensModel], refused: Transcripts) -> None:
     model = models["qwen3"]
     ranking = rank_heads(model, random_probe(model, 1), refused[:1], scope="thinking")
-    assert ranking.path == "plain: scope thinking"
+    assert ranking.path == "batched"
 
 
 def test_transcripts_that_cannot_be_used_are_omitted_with_their_reason(

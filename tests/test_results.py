@@ -5,8 +5,9 @@ import pandas as pd
 import pytest
 from conftest import random_probe, written
 
+from cliffscope.heads.controls import SetControl, control_sets
 from cliffscope.heads.edits import HeadRef, Scope
-from cliffscope.heads.ranking import HeadRanking, SetControl, control_sets, rank_heads
+from cliffscope.heads.ranking import HeadRanking, rank_heads
 from cliffscope.models import LensModel
 from cliffscope.probing.trace import trace_refusal
 from cliffscope.results import counts, heads_json, layer_frame, transcript_frame, versions
@@ -82,6 +83,12 @@ def ranking_of(model: LensModel, effects: np.ndarray) -> HeadRanking:
         effects=effects.astype(np.float32),
         clean=np.zeros(len(effects), np.float32),
         harmless_effects=np.zeros((0, 64), np.float32),
+        refused_effects=np.zeros((0, 64), np.float32),
+        order=np.argsort(-effects.mean(0), kind="stable"),
+        dose=1.0,
+        sign=1,
+        donors="",
+        can_tell=True,
         gap=5.0,
         gap_score=0.8,
         shape=model.shape,

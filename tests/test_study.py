@@ -13,8 +13,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from cliffscope.checkpoints import ASSETS
 from cliffscope.errors import CliffScopeError, DataError, EditError, StoreError
-from cliffscope.models import ASSETS
 from cliffscope.store import open_run
 from cliffscope.study import Study, StudyConfig, open_study, run_study
 from cliffscope.transcripts.datasets import read_transcripts, write_transcripts

@@ -9,8 +9,9 @@ from conftest import fixed_report, random_probe, written
 
 from cliffscope import verdicts
 from cliffscope.alignment.selection import Selection, select_from_cliffs
+from cliffscope.heads.controls import SetControl
 from cliffscope.heads.edits import HeadRef, Scope, zero
-from cliffscope.heads.ranking import HeadRanking, SetControl
+from cliffscope.heads.ranking import HeadRanking
 from cliffscope.models import LensModel
 from cliffscope.probing.reports import ProbeReport, region_report
 from cliffscope.probing.trace import Cliffs
@@ -165,6 +166,12 @@ def ranking_of(model: LensModel, strong: int, *, n: int = 12) -> HeadRanking:
         effects=effects,
         clean=np.zeros(n, np.float32),
         harmless_effects=np.zeros((0, 64), np.float32),
+        refused_effects=np.zeros((0, 64), np.float32),
+        order=np.argsort(-effects.mean(0), kind="stable"),
+        dose=1.0,
+        sign=1,
+        donors="",
+        can_tell=True,
         gap=5.0,
         gap_score=0.8,
         shape=model.shape,

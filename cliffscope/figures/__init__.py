@@ -1,14 +1,19 @@
 """Arrays and labels in, plotly figures out: knows no result class and never shows or writes anything."""
 
+from cliffscope.figures.dose import Panel, agreement, dose_response
 from cliffscope.figures.heads import head_grid, head_ranking, random_sets
 from cliffscope.figures.safety import Arm, arms, plateau_final
+from cliffscope.figures.sources import source_bars
 from cliffscope.figures.theme import printable
 from cliffscope.figures.trace import Band, layer_heat, mean_trace, probe_quality, token_trace
 
 __all__ = [
     "Arm",
     "Band",
+    "Panel",
+    "agreement",
     "arms",
+    "dose_response",
     "head_grid",
     "head_ranking",
     "layer_heat",
@@ -17,5 +22,6 @@ __all__ = [
     "printable",
     "probe_quality",
     "random_sets",
+    "source_bars",
     "token_trace",
 ]

@@ -1,23 +1,45 @@
 """What is done to which heads?
 
-An edit is data: a kind, heads, a scope, a factor. It is applied to the weights (scope `all`: the heads' columns of the
-output projection are scaled, which is the same as scaling their `hook_z`) or by hooks (any scope). Both undo
-themselves, bit for bit, on any exception. Knows nothing of probes and effects.
+An edit is data: a kind, heads, a scope, and a factor or values; several of them make a plan. Every kind is one formula
+on a head's output, `hook_z <- factor x hook_z + values`, applied in one of two ways:
+
+1. to the weights (scope `all`): the heads' columns of the output projection are scaled, and what fixed values would
+   write becomes an output bias;
+2. by hooks (any scope), at the positions that each row of the batch has in the scope.
+
+Both undo themselves, bit for bit, on any exception. Knows nothing of probes and effects.
 """
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
+from itertools import chain
 
+import numpy as np
 import torch
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from cliffscope.errors import EditError
 from cliffscope.models import LensModel
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript
+
+HeadValues = tuple[tuple[tuple[float, ...], ...], ...]
+"""[head][position][d_head]; one position stands for all of the scope, more are matched one by one."""
+
+
+class EditKind(StrEnum):
+    """What an edit does to `hook_z`."""
+
+    ZERO = "zero"
+    SCALE = "scale"
+    MEAN = "mean"
+    RESAMPLE = "resample"
+    PATCH = "patch"
 
 
 class Scope(StrEnum):
@@ -57,6 +79,15 @@ class HeadRef:
             raise EditError(f"{text!r} names no head. Expected layer and query head, such as 'L12H5'.")
         return cls(layer=int(found[1]), head=int(found[2]))
 
+    def check(self, model: LensModel) -> None:
+        """Raises EditError if the model lacks this head."""
+        shape = model.shape
+        if not (0 <= self.layer < shape.n_layers and 0 <= self.head < shape.n_heads):
+            raise EditError(
+                f"{model.name!r} has no head {self}: it has layers 0 to {shape.n_layers - 1} with query heads 0 to "
+                f"{shape.n_heads - 1}. Is the edit from another model?"
+            )
+
     def __str__(self) -> str:
         """Such as `L12H5`."""
         return f"L{self.layer}H{self.head}"
@@ -64,50 +95,148 @@ class HeadRef:
 
 @dataclass(frozen=True, kw_only=True)
 class HeadEdit:
-    """Scales `hook_z` of some heads; factor 0 is zero ablation."""
+    """One thing done to some heads: `hook_z <- factor x hook_z + values`."""
 
     heads: tuple[HeadRef, ...]
     """Distinct query heads."""
+    kind: EditKind = EditKind.ZERO
+    """What is done."""
     factor: float = 0.0
-    """What `hook_z` is multiplied by."""
+    """What `hook_z` is multiplied by; 0 for every kind but `scale`."""
+    values: HeadValues = ()
+    """[head][position][d_head] what `hook_z` is set to by `mean`, `resample` and `patch`; empty for the other kinds."""
     scope: Scope = Scope.ALL
     """Where it acts."""
 
     def __post_init__(self) -> None:
-        """Refuses an edit that names a head twice."""
-        doubled = {str(h) for h in self.heads if self.heads.count(h) > 1}
-        if doubled:
-            raise EditError(f"{', '.join(sorted(doubled))} edited twice in one edit. Name each head once.")
+        """Refuses an edit that names a head twice, or whose numbers do not belong to its kind."""
+        _refuse_doubled(self.heads, "one edit")
+        if not math.isfinite(self.factor) or (self.factor != 0 and self.kind is not EditKind.SCALE):
+            raise EditError(f"factor={self.factor} of kind {str(self.kind)!r}: only 'scale' has one, and it is finite.")
+        sets = self.kind in (EditKind.MEAN, EditKind.RESAMPLE, EditKind.PATCH)
+        if len(self.values) != (len(self.heads) if sets else 0):
+            raise EditError(
+                f"An edit of kind {str(self.kind)!r} of {len(self.heads)} heads has values for {len(self.values)}. "
+                "Give [head][position][d_head] for 'mean', 'resample' and 'patch', none for 'zero' and 'scale'."
+            )
+        if sets and not np.isfinite(self.value_array()).all():
+            raise EditError(f"Values of kind {str(self.kind)!r} hold NaN or infinity. Load the model in float32.")
+
+    @property
+    def edits(self) -> "tuple[HeadEdit, ...]":
+        """Itself: what a plan has, an edit has too."""
+        return (self,)
+
+    def value_array(self) -> Float[np.ndarray, "head position d_head"]:
+        """The values as an array; raises EditError where their lengths differ."""
+        lengths = {len(rows) for rows in self.values} | {0}
+        if len(lengths) > 2 or len({len(row) for rows in self.values for row in rows}) > 1:
+            raise EditError("Values differ in length between heads or positions. Give [head][position][d_head].")
+        return np.asarray(self.values, dtype=np.float32)
 
     def check(self, model: LensModel) -> None:
-        """Raises EditError if the model lacks one of the heads."""
-        shape = model.shape
+        """Raises EditError if the model lacks one of the heads, or its heads are of another size."""
         for ref in self.heads:
-            if not (0 <= ref.layer < shape.n_layers and 0 <= ref.head < shape.n_heads):
-                raise EditError(
-                    f"{model.name!r} has no head {ref}: it has layers 0 to {shape.n_layers - 1} with query heads 0 to "
-                    f"{shape.n_heads - 1}. Is the edit from another model?"
-                )
+            ref.check(model)
+        if self.values and len(self.values[0][0]) != model.shape.d_head:
+            raise EditError(
+                f"The edit's values have {len(self.values[0][0])} numbers a head, but heads of {model.name!r} have "
+                f"{model.shape.d_head}. Is the edit from another model?"
+            )
+
+    def on(self, heads: Iterable[HeadRef]) -> "HeadEdit":
+        """The same done to other heads; raises EditError where values belong to the heads they have."""
+        if self.values:
+            raise EditError(
+                f"An edit of kind {str(self.kind)!r} holds values of its own heads. Make one for the others."
+            )
+        return replace(self, heads=tuple(heads))
 
     def to_dict(self) -> dict[str, object]:
-        """JSON-ready: heads as text, factor, scope."""
-        return {**asdict(self), "heads": [str(h) for h in self.heads], "scope": str(self.scope)}
+        """JSON-ready: heads as text, kind, factor, values, scope."""
+        return {
+            "heads": [str(h) for h in self.heads],
+            "kind": str(self.kind),
+            "factor": self.factor,
+            "values": [[list(row) for row in rows] for rows in self.values],
+            "scope": str(self.scope),
+        }
 
     @classmethod
-    def from_dict(cls, data: dict[str, object]) -> "HeadEdit":
+    def from_dict(cls, data: Mapping[str, object]) -> "HeadEdit":
         """Reads what `to_dict` wrote; raises EditError where a field is missing or wrong."""
-        heads, factor, scope = data.get("heads"), data.get("factor", 0.0), data.get("scope", "all")
-        number = isinstance(factor, int | float) and math.isfinite(factor)
-        if not isinstance(heads, list) or not number or str(scope) not in set(Scope):
-            raise EditError(f"No edit can be read from {data!r}. Expected 'heads' (a list), 'factor' and 'scope'.")
+        heads, factor, kind = data.get("heads"), data.get("factor", 0.0), str(data.get("kind"))
+        values = data.get("values", [])
+        number = isinstance(factor, int | float) and not isinstance(factor, bool)
+        if not isinstance(heads, list) or not isinstance(values, list) or not number or kind not in set(EditKind):
+            raise EditError(
+                f"No edit can be read from {data!r}. Expected 'heads' (a list), 'kind' (one of {', '.join(EditKind)}), "
+                "'factor', 'values' and 'scope'."
+            )
+        try:
+            rows = tuple(tuple(tuple(float(x) for x in row) for row in head) for head in values)
+        except (TypeError, ValueError) as error:
+            raise EditError(
+                f"No values can be read from an edit: {error}. Expected [head][position][d_head]."
+            ) from error
         return cls(
-            heads=tuple(HeadRef.parse(str(h)) for h in heads), factor=float(str(factor)), scope=Scope(str(scope))
+            heads=tuple(HeadRef.parse(str(h)) for h in heads),
+            kind=EditKind(kind),
+            factor=float(str(factor)),
+            values=rows,
+            scope=Scope.parse(str(data.get("scope", "all"))),
         )
 
     def __repr__(self) -> str:
         """One line: what, how many heads, where."""
-        what = "zero" if self.factor == 0 else f"scale by {self.factor:g}"
+        what = f"scale by {self.factor:g}" if self.kind is EditKind.SCALE else str(self.kind)
         return f"HeadEdit({what}, {len(self.heads)} heads, scope {self.scope})"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditPlan:
+    """Several edits applied together; no head is edited by two of them."""
+
+    edits: tuple[HeadEdit, ...]
+    """The edits."""
+
+    def __post_init__(self) -> None:
+        """Refuses a plan in which two edits name the same head."""
+        _refuse_doubled(self.heads, "one plan")
+
+    @property
+    def heads(self) -> tuple[HeadRef, ...]:
+        """Every edited head."""
+        return tuple(chain.from_iterable(edit.heads for edit in self.edits))
+
+    @property
+    def scope(self) -> Scope:
+        """The scope of all edits; raises EditError where they differ."""
+        scopes = {edit.scope for edit in self.edits}
+        if len(scopes) > 1:
+            raise EditError(f"The edits of the plan have scopes {', '.join(sorted(scopes))}. Apply it by edited_hooks.")
+        return scopes.pop() if scopes else Scope.ALL
+
+    def check(self, model: LensModel) -> None:
+        """Raises EditError if one of the edits does not fit the model."""
+        for edit in self.edits:
+            edit.check(model)
+
+    def to_dict(self) -> dict[str, object]:
+        """JSON-ready."""
+        return {"edits": [edit.to_dict() for edit in self.edits]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, object]) -> "EditPlan":
+        """Reads what `to_dict` wrote, or a single edit's; raises EditError where it is neither."""
+        edits = data.get("edits", [data])
+        if not isinstance(edits, list) or not all(isinstance(edit, dict) for edit in edits):
+            raise EditError(f"No plan can be read from {data!r}. Expected 'edits', a list of edits.")
+        return cls(edits=tuple(HeadEdit.from_dict(edit) for edit in edits))
+
+    def __repr__(self) -> str:
+        """One line: its edits."""
+        return f"EditPlan({', '.join(repr(edit) for edit in self.edits)})"
 
 
 def zero(heads: Iterable[HeadRef], *, scope: Scope | str = Scope.ALL) -> HeadEdit:
@@ -130,65 +259,126 @@ def zero(heads: Iterable[HeadRef], *, scope: Scope | str = Scope.ALL) -> HeadEdi
 
 def scale(heads: Iterable[HeadRef], factor: float, *, scope: Scope | str = Scope.ALL) -> HeadEdit:
     """Multiplies `hook_z` of heads by a factor; see `zero`."""
-    return HeadEdit(heads=tuple(heads), factor=factor, scope=Scope.parse(scope))
+    return HeadEdit(heads=tuple(heads), kind=EditKind.SCALE, factor=factor, scope=Scope.parse(scope))
+
+
+def compose(*edits: HeadEdit | EditPlan) -> EditPlan:
+    """Several edits as one plan; raises EditError where two of them edit the same head."""
+    return EditPlan(edits=tuple(chain.from_iterable(edit.edits for edit in edits)))
 
 
 @contextmanager
-def edited_weights(model: LensModel, edit: HeadEdit) -> Iterator[None]:
+def edited_weights(model: LensModel, edit: HeadEdit | EditPlan) -> Iterator[None]:
     """Applies an edit to the weights for the length of the context.
 
     Args:
-        model: the model; its bridge shares the weights and is edited too.
-        edit: with scope `all`.
+        model: the model. Its bridge shares the weights and is edited too, but for a bias that the plain output
+            projection has not had: fixed values need one.
+        edit: with scope `all`, and one value a head where it has values.
 
     Raises:
-        EditError: another scope, a head that the model lacks, or weights that are not floating point.
+        EditError: another scope, values that differ by position, a head that the model lacks, or weights that are not
+            floating point.
     """
     edit.check(model)
-    if edit.scope is not Scope.ALL:
-        raise EditError(f"Scope {edit.scope} cannot be held in weights, which act at all positions. Use edited_hooks.")
-    size, kept = model.shape.d_head, []
+    for one in edit.edits:
+        if one.scope is not Scope.ALL:
+            raise EditError(
+                f"Scope {one.scope} cannot be held in weights, which act at all positions. Use edited_hooks."
+            )
+        if one.values and len(one.values[0]) > 1:
+            raise EditError("Values that differ by position cannot be held in weights. Use edited_hooks.")
+    undo: list[Callable[[], object]] = []
     try:
         with torch.no_grad():
-            for ref in edit.heads:
-                weight = model.output_projection(ref.layer).weight
-                if not weight.is_floating_point():
-                    raise EditError(
-                        f"Layer {ref.layer}: weights of dtype {weight.dtype} cannot be edited. Use edited_hooks."
-                    )
-                columns = weight[:, ref.head * size : (ref.head + 1) * size]
-                kept.append((columns, columns.clone()))
-                columns.mul_(edit.factor)
+            for one in edit.edits:
+                for i, ref in enumerate(one.heads):
+                    _edit_weights(model, one, ref, one.values[i][0] if one.values else (), undo)
         yield
     finally:
         with torch.no_grad():
-            for columns, values in reversed(kept):
-                columns.copy_(values)
+            for step in reversed(undo):
+                step()
 
 
 @contextmanager
-def edited_hooks(model: LensModel, edit: HeadEdit, positions: Sequence[slice]) -> Iterator[None]:
+def edited_hooks(
+    model: LensModel, edit: HeadEdit | EditPlan, rows: Sequence[TokenizedTranscript], *, start: int = 0
+) -> Iterator[None]:
     """Applies an edit to `hook_z` in every forward pass inside the context.
 
     Args:
         model: the model.
         edit: any scope.
-        positions: for each row of the batch, the positions that the edit acts on.
+        rows: the transcript of each row of the batch, right-padded; its scope's positions are edited.
+        start: position in the transcripts at which the batch starts, where a cache holds what comes before.
 
     Raises:
-        EditError: a head that the model lacks.
+        EditError: a head that the model lacks, or values for another number of positions than the scope has.
     """
     edit.check(model)
-
-    def changer(heads: list[int]) -> Callable[[Tensor], None]:
-        def change(z: Tensor) -> None:
-            for row, where in enumerate(positions):
-                z[row, where, heads] *= edit.factor
-
-        return change
-
     with ExitStack() as stack:
-        for layer in sorted({ref.layer for ref in edit.heads}):
-            heads = [ref.head for ref in edit.heads if ref.layer == layer]
-            stack.enter_context(model.head_hook(layer, changer(heads)))
+        for one in edit.edits:
+            where = [_shifted(one.scope.positions(row), start) for row in rows]
+            values = torch.from_numpy(one.value_array()).to(model.device) if one.values else None
+            for layer in sorted({ref.layer for ref in one.heads}):
+                mine = [i for i, ref in enumerate(one.heads) if ref.layer == layer]
+                heads = [one.heads[i].head for i in mine]
+                own = None if values is None else values[mine].transpose(0, 1)
+                changes = [(row, place, heads, own) for row, place in enumerate(where)]
+                stack.enter_context(model.head_hook(layer, _changer(changes, one.factor)))
         yield
+
+
+def change_heads(
+    z: Float[Tensor, "position head d_head"], factor: float, values: Float[Tensor, "given head d_head"] | None
+) -> Float[Tensor, "position head d_head"]:
+    """`factor x z + values`, with one value for all positions or one for each; raises EditError for another number."""
+    if values is None:
+        return z * factor
+    if len(values) not in (1, len(z)):
+        raise EditError(
+            f"Values for {len(values)} positions were given where the scope has {len(z)}. Take a donor of the same "
+            "length, or the mean."
+        )
+    return z * factor + values.to(z.dtype)
+
+
+def _changer(
+    changes: list[tuple[int, slice, list[int], Tensor | None]], factor: float
+) -> Callable[[Float[Tensor, "batch pos head d_head"]], None]:
+    def change(z: Tensor) -> None:
+        for row, where, heads, values in changes:
+            z[row, where, heads] = change_heads(z[row, where][:, heads], factor, values)
+
+    return change
+
+
+def _shifted(where: slice, start: int) -> slice:
+    return slice(max(0, where.start - start), max(0, where.stop - start))
+
+
+def _edit_weights(
+    model: LensModel, edit: HeadEdit, ref: HeadRef, value: tuple[float, ...], undo: list[Callable[[], object]]
+) -> None:
+    """Edits one head in the weights; how to undo it is noted before anything changes."""
+    projection, size = model.output_projection(ref.layer), model.shape.d_head
+    if not projection.weight.is_floating_point():
+        raise EditError(
+            f"Layer {ref.layer}: weights of dtype {projection.weight.dtype} cannot be edited. Use edited_hooks."
+        )
+    columns = projection.weight[:, ref.head * size : (ref.head + 1) * size]
+    kept = columns.clone()
+    undo.append(lambda: columns.copy_(kept))
+    if value:
+        written = columns @ torch.tensor(value, dtype=columns.dtype, device=columns.device)
+        before = projection.bias
+        undo.append(lambda: setattr(projection, "bias", before))
+        projection.bias = nn.Parameter(written if before is None else before + written, requires_grad=False)
+    columns.mul_(edit.factor)
+
+
+def _refuse_doubled(heads: Sequence[HeadRef], where: str) -> None:
+    doubled = {str(h) for h, n in Counter(heads).items() if n > 1}
+    if doubled:
+        raise EditError(f"{', '.join(sorted(doubled))} edited twice in {where}. Name each head once.")

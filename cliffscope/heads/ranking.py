@@ -1,63 +1,81 @@
 """Which heads suppress refusal?
 
-1. Every head up to the probe's layer is edited on its own, at the closing, in every transcript (the packed sweep).
+1. Every head up to the probe's layer is measured on its own in every transcript, by one of the methods of methods.py.
 2. Effect of a head: refusal logit at the final position, edited minus unedited, mean over transcripts, with a bootstrap
    interval over transcripts. Positive: the head suppresses refusal.
 3. p: sign-flip permutation over transcripts of the head's effect beyond that of the typical head, and beyond the
-   smallest effect that matters: two fifths of an equal part, among the first 3% of the heads, of the gap between the
-   refused transcripts' logit and these transcripts'. Where the gap is below `LEAST_GAP` in score nothing is suppressed,
-   and no head can be significant. q: Benjamini-Hochberg over all heads.
-4. Controls: the same heads on harmless transcripts; and, for the top heads together, random sets of the same size,
-   drawn within the same layers and over all heads, on transcripts that the ranking has not seen.
+   smallest effect that matters, the larger of two: `SPREADS` robust standard deviations of the mean effects of all
+   heads, since most heads are a control for the few; and `SHARE` of an equal part, among the first 3% of the heads, of
+   the gap between the refused transcripts' logit and these transcripts'. Where the gap is below `LEAST_GAP` in score
+   nothing is suppressed, and where the probe cannot tell at the final position nothing is known: no head can be
+   significant then. q: Benjamini-Hochberg over all heads.
+4. Controls: the same heads on harmless transcripts; random sets of heads (controls.py); a probe fitted on shuffled
+   labels; other methods and halves of the transcripts (agreement.py).
 
-Source: refusal suppression heads, arXiv 2510.06036, section 4; intervals and controls are added here.
+Source: refusal suppression heads, arXiv 2510.06036, section 4; intervals and controls are added here, with the spread
+of all heads as the null of each, as in Efron, JASA 99 (2004).
 """
 
-import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Float32
+from jaxtyping import Bool, Float, Float32, Int64
+from scipy.special import expit
 
-from cliffscope.errors import DataError, EditError
+from cliffscope.errors import EditError
+from cliffscope.heads.branches import Branch
+from cliffscope.heads.donors import Donors, DonorTokens
 from cliffscope.heads.edits import HeadRef, Scope
-from cliffscope.heads.sweep import Branch, Sweep, sweep_branches
+from cliffscope.heads.greedy import choose_greedily
+from cliffscope.heads.methods import HALF, NEED_DONORS, Effects, Method, measure_effects
+from cliffscope.heads.usable import check_finite, usable_tokens
 from cliffscope.models import LensModel, ModelShape
 from cliffscope.probing.probe import RefusalProbe
-from cliffscope.stats import benjamini_hochberg, bootstrap_mean, random_set_p, sign_flip_p
+from cliffscope.stats import benjamini_hochberg, bootstrap_mean, sign_flip_p
 from cliffscope.transcripts.records import Omission, Transcripts
-from cliffscope.transcripts.transcript import TokenizedTranscript, tokenize_all
+from cliffscope.transcripts.transcript import TokenizedTranscript
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
+FLIPS = 40
+"""Sign flips a head: a fixed number would leave single heads of a large model short of any q."""
 FRACTION = 0.03
 """Share of all heads that the paper edits."""
-SHARE = 0.4
+SPREADS = 3.0
+"""Robust standard deviations (1.4826 x median absolute deviation) of the heads' mean effects that a suppression head
+stands above the typical one: of heads that are all alike, about one in 700 would."""
+SHARE = 0.1
 """An effect matters from this share of what each of the first `FRACTION` of the heads would have to restore, were they
 to close the refusal gap in equal parts: small heads count in a large model, where many share the work."""
 LEAST_GAP = 0.1
 """Refusal gap in score below which nothing counts as suppressed: where all transcripts are refused anyway, heads still
 move the logit, but there is nothing to restore."""
-METHODS = {"zero": 0.0}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class HeadRanking:
-    """Effects of all heads, each edited on its own."""
+    """Effects of all heads, each measured on its own."""
 
     heads: tuple[HeadRef, ...]
     """Every query head, layer by layer."""
     effects: Float32[np.ndarray, "n head"]
-    """[n, head] refusal logit, edited minus unedited; exactly 0 above the probe's layer, which the probe cannot see."""
+    """[n, head] on the refusal logit; exactly 0 above the probe's layer, which the probe cannot see."""
     clean: Float32[np.ndarray, " n"]
     """[n] unedited logits."""
     harmless_effects: Float32[np.ndarray, "m head"]
     """[m, head] the same on harmless transcripts; m = 0 if none were given."""
+    refused_effects: Float32[np.ndarray, "r head"]
+    """[r, head] the same on harmful transcripts that were refused; r = 0 if none were given."""
+    order: Int64[np.ndarray, " head"]
+    """[head] indices, best first."""
+    dose: float
+    """Share of the head's output that the method takes away: 1 but for `scale`."""
+    sign: int
+    """1 where an effect is what the edit adds to the logit, -1 where it is what the edit takes (`patch-reverse`)."""
     gap: float
     """Mean logit at the final token of held-out refused transcripts, minus that of these: what is there to restore."""
     gap_score: float
@@ -65,15 +83,19 @@ class HeadRanking:
     shape: ModelShape
     """Of the model."""
     method: str
-    """How heads were edited."""
+    """How heads were measured."""
     scope: Scope
-    """Where."""
+    """Where they were edited."""
     path: str
-    """How it was computed: `packed`, or `plain` with the reason."""
+    """How it was computed, and why not faster."""
+    donors: str
+    """What values came from, "" where the method takes none."""
     probe_layer: int
     """Layer of the probe."""
+    can_tell: bool
+    """Whether the probe can tell at the final position."""
     seed: int
-    """Of intervals and permutations."""
+    """Of donors, intervals and permutations."""
     omitted: tuple[Omission, ...]
     """Transcripts left out, and why."""
 
@@ -82,31 +104,33 @@ class HeadRanking:
 
         Returns:
             layer, head, kv_group, effect (logit), effect_score, ci_low, ci_high (NaN with one transcript), p, q,
-            effect_harmless, n, rank.
+            effect_harmless, effect_refused, n, rank, method, scope.
         """
-        mean = self.effects.mean(0)
         low, high = bootstrap_mean(self.effects, seed=self.seed)
         p = self._p_values()
+        edited = expit(self.clean[:, None] + self.sign * self.effects)
         frame = pd.DataFrame(
             {
                 "layer": [h.layer for h in self.heads],
                 "head": [h.head for h in self.heads],
                 "kv_group": [self.shape.kv_group(h.head) for h in self.heads],
-                "effect": mean,
-                "effect_score": (_sigmoid(self.clean[:, None] + self.effects) - _sigmoid(self.clean)[:, None]).mean(0),
+                "effect": self.effects.mean(0),
+                "effect_score": self.sign * (edited - expit(self.clean)[:, None]).mean(0),
                 "ci_low": low,
                 "ci_high": high,
                 "p": p,
                 "q": benjamini_hochberg(p),
-                "effect_harmless": self.harmless_effects.mean(0) if len(self.harmless_effects) else np.nan,
+                "effect_harmless": _mean(self.harmless_effects),
+                "effect_refused": _mean(self.refused_effects),
                 "n": len(self.clean),
             }
         )
-        frame["rank"] = frame["effect"].rank(ascending=False, method="first").astype(int)
+        frame["rank"] = np.argsort(self.order) + 1
+        frame["method"], frame["scope"] = self.method, str(self.scope)
         return frame.sort_values("rank", ignore_index=True)
 
     def top(self, fraction: float = FRACTION) -> tuple[HeadRef, ...]:
-        """The heads with the largest effects.
+        """The first heads.
 
         Args:
             fraction: of all query heads of the model, in (0, 1]; rounded, at least one head.
@@ -114,8 +138,7 @@ class HeadRanking:
         Returns:
             Heads, best first. They need not be significant.
         """
-        order = np.argsort(-self.effects.mean(0), kind="stable")
-        return tuple(self.heads[i] for i in order[: top_count(fraction, len(self.heads))])
+        return tuple(self.heads[i] for i in self.order[: top_count(fraction, len(self.heads))])
 
     def significant(self, q: float = 0.05) -> tuple[HeadRef, ...]:
         """The suppression heads: those whose q is at most `q`, best first."""
@@ -128,8 +151,15 @@ class HeadRanking:
 
     @property
     def least_effect(self) -> float:
-        """Smallest effect that matters, logit."""
-        return SHARE * self.gap / top_count(FRACTION, len(self.heads))
+        """Smallest effect beyond the typical head's that matters, logit."""
+        means = self.effects[:, self._seen].mean(0)
+        spread = 1.4826 * float(np.median(np.abs(means - np.median(means))))
+        return max(SPREADS * spread, SHARE * self.dose * self.gap / top_count(FRACTION, len(self.heads)))
+
+    @property
+    def _seen(self) -> Bool[np.ndarray, " head"]:
+        """Which heads the probe can see."""
+        return np.array([h.layer <= self.probe_layer for h in self.heads])
 
     def plot(self) -> "Figure":
         """Layer by head grid of the effects, significant heads outlined."""
@@ -145,71 +175,31 @@ class HeadRanking:
             np.asarray(low).reshape(grid),
             np.asarray(high).reshape(grid),
             selected=selected,
-            harmless=self.harmless_effects.mean(0).reshape(grid) if len(self.harmless_effects) else None,
+            harmless=_mean(self.harmless_effects).reshape(grid) if len(self.harmless_effects) else None,
             title=f"Effect of each head on refusal ({self.method}, {self.scope}, n={len(self.clean)})",
         )
 
     def _p_values(self) -> Float[np.ndarray, " head"]:
         if len(self.clean) < 2:
             return np.full(len(self.heads), np.nan)
-        if self.gap <= 0 or self.gap_score < LEAST_GAP:
+        if self.gap <= 0 or self.gap_score < LEAST_GAP or not self.can_tell:
             return np.ones(len(self.heads))
-        seen = np.array([h.layer <= self.probe_layer for h in self.heads])
+        seen = self._seen
         typical = np.median(self.effects[:, seen], axis=1, keepdims=True)
+        elsewhere = np.fmax(np.fmax(_mean(self.harmless_effects), _mean(self.refused_effects)), 0.0)
         p = np.ones(len(self.heads))
-        p[seen] = sign_flip_p(self.effects[:, seen] - typical - self.least_effect, seed=self.seed)
+        # So many flips that one head alone, among all, can reach q = 1 / FLIPS.
+        draws = max(2000, FLIPS * len(self.heads))
+        p[seen] = sign_flip_p(
+            self.effects[:, seen] - typical - elsewhere[seen] - self.least_effect, seed=self.seed, draws=draws
+        )
         return p
 
     def __repr__(self) -> str:
-        """One line: the first head, its effect, n and path."""
-        best = self.top(1e-9)[0]
-        first = f"first {best}: {self.effects.mean(0)[self.heads.index(best)]:+.2f} logits"
-        return f"HeadRanking({first}, {len(self.heads)} heads, n={len(self.clean)}, {self.path})"
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class SetControl:
-    """Joint effect of a set of heads against random sets of the same size."""
-
-    heads: tuple[HeadRef, ...]
-    """The set."""
-    effects: Float32[np.ndarray, " n"]
-    """[n] refusal logit with the set edited minus unedited, transcript by transcript."""
-    random_layers: Float32[np.ndarray, "draw n"]
-    """[draw, n] the same for random sets drawn within the same layers."""
-    random_all: Float32[np.ndarray, "draw_all n"]
-    """[draw, n] the same for random sets drawn over all heads."""
-    seed: int
-    """Of the draws."""
-
-    @property
-    def effect(self) -> float:
-        """Mean joint effect, logit."""
-        return float(self.effects.mean())
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95% bootstrap interval over transcripts."""
-        low, high = bootstrap_mean(self.effects, seed=self.seed)
-        return float(low), float(high)
-
-    @property
-    def random_effects(self) -> Float32[np.ndarray, " draws"]:
-        """Mean joint effects of all random sets."""
-        return np.asarray(np.concatenate([self.random_layers, self.random_all]).mean(1))
-
-    @property
-    def p(self) -> float:
-        """Share of random sets that reach the effect, counting the set itself."""
-        return random_set_p(self.effect, self.random_effects)
-
-    def __repr__(self) -> str:
-        """One line: effect, interval, random sets, p and n."""
-        low, high = self.interval
-        return (
-            f"SetControl({len(self.heads)} heads: {self.effect:+.2f} [{low:+.2f}, {high:+.2f}] logits, random "
-            f"{self.random_effects.mean():+.2f}, p={self.p:.3f}, n={len(self.effects)})"
-        )
+        """One line: the first head, its effect, n, method and path."""
+        best = int(self.order[0])
+        first = f"first {self.heads[best]}: {self.effects[:, best].mean():+.2f} logits"
+        return f"HeadRanking({first}, {len(self.heads)} heads, n={len(self.clean)}, {self.method}, {self.path})"
 
 
 def rank_heads(
@@ -220,153 +210,91 @@ def rank_heads(
     method: str = "zero",
     scope: Scope | str = Scope.CLOSING,
     harmless: Transcripts | None = None,
+    refused: Transcripts | None = None,
+    donors: Donors | None = None,
+    factor: float = HALF,
+    fraction: float = FRACTION,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> HeadRanking:
-    """Ranks every query head by what editing it does to the refusal logit.
+    """Ranks every query head by its part in suppressing refusal.
 
     Args:
         model: the model.
         probe: fitted on this model, on other transcripts.
         transcripts: usually harmful ones that were complied with.
-        method: `zero` ablation.
-        scope: where heads are edited; `closing` is packed and fast.
-        harmless: transcripts for the specificity control.
-        seed: of intervals and permutations.
-        progress: called with the number of transcripts done.
+        method: `zero`, `mean`, `resample`, `scale`, `patch`, `patch-reverse`, `greedy`, `attribution`, `direct` or
+            `cliff`; see `cliffscope.heads.methods`.
+        scope: where heads are edited; `closing`, where the cliff is, is packed and fast.
+        harmless: transcripts for the control of specificity.
+        refused: harmful ones that were refused, for the control where nothing is suppressed.
+        donors: reference set of `mean`, pool of `resample` (None takes `harmless` for both), donors of `patch` (None
+            takes `refused`): a pool, or for each transcript's id its own donor.
+        factor: of `scale`.
+        fraction: share of the heads that `greedy` chooses.
+        seed: of donors, intervals and permutations.
+        progress: called with the number of transcripts done, or of heads chosen by `greedy`.
 
     Returns:
         The ranking.
 
     Raises:
-        EditError: an unknown method or scope.
-        DataError: no transcript can be used, or logits are not finite.
+        EditError: an unknown method or scope, or donors that do not fit.
+        DataError: no transcript can be used, donors are missing, or logits are not finite.
         ProbeError: the probe does not fit the model.
+        UnsupportedModelError: shares are asked for and the model's blocks do more than add.
 
     Source:
         arXiv 2510.06036, section 4.
     """
-    factor, where = _factor(method), Scope.parse(scope)
-    tokens, omitted = _usable(model, transcripts)
-    control, control_omitted = _usable(model, harmless) if harmless else ([], ())
+    probe.check_model(model)
+    if donors is None:
+        donors = harmless if method in ("mean", "resample") else refused
+    how = Method(
+        name=method,
+        scope=Scope.parse(scope),
+        factor=factor,
+        donors=DonorTokens.read(model, donors) if donors is not None and method in NEED_DONORS else None,
+        seed=seed,
+    )
     heads = tuple(
         HeadRef(layer=layer, head=head) for layer in range(model.shape.n_layers) for head in range(model.shape.n_heads)
     )
-    branches: list[Branch] = [(head,) for head in heads]
-    swept = _sweep(model, probe, tokens, branches, factor=factor, scope=where, progress=progress)
-    beside = _sweep(model, probe, control, branches, factor=factor, scope=where) if control else None
+    groups = [usable_tokens(model, group, how) if group else ([], ()) for group in (harmless, refused)]
+    tokens, omitted = usable_tokens(model, transcripts, how)
+    control = [row for rows, _ in groups for row in rows]
+    if method == "greedy":
+        count = top_count(fraction, len(heads))
+        found, beside, order = _greedy(model, probe, (tokens, control), heads, count, how, progress)
+    else:
+        branches = [(head,) for head in heads]
+        found = measure_effects(model, probe, tokens, branches, how, progress=progress)
+        beside = _control(model, probe, control, branches, how)
+        order = np.argsort(-found.effects.mean(0), kind="stable").astype(np.int64)
+    check_finite(tokens, found)
+    own_gap = (probe.refused_logit - float(found.clean.mean()), _score_gap(probe, found.clean))
+    gap, gap_score = found.gap if found.gap is not None else own_gap
     return HeadRanking(
         heads=heads,
-        effects=swept.edited - swept.clean[:, None],
-        clean=swept.clean,
-        harmless_effects=beside.edited - beside.clean[:, None] if beside else np.zeros((0, len(heads)), np.float32),
-        gap=probe.refused_logit - float(swept.clean.mean()),
-        gap_score=float(_sigmoid(np.array([probe.refused_logit], np.float32))[0] - _sigmoid(swept.clean).mean()),
+        effects=found.effects,
+        clean=found.clean,
+        harmless_effects=beside[: len(groups[0][0])],
+        refused_effects=beside[len(groups[0][0]) :],
+        order=order,
+        dose=1.0 - factor if method == "scale" else 1.0,
+        sign=found.sign,
+        gap=gap,
+        gap_score=gap_score,
         shape=model.shape,
         method=method,
-        scope=where,
-        path=swept.path,
+        scope=how.scope,
+        path=found.path,
+        donors=how.donors.name if how.donors is not None else "",
         probe_layer=probe.layer,
+        can_tell=probe.report.final.can_tell,
         seed=seed,
-        omitted=(*omitted, *control_omitted),
+        omitted=(*omitted, *(o for _, left in groups for o in left)),
     )
-
-
-def control_sets(
-    model: LensModel,
-    probe: RefusalProbe,
-    transcripts: Transcripts,
-    heads: Sequence[HeadRef],
-    *,
-    method: str = "zero",
-    draws: int = 20,
-    seed: int = 0,
-) -> SetControl:
-    """Compares a set of heads with random sets of the same size.
-
-    Args:
-        model: the model.
-        probe: fitted on this model.
-        transcripts: ones that the heads were not chosen on.
-        heads: the set.
-        method: as in `rank_heads`; edits act at the closing.
-        draws: random sets of each kind, at least 1, all different; fewer where there are not as many.
-        seed: of the draws.
-
-    Returns:
-        Joint effects of the set, of `draws` sets within the same layers, and of `draws` sets over all layers.
-
-    Raises:
-        EditError: an unknown method, or no random set differs from the set.
-    """
-    tokens, _ = _usable(model, transcripts)
-    rng = np.random.default_rng(seed)
-    within = random_sets(model.shape, heads, draws, rng, same_layers=True)
-    over = random_sets(model.shape, heads, draws, rng, same_layers=False)
-    if not over:
-        raise EditError(f"No random set differs from the {len(heads)} heads, which are all there are. Give fewer.")
-    swept = _sweep(model, probe, tokens, [tuple(heads), *within, *over], factor=_factor(method), scope=Scope.CLOSING)
-    effects = (swept.edited - swept.clean[:, None]).T
-    return SetControl(
-        heads=tuple(heads),
-        effects=effects[0],
-        random_layers=effects[1 : 1 + len(within)],
-        random_all=effects[1 + len(within) :],
-        seed=seed,
-    )
-
-
-def random_sets(
-    shape: ModelShape, heads: Sequence[HeadRef], n: int, rng: np.random.Generator, *, same_layers: bool
-) -> list[tuple[HeadRef, ...]]:
-    """Draws different random sets, `n` or as many as there are; see `random_set`."""
-    found: dict[tuple[HeadRef, ...], None] = {}
-    while len(found) < min(n, count_sets(shape, heads, same_layers=same_layers)):
-        found[random_set(shape, heads, rng, same_layers=same_layers)] = None
-    return list(found)
-
-
-def count_sets(shape: ModelShape, heads: Sequence[HeadRef], *, same_layers: bool) -> int:
-    """How many different sets `random_set` can draw, the given one not counted.
-
-    Args:
-        shape: of the model.
-        heads: the set to be controlled for.
-        same_layers: draw as many from each layer as the set has there.
-
-    Returns:
-        The number; 0 where the set is all there is.
-    """
-    taken = list(Counter(h.layer for h in heads).values()) if same_layers else [len(heads)]
-    size = shape.n_heads if same_layers else shape.n_heads * shape.n_layers
-    if all(n == size for n in taken):
-        return 0
-    # Where the others are fewer than the given heads, a set takes all of them and fills up with given ones.
-    return math.prod(math.comb(max(n, size - n), min(n, size - n)) for n in taken)
-
-
-def random_set(
-    shape: ModelShape, heads: Sequence[HeadRef], rng: np.random.Generator, *, same_layers: bool
-) -> tuple[HeadRef, ...]:
-    """Draws as many heads as given, none of them among the given ones as long as there are others.
-
-    Args:
-        shape: of the model.
-        heads: the set to be controlled for.
-        rng: source of chance.
-        same_layers: draw as many from each layer as the set has there.
-
-    Returns:
-        Distinct heads, sorted.
-    """
-    drawn: list[HeadRef] = []
-    layers = [[h.layer] for h in heads] if same_layers else [list(range(shape.n_layers))] * len(heads)
-    for choice in layers:
-        pool = [HeadRef(layer=layer, head=i) for layer in choice for i in range(shape.n_heads)]
-        free = [ref for ref in pool if ref not in drawn]
-        others = [ref for ref in free if ref not in heads]
-        drawn.append((others or free)[int(rng.integers(len(others or free)))])
-    return tuple(sorted(drawn))
 
 
 def top_count(fraction: float, n_heads: int) -> int:
@@ -380,39 +308,38 @@ def top_count(fraction: float, n_heads: int) -> int:
     return max(1, round(fraction * n_heads))
 
 
-def _factor(method: str) -> float:
-    if method not in METHODS:
-        raise EditError(f"method={method!r}: expected one of {', '.join(METHODS)}.")
-    return METHODS[method]
-
-
-def _usable(model: LensModel, transcripts: Transcripts) -> tuple[list[TokenizedTranscript], tuple[Omission, ...]]:
-    tokens, omitted = tokenize_all(transcripts, model.tokenizer, model.template, max_length=model.shape.context)
-    if not tokens:
-        why = omitted[0].reason if omitted else "none was given"
-        raise DataError(f"None of {len(transcripts)} transcripts can be used: {why}")
-    return tokens, omitted
-
-
-def _sweep(
+def _greedy(
     model: LensModel,
     probe: RefusalProbe,
-    tokens: list[TokenizedTranscript],
-    branches: Sequence[Branch],
-    *,
-    factor: float,
-    scope: Scope,
-    progress: Callable[[int], None] | None = None,
-) -> Sweep:
-    swept = sweep_branches(model, probe, tokens, branches, factor=factor, scope=scope, progress=progress)
-    if not np.isfinite(swept.edited).all() or not np.isfinite(swept.clean).all():
-        bad = int(np.argwhere(~np.isfinite(swept.edited.sum(1)))[0][0]) if len(tokens) else 0
-        raise DataError(
-            f"The refusal logit of transcript {tokens[bad].id!r} is not finite. Load the model in another dtype, such "
-            "as float32."
-        )
-    return swept
+    tokens: tuple[list[TokenizedTranscript], list[TokenizedTranscript]],
+    heads: tuple[HeadRef, ...],
+    count: int,
+    how: Method,
+    progress: Callable[[int], None] | None,
+) -> tuple[Effects, Float32[np.ndarray, "m head"], Int64[np.ndarray, " head"]]:
+    own, control = tokens
+    n = len(own)
+    chosen = choose_greedily(
+        model, probe, [*own, *control], heads, count=count, choose_on=n, scope=how.scope, progress=progress
+    )
+    found = Effects(clean=chosen.clean[:n], effects=chosen.effects[:n], sign=1, gap=None, path=chosen.path)
+    return found, chosen.effects[n:], chosen.order
 
 
-def _sigmoid(values: Float[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
-    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(values, -60, 60))), dtype=np.float32)
+def _control(
+    model: LensModel, probe: RefusalProbe, tokens: list[TokenizedTranscript], branches: Sequence[Branch], how: Method
+) -> Float32[np.ndarray, "m head"]:
+    if not tokens:
+        return np.zeros((0, len(branches)), np.float32)
+    found = measure_effects(model, probe, tokens, branches, how)
+    check_finite(tokens, found)
+    return found.effects
+
+
+def _mean(effects: Float32[np.ndarray, "m head"]) -> Float[np.ndarray, " head"]:
+    """Mean over transcripts; NaN without any."""
+    return effects.mean(0) if len(effects) else np.full(effects.shape[1], np.nan)
+
+
+def _score_gap(probe: RefusalProbe, clean: Float32[np.ndarray, " n"]) -> float:
+    return float(expit(probe.refused_logit) - expit(clean).mean())

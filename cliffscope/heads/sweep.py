@@ -1,43 +1,39 @@
 """What would the refusal logit be, had these heads been edited?
 
-The packed counterfactual sweep: every branch (a set of heads to edit) shares the transcript up to the closing.
+One call for every scope and every kind of edit, which takes the fastest path that is exact on this model:
 
-1. One forward pass of the transcript keeps the prefix's cache, and the closing tokens' residual entering each layer.
-2. Branches are sorted by their first edited layer and packed: the closing tokens are repeated once a branch, with their
-   own positions and a mask in which a branch sees the prefix and itself.
-3. A pack enters the model at its first edited layer, with the clean residual, and leaves it at the probe's layer; a
-   hook on `hook_z` edits in each branch its own heads.
-4. On the longest transcript the branch with the earliest edit must equal a plain hooked forward pass; otherwise the
-   whole sweep takes the plain path, and the result says so.
+1. `packed`: edits at the closing, all branches of a transcript as a few long sequences;
+2. `batched`: edits that start earlier, or models that cannot be packed; branches are rows that enter late;
+3. `plain`: one hooked forward pass a branch.
 
-Exact: an edit at the closing changes nothing before it. Memory is the prefix's cache and one pack.
+Before a sweep, the first and the last edited branch, and the one with most heads, must equal the plain path on a short
+piece of a transcript; during it, every pack and every chunk carries unedited branches that must have the clean logit.
+Where they do not, the sweep starts again on the next path, and the result says which one it took and why.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-import torch
-from jaxtyping import Float, Float32
-from torch import Tensor, nn
-from transformers import DynamicCache
+from jaxtyping import Float32
 
-from cliffscope.heads.edits import HeadEdit, HeadRef, Scope, edited_hooks
+from cliffscope.errors import EditError
+from cliffscope.heads.batched import CHUNK_TOKENS, batched_logits, chunks
+from cliffscope.heads.branches import Branch, Change, Job, plain_logit
+from cliffscope.heads.edits import Scope
+from cliffscope.heads.packed import Disagreement, PackSize, packed_logits
 from cliffscope.models import LensModel
 from cliffscope.probing.probe import RefusalProbe
-from cliffscope.transcripts.transcript import Span, TokenizedTranscript
+from cliffscope.transcripts.transcript import TokenizedTranscript
 
 log = logging.getLogger(__name__)
-PACK_TOKENS = 320
-"""Branches x window tokens in a pack: larger packs lose more to the mask, which grows as the square, than they gain."""
-PACK_LAYERS = 6
-"""First edited layers that one pack may span: each branch runs from the pack's first layer, clean until its own."""
-AGREEMENT = 1e-4
-"""Largest difference from the plain path, relative to the larger of 1 and the clean logit; beyond it that is taken."""
+CHECK_PREFIX = 64
+"""Tokens before the closing on which a path is compared with the plain one; what depends on length, the unedited
+branches show on the transcripts themselves."""
 
-Branch = tuple[HeadRef, ...]
+Logits = tuple[float, np.ndarray]
+Report = Callable[[int, Logits], None]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -49,7 +45,12 @@ class Sweep:
     edited: Float32[np.ndarray, "transcript branch"]
     """[transcript, branch] edited."""
     path: str
-    """`packed`, or `plain` with the reason."""
+    """`packed`, `batched` or `plain`, with the reason where a faster one was not taken."""
+
+    @property
+    def effects(self) -> Float32[np.ndarray, "transcript branch"]:
+        """[transcript, branch] edited minus unedited."""
+        return np.asarray(self.edited - self.clean[:, None])
 
     def __repr__(self) -> str:
         """One line: branches, n and path."""
@@ -62,7 +63,7 @@ def sweep_branches(
     transcripts: Sequence[TokenizedTranscript],
     branches: Sequence[Branch],
     *,
-    factor: float = 0.0,
+    change: Change | None = None,
     scope: Scope = Scope.CLOSING,
     progress: Callable[[int], None] | None = None,
 ) -> Sweep:
@@ -73,241 +74,152 @@ def sweep_branches(
         probe: whose logit is read.
         transcripts: tokens; answers are ignored.
         branches: sets of heads; each is edited on its own. Heads above the probe's layer leave the logit as it is.
-        factor: what `hook_z` is multiplied by; 0 is zero ablation.
-        scope: `closing` is packed, other scopes take the plain path.
-        progress: called with the number of transcripts done.
+        change: what is done to the heads of a branch; None is zero ablation.
+        scope: where.
+        progress: called with the number of transcripts done; starts again if the path has to be changed.
 
     Returns:
         Clean and edited logits, fp32.
 
     Raises:
-        EditError: a head that the model lacks.
+        EditError: a head that the model lacks, or values that do not fit the transcripts.
         ProbeError: the probe does not fit the model.
+        ResourceError: memory runs out even with one branch at a time.
     """
     probe.check_model(model)
     for branch in branches:
-        HeadEdit(heads=branch, factor=factor, scope=scope).check(model)
-    path = "packed" if scope is Scope.CLOSING else f"plain: scope {scope}"
-    clean, edited = np.zeros(len(transcripts), np.float32), np.zeros((len(transcripts), len(branches)), np.float32)
-    job = _Job(model=model, probe=probe, branches=list(branches), factor=factor, scope=scope)
-    done: dict[int, tuple[float, np.ndarray]] = {}
-    if path == "packed" and transcripts and branches:
-        # The longest is tried first, since a window of attention that is too narrow shows there.
-        longest = max(range(len(transcripts)), key=lambda i: transcripts[i].final)
-        path, tried = _choose_path(job, transcripts[longest])
-        if tried is not None:
-            done[longest] = tried
-    run = _packed if path == "packed" else _plain
-    for i, transcript in enumerate(transcripts):
-        clean[i], edited[i] = done[i] if i in done else run(job, transcript, range(len(branches)))
-        if progress is not None:
-            progress(i + 1)
-    return Sweep(clean=clean, edited=edited, path=path)
+        for ref in branch:
+            ref.check(model)
+    job = Job(model=model, probe=probe, branches=tuple(branches), change=change or Change(), scope=scope)
+    _check_values(job, transcripts)
+    reasons: list[str] = []
+    for run in (_Packed(), _Batched(), _Plain()) if scope is Scope.CLOSING else (_Batched(), _Plain()):
+        found = _Found.empty(len(transcripts), len(branches), progress)
+        try:
+            if not isinstance(run, _Plain):
+                _compare(run, job, transcripts)
+            run.sweep(job, list(enumerate(transcripts)), found.add)
+        except (Disagreement, TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
+            if isinstance(run, _Plain):
+                raise
+            log.warning("the %s sweep does not hold on %s: %s", run.name, model.name, error)
+            why = str(error) if isinstance(error, Disagreement) else f"fails ({type(error).__name__})"
+            reasons.append(f"{run.name}: {why}")
+            continue
+        return Sweep(clean=found.clean, edited=found.edited, path=_describe(run, reasons))
+    raise AssertionError("the plain path returns or raises")
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _Job:
-    """What stays the same over transcripts."""
+@dataclass(eq=False, kw_only=True)
+class _Found:
+    """Results as they come in."""
 
-    model: LensModel
-    probe: RefusalProbe
-    branches: list[Branch]
-    factor: float
-    scope: Scope
+    clean: np.ndarray
+    edited: np.ndarray
+    progress: Callable[[int], None] | None
+    done: int = 0
 
-    def logit(self, residual: Float[Tensor, "... d_model"]) -> np.ndarray:
-        """The probe's logits of residuals."""
-        weight = torch.from_numpy(self.probe.weight).to(residual.device)
-        return (residual.float() @ weight + self.probe.bias).cpu().numpy()
+    @classmethod
+    def empty(cls, n: int, branches: int, progress: Callable[[int], None] | None) -> "_Found":
+        return cls(clean=np.zeros(n, np.float32), edited=np.zeros((n, branches), np.float32), progress=progress)
 
-    def first_layer(self, branch: int) -> int:
-        """Where a branch begins to differ; above every layer if it edits nothing."""
-        return min((ref.layer for ref in self.branches[branch]), default=self.model.shape.n_layers)
-
-
-def _choose_path(job: _Job, transcript: TokenizedTranscript) -> tuple[str, tuple[float, np.ndarray] | None]:
-    """`packed` with its result if it equals the plain path on this transcript, else why not.
-
-    One branch is compared, the one with the earliest edit: all other branches run through fewer of the same layers.
-    """
-    everything = range(len(job.branches))
-    try:
-        clean, packed = _packed(job, transcript, everything)
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
-        log.warning("the packed sweep does not run on %s: %s", job.model.name, error)
-        return f"plain: packing failed ({type(error).__name__})", None
-    earliest = min(everything, key=job.first_layer)
-    difference = abs(float(packed[earliest]) - _edited_logit(job, transcript, earliest))
-    if not difference <= _tolerance(job.model) * max(1.0, abs(clean)):
-        return f"plain: packing differs by {difference:.1e}", None
-    return "packed", (clean, packed)
+    def add(self, index: int, logits: Logits) -> None:
+        self.clean[index], self.edited[index] = logits
+        self.done += 1
+        if self.progress is not None:
+            self.progress(self.done)
 
 
-def _tolerance(model: LensModel) -> float:
-    return AGREEMENT if model.dtype == torch.float32 else 0.1
+@dataclass(eq=False, kw_only=True)
+class _Packed:
+    name = "packed"
+    size: PackSize = field(default_factory=PackSize)
+
+    def sweep(self, job: Job, rows: Sequence[tuple[int, TokenizedTranscript]], report: Report) -> None:
+        for index, transcript in rows:
+            report(index, packed_logits(job, transcript, index, self.size))
 
 
-def _plain(job: _Job, transcript: TokenizedTranscript, which: Sequence[int]) -> tuple[float, np.ndarray]:
-    """One hooked forward pass a branch."""
-    clean = _final_logit(job, transcript.token_ids[: transcript.final + 1].tolist())
-    return clean, np.array([_edited_logit(job, transcript, branch) for branch in which], dtype=np.float32)
+@dataclass(eq=False, kw_only=True)
+class _Batched:
+    name = "batched"
+    size: PackSize = field(default_factory=lambda: PackSize(tokens=CHUNK_TOKENS))
+
+    def sweep(self, job: Job, rows: Sequence[tuple[int, TokenizedTranscript]], report: Report) -> None:
+        for places in chunks(job, [t for _, t in rows]):
+            chunk = [rows[place] for place in places]
+            clean, edited = batched_logits(job, chunk, self.size)
+            for (index, _), *logits in zip(chunk, clean, edited, strict=True):
+                report(index, (float(logits[0]), logits[1]))
 
 
-def _edited_logit(job: _Job, transcript: TokenizedTranscript, branch: int) -> float:
-    edit = HeadEdit(heads=job.branches[branch], factor=job.factor, scope=job.scope)
-    with edited_hooks(job.model, edit, [job.scope.positions(transcript)]):
-        return _final_logit(job, transcript.token_ids[: transcript.final + 1].tolist())
+@dataclass(eq=False, kw_only=True)
+class _Plain:
+    name = "plain"
+    size: PackSize = field(default_factory=PackSize)
+
+    def sweep(self, job: Job, rows: Sequence[tuple[int, TokenizedTranscript]], report: Report) -> None:
+        for index, transcript in rows:
+            edited = [plain_logit(job, transcript, index, branch) for branch in job.branches]
+            report(index, (plain_logit(job, transcript, index), np.array(edited, dtype=np.float32)))
 
 
-def _final_logit(job: _Job, ids: list[int]) -> float:
-    kept: list[Tensor] = []
-
-    def visit(layer: int, hidden: Tensor) -> None:
-        if layer == job.probe.layer:
-            kept.append(hidden[:, -1])
-
-    batch = job.model.to_batch([ids])
-    with torch.inference_mode(), job.model.residual_hook(visit):
-        job.model.decoder(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False)
-    return float(job.logit(kept[0])[0])
+def _describe(run: "_Packed | _Batched | _Plain", reasons: list[str]) -> str:
+    notes = [*reasons, f"halved {run.size.halvings} times, out of memory"] if run.size.halvings else reasons
+    return f"{run.name} ({'; '.join(notes)})" if notes else run.name
 
 
-def _packed(job: _Job, transcript: TokenizedTranscript, which: Sequence[int]) -> tuple[float, np.ndarray]:
-    """All branches through the model as a few long sequences."""
-    start, stop = transcript.span(Span.CLOSING).start, transcript.final + 1
-    found = np.empty(len(which), dtype=np.float32)
-    with torch.inference_mode():
-        cache, entering, clean = _clean_pass(job, transcript.token_ids[:stop].tolist(), start)
-        # A head above the probe's layer cannot change what the probe reads.
-        seen = [i for i, branch in enumerate(which) if job.first_layer(branch) <= job.probe.layer]
-        found[:] = clean
-        for pack in _packs([(i, which[i]) for i in seen], job, stop - start):
-            window = _Window(prefix=start, width=stop - start, entering=entering, cache=cache)
-            found[[i for i, _ in pack]] = _run_pack(job, window, [branch for _, branch in pack])
-    return clean, found
+def _compare(run: "_Packed | _Batched", job: Job, transcripts: Sequence[TokenizedTranscript]) -> None:
+    """Raises Disagreement unless a few branches equal the plain path on a short piece of the shortest transcript."""
+    seen = [i for i in range(len(job.branches)) if job.first_layer(i) <= job.probe.layer]
+    if not seen or not transcripts:
+        return
+    index = min(range(len(transcripts)), key=lambda i: (transcripts[i].final, i))
+    piece = _cut(transcripts[index]) if job.scope is Scope.CLOSING else transcripts[index]
+    tried = {
+        min(seen, key=job.first_layer),
+        max(seen, key=job.first_layer),
+        max(seen, key=lambda i: len(job.branches[i])),
+    }
+    few = Job(
+        model=job.model,
+        probe=job.probe,
+        branches=tuple(job.branches[i] for i in sorted(tried)),
+        change=job.change,
+        scope=job.scope,
+    )
+    found: list[np.ndarray] = []
+    run.sweep(few, [(index, piece)], lambda _, logits: found.append(logits[1]))
+    for branch, logit in zip(few.branches, found[0], strict=True):
+        expected = plain_logit(few, piece, index, branch)
+        if not job.agrees(float(logit), expected):
+            raise Disagreement(f"differs from the plain path by {abs(float(logit) - expected):.1e}")
 
 
-def _clean_pass(job: _Job, ids: list[int], start: int) -> tuple[DynamicCache, list[Tensor], float]:
-    """The prefix's cache, the closing's residual entering each layer, and the clean logit."""
-    entering: list[Tensor] = []
-    leaving: list[Tensor] = []
-    model = job.model
-    # Without a config every layer keeps all its keys; which of them are seen is the mask's business.
-    cache = DynamicCache()
-
-    def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        entering.append(inputs[0][:, start:].clone())
-
-    def visit(layer: int, hidden: Tensor) -> None:
-        if layer == job.probe.layer:
-            leaving.append(hidden[:, -1])
-
-    batch = model.to_batch([ids])
-    blocks = list(model.blocks)[: job.probe.layer + 1]
-    with ExitStack() as stack:
-        stack.enter_context(_only_blocks(model, blocks))
-        stack.enter_context(model.residual_hook(visit))
-        for block in blocks:
-            stack.callback(block.register_forward_pre_hook(keep).remove)
-        model.decoder(input_ids=batch.ids, position_ids=batch.positions, past_key_values=cache, use_cache=True)
-    cache.crop(start - len(ids))
-    return cache, entering, float(job.logit(leaving[0])[0])
+def _cut(transcript: TokenizedTranscript) -> TokenizedTranscript:
+    """The closing with a few tokens before it."""
+    stop, closing = transcript.final + 1, transcript.bounds[1]
+    start = max(0, closing - CHECK_PREFIX)
+    bounds = [max(0, bound - start) for bound in transcript.bounds[:3]]
+    return TokenizedTranscript(
+        id=transcript.id,
+        token_ids=transcript.token_ids[start:stop],
+        bounds=(bounds[0], bounds[1], bounds[2], bounds[2]),
+    )
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _Window:
-    """The closing of one transcript, ready to be branched."""
-
-    prefix: int
-    """Tokens before it."""
-    width: int
-    """Tokens of it."""
-    entering: list[Tensor]
-    """[1, width, d_model] a layer."""
-    cache: DynamicCache
-    """Of the prefix."""
-
-
-def _packs(branches: list[tuple[int, int]], job: _Job, width: int) -> Iterator[list[tuple[int, int]]]:
-    """Groups branches by first edited layer into packs of bounded size."""
-    pack: list[tuple[int, int]] = []
-    first = 0
-    for item in sorted(branches, key=lambda pair: (job.first_layer(pair[1]), pair[1])):
-        layer = job.first_layer(item[1])
-        if pack and ((len(pack) + 1) * width > PACK_TOKENS or layer - first >= PACK_LAYERS):
-            yield pack
-            pack = []
-        if not pack:
-            first = layer
-        pack.append(item)
-    if pack:
-        yield pack
-
-
-def _run_pack(job: _Job, window: _Window, branches: list[int]) -> np.ndarray:
-    model, width, n = job.model, window.width, len(branches)
-    first = job.first_layer(branches[0])
-    residual = window.entering[first].repeat(1, n, 1)
-    positions = torch.arange(window.prefix, window.prefix + width, device=model.device).repeat(n)[None]
-    mask = _branch_mask(window.prefix, width, n, residual)
-    blocks = list(model.blocks)[first : job.probe.layer + 1]
-    finals: list[Tensor] = []
-
-    def visit(layer: int, hidden: Tensor) -> None:
-        if layer == len(blocks) - 1:
-            finals.append(hidden[0, width - 1 :: width])
-
-    with ExitStack() as stack:
-        for layer, rows, heads in _edits_by_layer(job, branches):
-            stack.enter_context(model.head_hook(layer, _branch_edit(rows, heads, width, job.factor)))
-        stack.enter_context(_only_blocks(model, blocks))
-        stack.enter_context(model.residual_hook(visit))
-        model.decoder(
-            inputs_embeds=residual,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=window.cache,
-            use_cache=True,
-        )
-    window.cache.crop(-n * width)
-    return job.logit(finals[0])
-
-
-def _edits_by_layer(job: _Job, branches: list[int]) -> Iterator[tuple[int, list[int], list[int]]]:
-    """For each edited layer: which branch edits which head, as two lists of equal length."""
-    found: dict[int, list[tuple[int, int]]] = {}
-    for row, branch in enumerate(branches):
-        for ref in job.branches[branch]:
-            if ref.layer <= job.probe.layer:
-                found.setdefault(ref.layer, []).append((row, ref.head))
-    for layer, pairs in found.items():
-        yield layer, [row for row, _ in pairs], [head for _, head in pairs]
-
-
-def _branch_edit(rows: list[int], heads: list[int], width: int, factor: float) -> Callable[[Tensor], None]:
-    def change(z: Tensor) -> None:
-        branched = z.view(-1, width, *z.shape[2:])
-        branched[rows, :, heads] *= factor
-
-    return change
-
-
-def _branch_mask(prefix: int, width: int, n: int, like: Tensor) -> Tensor:
-    """Additive [1, 1, n x width, prefix + n x width]: a branch sees the prefix and, causally, itself."""
-    token = torch.arange(n * width)
-    own = (token[:, None] // width == token // width) & (token[:, None] >= token)
-    allowed = torch.cat([torch.ones(n * width, prefix, dtype=torch.bool), own], 1)
-    mask = torch.zeros(allowed.shape, dtype=like.dtype).masked_fill(~allowed, torch.finfo(like.dtype).min)
-    return mask[None, None].to(like.device)
-
-
-@contextmanager
-def _only_blocks(model: LensModel, blocks: list[nn.Module]) -> Iterator[None]:
-    """Cuts the model's list of blocks; each keeps its own index into the cache."""
-    decoder = model.decoder
-    whole = decoder.layers
-    decoder.layers = nn.ModuleList(blocks)
-    try:
-        yield
-    finally:
-        decoder.layers = whole
+def _check_values(job: Job, transcripts: Sequence[TokenizedTranscript]) -> None:
+    """Raises EditError where the values of a change do not fit the transcripts' positions."""
+    given = job.change.values
+    if len(given) > 1 and len(given) != len(transcripts):
+        raise EditError(f"Values for {len(given)} transcripts were given for {len(transcripts)}. Give one for each.")
+    shape = job.model.shape
+    for index, transcript in enumerate(transcripts):
+        values = job.change.of(index)
+        where = job.scope.positions(transcript)
+        expected = (shape.n_layers, where.stop - where.start, shape.n_heads, shape.d_head)
+        if values is not None and tuple(values.shape) not in (expected, (expected[0], 1, *expected[2:])):
+            raise EditError(
+                f"Values of {transcript.id!r} have shape {tuple(values.shape)}; its scope {str(job.scope)!r} needs "
+                f"{expected} (layer, position, head, d_head). Take a donor of the same length, or the mean."
+            )

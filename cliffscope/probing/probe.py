@@ -99,6 +99,7 @@ def fit_probe(
     seed: int = 0,
     challenge: Transcripts | None = None,
     splits: Mapping[str, str] | None = None,
+    shuffle_labels: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> RefusalProbe:
     """Fits a refusal probe at every layer and chooses one.
@@ -114,6 +115,8 @@ def fit_probe(
         challenge: harmful transcripts that were complied with and are not fitted on; the AUROC of refused against these
             tells refusal from harmfulness. None takes the harmful ones among `complied`.
         splits: transcript id to "fit", "validate" or "test"; None splits by prompt.
+        shuffle_labels: fit on labels shuffled over the fit split, and report on true ones: a control for whatever is
+            done with a probe, such as `rank_heads`.
         progress: called with the number of transcripts read.
 
     Returns:
@@ -132,7 +135,7 @@ def fit_probe(
     labelled = _Labelled.build(
         model, refused, complied, challenge, splits or _split(refused, complied, challenge, seed)
     )
-    sample = _sample(labelled, positions, seed)
+    sample = _sample(labelled, positions, seed, shuffle_labels=shuffle_labels)
     residuals = _gather(model, sample, progress)
     fits = [_choose_layer(model, labelled, fit, layer) for fit in _fit_layers(sample, residuals)]
     best = min(fits, key=lambda fit: fit.loss)
@@ -263,7 +266,7 @@ class _Sample:
         return np.asarray(labels, dtype=bool), found / found.mean()
 
 
-def _sample(labelled: _Labelled, positions: str, seed: int) -> _Sample:
+def _sample(labelled: _Labelled, positions: str, seed: int, *, shuffle_labels: bool) -> _Sample:
     rng = np.random.default_rng(seed)
     rows = [(t, kind) for t, kind in labelled.part("fit") if kind != "challenge"]
     tokens = [t for t, _ in rows]
@@ -276,6 +279,8 @@ def _sample(labelled: _Labelled, positions: str, seed: int) -> _Sample:
     else:
         raise ProbeError(f"positions={positions!r}: expected 'final' or 'balanced'.")
     refused = np.array([kind == "refused" for _, kind in rows])
+    if shuffle_labels:
+        refused = rng.permutation(refused)
     return _Sample(rows=tokens, refused=refused, positions=chosen, n_thinking=n_thinking)
 
 

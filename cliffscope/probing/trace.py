@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 from jaxtyping import Float, Float32
+from scipy.special import expit
 from transformers import PreTrainedTokenizerBase
 
 from cliffscope.errors import SpanError
@@ -77,7 +78,7 @@ class RefusalTraces:
 
     def scores(self) -> list[Float32[np.ndarray, " _"]]:
         """Sigmoid of the logits, [pos] each."""
-        return [_sigmoid(values) for values in self.logits]
+        return [expit(values) for values in self.logits]
 
     def to_frame(self) -> pd.DataFrame:
         """One row a token: id, position, span, token, logit, score."""
@@ -89,7 +90,7 @@ class RefusalTraces:
                     "span": [str(s) for s in row.labels()],
                     "token": self.token_texts(row),
                     "logit": values,
-                    "score": _sigmoid(values),
+                    "score": expit(values),
                 }
             )
             for row, values in zip(self.tokens, self.logits, strict=True)
@@ -169,7 +170,7 @@ class RefusalTraces:
         late = late_thinking(row)
         late_slice = slice(int(late[0]), int(late[-1]) + 1) if len(late) else slice(0, 0)
         found = measure_cliff(
-            _sigmoid(self.logits[i]).astype(np.float64),
+            expit(self.logits[i]).astype(np.float64),
             thinking=row.span(Span.THINKING),
             late=late_slice,
             final=row.final,
@@ -197,7 +198,7 @@ class RefusalTraces:
     def _align(self, i: int, width: int) -> np.ndarray:
         row = self.tokens[i]
         return align_trace(
-            _sigmoid(self.logits[i]).astype(np.float64),
+            expit(self.logits[i]).astype(np.float64),
             prompt=row.span(Span.PROMPT),
             thinking=row.span(Span.THINKING),
             closing=row.span(Span.CLOSING),
@@ -305,7 +306,3 @@ def _band(rows: Float[np.ndarray, "n bin"], seed: int) -> dict[str, np.ndarray]:
 def _length(row: TokenizedTranscript, span: Span) -> int:
     found = row.span(span)
     return int(found.stop - found.start)
-
-
-def _sigmoid(values: Float32[np.ndarray, "..."]) -> Float32[np.ndarray, "..."]:
-    return np.asarray(1.0 / (1.0 + np.exp(-np.clip(values, -60, 60))), dtype=np.float32)

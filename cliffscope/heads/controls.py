@@ -1,0 +1,192 @@
+"""Does a set of heads do more than random sets of the same size?
+
+Random sets are drawn without repetition, within the same layers (what matters may be the layer) and over all heads;
+none of their heads is one of the set's, as long as there are others. Joint effects are measured on transcripts that the
+set was not chosen on.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float32
+
+from cliffscope.errors import EditError
+from cliffscope.heads.donors import Donors, DonorTokens
+from cliffscope.heads.edits import HeadRef, Scope
+from cliffscope.heads.methods import HALF, Method, measure_effects
+from cliffscope.heads.usable import check_finite, usable_tokens
+from cliffscope.models import LensModel, ModelShape
+from cliffscope.probing.probe import RefusalProbe
+from cliffscope.stats import bootstrap_mean, random_set_p
+from cliffscope.transcripts.records import Transcripts
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SetControl:
+    """Joint effect of a set of heads against random sets of the same size."""
+
+    heads: tuple[HeadRef, ...]
+    """The set."""
+    effects: Float32[np.ndarray, " n"]
+    """[n] refusal logit with the set edited minus unedited, transcript by transcript."""
+    random_layers: Float32[np.ndarray, "draw n"]
+    """[draw, n] the same for random sets drawn within the same layers."""
+    random_all: Float32[np.ndarray, "draw_all n"]
+    """[draw, n] the same for random sets drawn over all heads."""
+    seed: int
+    """Of the draws."""
+
+    @property
+    def effect(self) -> float:
+        """Mean joint effect, logit."""
+        return float(self.effects.mean())
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95% bootstrap interval over transcripts."""
+        low, high = bootstrap_mean(self.effects, seed=self.seed)
+        return float(low), float(high)
+
+    @property
+    def random_effects(self) -> Float32[np.ndarray, " draws"]:
+        """Mean joint effects of all random sets."""
+        return np.asarray(np.concatenate([self.random_layers, self.random_all]).mean(1))
+
+    @property
+    def p(self) -> float:
+        """Share of random sets that reach the effect, counting the set itself."""
+        return random_set_p(self.effect, self.random_effects)
+
+    def __repr__(self) -> str:
+        """One line: effect, interval, random sets, p and n."""
+        low, high = self.interval
+        return (
+            f"SetControl({len(self.heads)} heads: {self.effect:+.2f} [{low:+.2f}, {high:+.2f}] logits, random "
+            f"{self.random_effects.mean():+.2f}, p={self.p:.3f}, n={len(self.effects)})"
+        )
+
+
+def control_sets(
+    model: LensModel,
+    probe: RefusalProbe,
+    transcripts: Transcripts,
+    heads: Sequence[HeadRef],
+    *,
+    method: str = "zero",
+    scope: Scope | str = Scope.CLOSING,
+    donors: Donors | None = None,
+    factor: float = HALF,
+    draws: int = 20,
+    seed: int = 0,
+) -> SetControl:
+    """Compares the joint effect of a set of heads with that of random sets of the same size.
+
+    Args:
+        model: the model.
+        probe: fitted on this model.
+        transcripts: ones that the heads were not chosen on.
+        heads: the set.
+        method: as in `rank_heads`; a set chosen by `greedy` is measured by `zero`.
+        scope: as in `rank_heads`.
+        donors: as in `rank_heads`.
+        factor: as in `rank_heads`.
+        draws: random sets of each kind, at least 1, all different; fewer where there are not as many.
+        seed: of the draws.
+
+    Returns:
+        Joint effects of the set, of `draws` sets within the same layers, and of `draws` sets over all layers.
+
+    Raises:
+        EditError: an unknown method or scope, or no random set differs from the set.
+        DataError: no transcript can be used, or logits are not finite.
+    """
+    how = Method(
+        name="zero" if method == "greedy" else method,
+        scope=Scope.parse(scope),
+        factor=factor,
+        donors=DonorTokens.read(model, donors) if donors is not None else None,
+        seed=seed,
+    )
+    tokens, _ = usable_tokens(model, transcripts, how)
+    rng = np.random.default_rng(seed)
+    within = random_sets(model.shape, heads, draws, rng, same_layers=True)
+    over = random_sets(model.shape, heads, draws, rng, same_layers=False)
+    if not over:
+        raise EditError(f"No random set differs from the {len(heads)} heads, which are all there are. Give fewer.")
+    found = measure_effects(model, probe, tokens, [tuple(heads), *within, *over], how)
+    check_finite(tokens, found)
+    effects = found.effects.T
+    return SetControl(
+        heads=tuple(heads),
+        effects=effects[0],
+        random_layers=effects[1 : 1 + len(within)],
+        random_all=effects[1 + len(within) :],
+        seed=seed,
+    )
+
+
+def random_sets(
+    shape: ModelShape, heads: Sequence[HeadRef], n: int, rng: np.random.Generator, *, same_layers: bool
+) -> list[tuple[HeadRef, ...]]:
+    """Draws different random sets, `n` or as many as there are; see `random_set`."""
+    found: dict[tuple[HeadRef, ...], None] = {}
+    while len(found) < min(n, count_sets(shape, heads, same_layers=same_layers)):
+        found[random_set(shape, heads, rng, same_layers=same_layers)] = None
+    return list(found)
+
+
+def count_sets(shape: ModelShape, heads: Sequence[HeadRef], *, same_layers: bool) -> int:
+    """How many different sets `random_set` can draw, the given one not counted.
+
+    Args:
+        shape: of the model.
+        heads: the set to be controlled for.
+        same_layers: draw as many from each layer as the set has there.
+
+    Returns:
+        The number; 0 where the set is all there is.
+    """
+    taken = list(Counter(h.layer for h in heads).values()) if same_layers else [len(heads)]
+    size = shape.n_heads if same_layers else shape.n_heads * shape.n_layers
+    if all(n == size for n in taken):
+        return 0
+    # Where the others are fewer than the given heads, a set takes all of them and fills up with given ones.
+    return math.prod(math.comb(max(n, size - n), min(n, size - n)) for n in taken)
+
+
+def random_set(
+    shape: ModelShape, heads: Sequence[HeadRef], rng: np.random.Generator, *, same_layers: bool
+) -> tuple[HeadRef, ...]:
+    """Draws as many heads as given, none of them among the given ones as long as there are others.
+
+    Args:
+        shape: of the model.
+        heads: the set to be controlled for.
+        rng: source of chance.
+        same_layers: draw as many from each layer as the set has there.
+
+    Returns:
+        Distinct heads, sorted.
+    """
+    drawn: list[HeadRef] = []
+    layers = [[h.layer] for h in heads] if same_layers else [list(range(shape.n_layers))] * len(heads)
+    for choice in layers:
+        pool = [HeadRef(layer=layer, head=i) for layer in choice for i in range(shape.n_heads)]
+        free = [ref for ref in pool if ref not in drawn]
+        others = [ref for ref in free if ref not in heads]
+        drawn.append((others or free)[int(rng.integers(len(others or free)))])
+    return tuple(sorted(drawn))
+
+
+def top_count(fraction: float, n_heads: int) -> int:
+    """Heads in a fraction of all: rounded, at least one.
+
+    Raises:
+        EditError: a fraction outside (0, 1].
+    """
+    if not 0 < fraction <= 1:
+        raise EditError(f"fraction={fraction}: expected a share of all query heads in (0, 1], such as 0.03.")
+    return max(1, round(fraction * n_heads))

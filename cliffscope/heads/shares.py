@@ -1,0 +1,172 @@
+"""Who writes the refusal logit, and who makes the drop?
+
+The residual that the probe reads is the sum of what was written into it, so the logit at a position is an exact sum:
+
+    logit = probe bias + embedding + sum over layers of (sum over heads + output bias + MLP), each . probe weight
+
+1. A head's share at a position is (hook_z of the head . its columns of the output projection) . probe weight.
+2. The parts are read from the modules that write them, and their sum is compared with the logit read off the residual;
+   where a block does something else than add them, the model is refused.
+3. `direct` effect of a head: minus its share at the final position. `cliff` effect: its mean share over the thinking
+   minus its share at the final position, so that the effects of all parts add up to the drop of the logit.
+
+Direct shares are exact and not causal: what a head does through later layers is not in them.
+Source: direct logit attribution, as in Elhage et al., A Mathematical Framework for Transformer Circuits (2021).
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Float32
+from torch import Tensor, nn
+
+from cliffscope.errors import DataError, UnsupportedModelError
+from cliffscope.heads.branches import AGREEMENT
+from cliffscope.models import LensModel
+from cliffscope.probing.activations import length_batches
+from cliffscope.probing.probe import RefusalProbe
+from cliffscope.transcripts.transcript import Span, TokenizedTranscript
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class LogitShares:
+    """The refusal logit as a sum, at the final position and on average over the thinking."""
+
+    heads: Float32[np.ndarray, "n layer head"]
+    """[n, layer, head] at the final position; 0 above the probe's layer."""
+    mlps: Float32[np.ndarray, "n layer"]
+    """[n, layer] of the MLPs."""
+    biases: Float32[np.ndarray, "n layer"]
+    """[n, layer] of the output projections' biases."""
+    embedding: Float32[np.ndarray, " n"]
+    """[n] of what enters the first block."""
+    bias: float
+    """The probe's."""
+    logits: Float32[np.ndarray, " n"]
+    """[n] the logit itself, read off the residual."""
+    plateau_heads: Float32[np.ndarray, "n layer head"]
+    """[n, layer, head] mean over the thinking; NaN where there is none."""
+
+    @property
+    def sums(self) -> Float32[np.ndarray, " n"]:
+        """[n] the parts added up."""
+        return np.asarray(
+            self.heads.sum((1, 2)) + self.mlps.sum(1) + self.biases.sum(1) + self.embedding + np.float32(self.bias)
+        )
+
+    def __repr__(self) -> str:
+        """One line: how much heads and MLPs write, n, and the largest error of the sum."""
+        error = float(np.abs(self.sums - self.logits).max())
+        return (
+            f"LogitShares(heads {self.heads.sum((1, 2)).mean():+.2f}, MLPs {self.mlps.sum(1).mean():+.2f}, "
+            f"n={len(self.logits)}, largest error {error:.1e})"
+        )
+
+
+def decompose_logit(model: LensModel, probe: RefusalProbe, transcripts: Sequence[TokenizedTranscript]) -> LogitShares:
+    """Splits the refusal logit into the shares of all that write into the residual stream.
+
+    Args:
+        model: the model.
+        probe: whose logit is split.
+        transcripts: tokens; answers are ignored.
+
+    Returns:
+        The shares; they sum to the logit.
+
+    Raises:
+        ProbeError: the probe does not fit the model.
+        DataError: there is no transcript.
+        UnsupportedModelError: the parts do not sum to the logit, as where a block norms or scales what it adds.
+    """
+    probe.check_model(model)
+    if not transcripts:
+        raise DataError("No transcript was given whose logit could be split. Give at least one.")
+    parts = _Parts(model, probe, transcripts)
+    for rows in length_batches([t.final + 1 for t in transcripts]):
+        parts.run(rows)
+    shares = LogitShares(
+        heads=parts.heads,
+        mlps=parts.mlps,
+        biases=parts.biases,
+        embedding=parts.embedding,
+        bias=probe.bias,
+        logits=parts.logits,
+        plateau_heads=parts.plateau,
+    )
+    error = np.abs(shares.sums - shares.logits)
+    allowed = (AGREEMENT if model.dtype == torch.float32 else 0.1) * parts.scale
+    if not (error <= allowed).all():
+        raise UnsupportedModelError(
+            f"The parts that {model.name!r} writes sum to a logit that is off by {float(error.max()):.2g}: its blocks "
+            "do more than add what heads and MLPs write, such as norm it. Use method='zero'."
+        )
+    return shares
+
+
+class _Parts:
+    """Collects the shares, batch by batch."""
+
+    def __init__(self, model: LensModel, probe: RefusalProbe, transcripts: Sequence[TokenizedTranscript]) -> None:
+        n, shape = len(transcripts), model.shape
+        self.model, self.probe, self.transcripts = model, probe, transcripts
+        self.weight = torch.from_numpy(probe.weight).to(model.device)
+        self.heads = np.zeros((n, shape.n_layers, shape.n_heads), np.float32)
+        self.plateau = np.zeros((n, shape.n_layers, shape.n_heads), np.float32)
+        self.mlps, self.biases = (np.zeros((n, shape.n_layers), np.float32) for _ in range(2))
+        self.embedding, self.logits, self.scale = (np.zeros(n, np.float32) for _ in range(3))
+
+    def run(self, rows: list[int]) -> None:
+        """One batch of transcripts, by index."""
+        model, layers = self.model, range(self.probe.layer + 1)
+        tokens = [self.transcripts[i] for i in rows]
+        finals = torch.tensor([t.final for t in tokens], device=model.device)
+        batch = model.to_batch([t.token_ids[: t.final + 1].tolist() for t in tokens])
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            stack.enter_context(model.outputs_hook(lambda layer, z: self._see_heads(rows, layer, z)))
+            stack.enter_context(model.residual_hook(lambda layer, hidden: self._see_logit(rows, finals, layer, hidden)))
+            entering = model.blocks[0].register_forward_pre_hook(self._reader(self.embedding, rows, finals))
+            stack.callback(entering.remove)
+            for layer in layers:
+                hook = self._reader(self.mlps[:, layer], rows, finals)
+                handle = model.mlp(layer).register_forward_hook(lambda _m, _i, out, hook=hook: hook(None, (out,)))
+                stack.callback(handle.remove)
+            model.decoder(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False)
+
+    def _see_heads(self, rows: list[int], layer: int, z: Float[Tensor, "batch pos head d_head"]) -> None:
+        if layer > self.probe.layer:
+            return
+        projection, shape = self.model.output_projection(layer), self.model.shape
+        columns = projection.weight.detach().float().view(shape.d_model, shape.n_heads, shape.d_head)
+        written = torch.einsum("mhd,m->hd", columns, self.weight)
+        share = torch.einsum("bphd,hd->bph", z.float(), written).cpu().numpy()
+        for place, index in enumerate(rows):
+            transcript = self.transcripts[index]
+            self.heads[index, layer] = share[place, transcript.final]
+            thinking = share[place, transcript.span(Span.THINKING)]
+            self.plateau[index, layer] = thinking.mean(0) if len(thinking) else np.nan
+        if projection.bias is not None:
+            self.biases[rows, layer] = float(projection.bias.detach().float() @ self.weight)
+
+    def _see_logit(self, rows: list[int], finals: Tensor, layer: int, hidden: Tensor) -> None:
+        if layer == self.probe.layer:
+            last = hidden[torch.arange(len(rows), device=hidden.device), finals].float()
+            self.logits[rows] = (last @ self.weight + self.probe.bias).cpu().numpy()
+            # A logit that is the small difference of large terms is as exact as those are.
+            self.scale[rows] = (last.abs() @ self.weight.abs()).clamp(min=1.0).cpu().numpy()
+
+    def _reader(
+        self, into: np.ndarray, rows: list[int], finals: Tensor
+    ) -> Callable[[nn.Module | None, tuple[object, ...]], None]:
+        def read(_module: nn.Module | None, values: tuple[object, ...]) -> None:
+            written = values[0][0] if isinstance(values[0], tuple) else values[0]
+            if not isinstance(written, Tensor):
+                raise UnsupportedModelError(f"A block is given {type(written).__name__}, not a tensor.")
+            last = written[torch.arange(len(rows), device=written.device), finals].float()
+            into[rows] = (last @ self.weight).cpu().numpy()
+
+        return read

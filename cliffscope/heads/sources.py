@@ -1,0 +1,186 @@
+"""What does a head read, and which tokens does its write against refusal come from?
+
+A head writes, at a position, the sum over source tokens of attention x value, through its columns of the output
+projection. Its share of the refusal logit there is therefore an exact sum over source tokens:
+
+    share[source] = attention[position, source] x (value[source] . columns^T . probe weight)
+
+Pattern and values are TransformerLens' `hook_pattern` and `hook_v`; their sum is compared with `hook_z` before anything
+is returned. An attention sink takes attention and writes nothing: the pattern then sums to less than one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float32
+from torch import Tensor
+
+from cliffscope.errors import SpanError, UnsupportedModelError
+from cliffscope.heads.edits import HeadRef
+from cliffscope.models import TOLERANCE, LensModel
+from cliffscope.probing.probe import RefusalProbe
+from cliffscope.transcripts.records import Transcript
+from cliffscope.transcripts.transcript import Span, TokenizedTranscript, tokenize
+
+if TYPE_CHECKING:
+    from circuitsvis.utils.render import RenderedHTML
+    from plotly.graph_objects import Figure
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class HeadSources:
+    """What one head reads at the closing of one transcript."""
+
+    head: HeadRef
+    """The head."""
+    kv_group: int
+    """The key-value head that it reads."""
+    tokens: TokenizedTranscript
+    """The transcript."""
+    texts: tuple[str, ...]
+    """Text of each token up to the final one."""
+    attention: Float32[np.ndarray, "closing source"]
+    """[closing, source] attention of each closing token."""
+    shares: Float32[np.ndarray, "closing source"]
+    """[closing, source] part of the refusal logit that the head writes there and that comes from a source token."""
+
+    @property
+    def effect(self) -> float:
+        """Minus the head's share of the logit at the final position: positive if it writes against refusal."""
+        return -float(self.shares[-1].sum())
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a closing token and source: query, position, token, span, attention, share (logit)."""
+        first = self.tokens.span(Span.CLOSING).start
+        queries, sources = self.shares.shape
+        labels = [str(span) for span in self.tokens.labels()[:sources]]
+        return pd.DataFrame(
+            {
+                "query": np.repeat(np.arange(first, first + queries), sources),
+                "position": np.tile(np.arange(sources), queries),
+                "token": list(self.texts) * queries,
+                "span": labels * queries,
+                "attention": self.attention.ravel(),
+                "share": self.shares.ravel(),
+            }
+        )
+
+    def by_span(self) -> pd.DataFrame:
+        """One row a span: attention and share of the final token's sources, summed."""
+        last = self.to_frame()
+        last = last[last["query"] == self.tokens.final]
+        return last.groupby("span", sort=False)[["attention", "share"]].sum().reset_index()
+
+    def plot(self, *, most: int = 24) -> "Figure":
+        """The sources with the largest shares at the final position.
+
+        Args:
+            most: sources shown; the others are summed up in one row.
+        """
+        from cliffscope.figures.sources import source_bars
+
+        return source_bars(
+            list(self.texts),
+            [str(span) for span in self.tokens.labels()[: len(self.texts)]],
+            self.attention[-1],
+            -self.shares[-1],
+            most=most,
+            title=f"What {self.head} reads at the final position ({self.tokens.id})",
+        )
+
+    def attention_view(self) -> "RenderedHTML":
+        """CircuitsVis' attention pattern of the closing tokens; its script is loaded from the network when shown."""
+        from circuitsvis.attention import attention_pattern
+
+        square = np.zeros((len(self.texts), len(self.texts)), np.float32)
+        square[self.tokens.span(Span.CLOSING).start :] = self.attention
+        return attention_pattern(tokens=self._harmless_texts(), attention=torch.from_numpy(square))
+
+    def token_view(self) -> "RenderedHTML":
+        """CircuitsVis' tokens coloured by what they make the head write against refusal at the final position."""
+        from circuitsvis.tokens import colored_tokens
+
+        return colored_tokens(tokens=self._harmless_texts(), values=(-self.shares[-1]).tolist())
+
+    def _harmless_texts(self) -> list[str]:
+        """Token texts that close no script element, into which CircuitsVis writes them as they are."""
+        from cliffscope.figures.theme import printable
+
+        return [printable(text, keep_newlines=True).replace("<", "\u2039") for text in self.texts]
+
+    def __repr__(self) -> str:
+        """One line: head, effect, and the token that it comes from most."""
+        most = int((-self.shares[-1]).argmax())
+        return (
+            f"HeadSources({self.head}: direct effect {self.effect:+.2f} logits, most from {self.texts[most]!r} at "
+            f"{most}, n=1)"
+        )
+
+
+def trace_sources(model: LensModel, probe: RefusalProbe, transcript: Transcript, head: HeadRef) -> HeadSources:
+    """What a head reads at the closing tokens, and what each source makes it write.
+
+    Args:
+        model: the model; its bridge computes the pattern.
+        probe: whose logit is split; the head's layer is at most the probe's.
+        transcript: one.
+        head: the head.
+
+    Returns:
+        Attention and shares.
+
+    Raises:
+        EditError: the model lacks the head.
+        SpanError: the probe does not see the head.
+        UnsupportedModelError: attention x values is not what the head gives on this model.
+    """
+    probe.check_model(model)
+    head.check(model)
+    if head.layer > probe.layer:
+        raise SpanError(f"{head} writes above layer {probe.layer}, where the probe reads. Choose a head below.")
+    tokens = tokenize(transcript, model.tokenizer, model.template, max_length=model.shape.context)
+    closing, stop = tokens.span(Span.CLOSING).start, tokens.final + 1
+    pattern, values, z = _read(model, tokens, head)
+    if not torch.allclose(pattern @ values, z, atol=TOLERANCE.get(model.dtype, 1e-1) * float(z.abs().max() + 1)):
+        raise UnsupportedModelError(
+            f"Layer {head.layer} of {model.name!r}: attention x values is not what {head} gives, so its sources "
+            "cannot be told apart."
+        )
+    size = model.shape.d_head
+    columns = model.output_projection(head.layer).weight[:, head.head * size : (head.head + 1) * size]
+    written = columns.detach().float().T.cpu() @ torch.from_numpy(probe.weight)
+    return HeadSources(
+        head=head,
+        kv_group=model.shape.kv_group(head.head),
+        tokens=tokens,
+        texts=tuple(str(model.tokenizer.decode([int(i)])) for i in tokens.token_ids[:stop]),
+        attention=pattern[closing:].numpy(),
+        shares=(pattern[closing:] * (values @ written)[None]).numpy(),
+    )
+
+
+def _read(model: LensModel, tokens: TokenizedTranscript, head: HeadRef) -> tuple[Tensor, Tensor, Tensor]:
+    """[query, source] pattern, [source, d_head] values and [query, d_head] output of one head."""
+    kept: dict[str, Tensor] = {}
+
+    def keeper(name: str, index: int) -> Callable[[Tensor, object], None]:
+        def keep(value: Tensor, hook: object) -> None:
+            # Values and output have heads behind positions, the pattern before them.
+            del hook
+            kept[name] = (value[0, index] if name == "hook_pattern" else value[0, :, index]).detach().float().cpu()
+
+        return keep
+
+    group = model.shape.kv_group(head.head)
+    wanted = {"hook_pattern": head.head, "hook_v": group, "hook_z": head.head}
+    hooks: list[tuple[str | Callable[..., object], Callable[..., object]]] = [
+        (f"blocks.{head.layer}.attn.{name}", keeper(name, index)) for name, index in wanted.items()
+    ]
+    ids = torch.from_numpy(tokens.token_ids[: tokens.final + 1])[None].to(model.device)
+    with torch.inference_mode():
+        model.bridge.run_with_hooks(ids, return_type=None, fwd_hooks=hooks)
+    return kept["hook_pattern"], kept["hook_v"], kept["hook_z"]

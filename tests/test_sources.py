@@ -1,0 +1,87 @@
+"""What a head reads: sums, and an independent computation of the pattern."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_probe, tokens_of
+
+from cliffscope.errors import EditError, SpanError, UnsupportedModelError
+from cliffscope.heads.edits import HeadRef
+from cliffscope.heads.shares import decompose_logit
+from cliffscope.heads.sources import trace_sources
+from cliffscope.models import LensModel
+from cliffscope.transcripts.records import Transcripts
+
+HEAD = HeadRef(layer=2, head=3)
+
+
+def test_shares_of_all_sources_sum_to_the_heads_share(model: LensModel, refused: Transcripts) -> None:
+    probe = random_probe(model, 3)
+    for head in (HEAD, HeadRef(layer=0, head=0), HeadRef(layer=3, head=1)):
+        found = trace_sources(model, probe, refused[0], head)
+        share = decompose_logit(model, probe, tokens_of(model, refused[:1])).heads[0, head.layer, head.head]
+        assert found.shares[-1].sum() == pytest.approx(share, abs=1e-4)
+        assert found.effect == pytest.approx(-share, abs=1e-4)
+        assert found.kv_group == model.shape.kv_group(head.head)
+
+
+def test_attention_is_transformers_own(model: LensModel, refused: Transcripts) -> None:
+    found = trace_sources(model, random_probe(model, 3), refused[0], HEAD)
+    kept: list[str] = [model.hf.config._attn_implementation]
+    model.hf.set_attn_implementation("eager")
+    try:
+        with torch.no_grad():
+            ids = torch.from_numpy(found.tokens.token_ids)[None]
+            expected = model.hf(input_ids=ids, output_attentions=True).attentions[HEAD.layer][0, HEAD.head]
+    finally:
+        model.hf.set_attn_implementation(kept[0])
+    first, stop = found.tokens.bounds[1], found.tokens.final + 1
+    np.testing.assert_allclose(found.attention, expected[first:stop, :stop].numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.attention.sum(1), 1.0, rtol=1e-5)
+
+
+def test_the_table_has_one_row_a_closing_token_and_source(model: LensModel, refused: Transcripts) -> None:
+    found = trace_sources(model, random_probe(model, 3), refused[0], HEAD)
+    table = found.to_frame()
+    assert table.columns.tolist() == ["query", "position", "token", "span", "attention", "share"]
+    assert len(table) == found.shares.size
+    last = table[table["query"] == found.tokens.final]
+    assert "".join(last["token"]) == model.tokenizer.decode(found.tokens.token_ids.tolist())
+    spans = found.by_span()
+    assert spans["span"].tolist() == ["prompt", "thinking", "closing"]
+    assert spans["attention"].sum() == pytest.approx(1.0, abs=1e-5)
+    assert spans["share"].sum() == pytest.approx(-found.effect, abs=1e-4)
+
+
+def test_the_bars_add_up_to_the_effect(model: LensModel, refused: Transcripts) -> None:
+    found = trace_sources(model, random_probe(model, 3), refused[0], HEAD)
+    (bars,) = found.plot(most=5).data
+    assert len(bars.x) == 6
+    assert sum(bars.x) == pytest.approx(found.effect, abs=1e-3)
+
+
+def test_circuitsvis_shows_tokens_that_close_no_script(llama: LensModel, refused: Transcripts) -> None:
+    found = trace_sources(llama, random_probe(llama, 3), refused[0], HEAD)
+    for view in (found.attention_view(), found.token_view()):
+        text = str(view)
+        assert "circuitsvis" in text
+        body = text[text.index("render(") :]
+        assert body.count("</") == 1
+        assert r"\u2039/think>" in body
+
+
+def test_what_cannot_be_traced_is_refused(
+    llama: LensModel, refused: Transcripts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SpanError, match="above layer 1"):
+        trace_sources(llama, random_probe(llama, 1), refused[0], HEAD)
+    with pytest.raises(EditError, match="no head L9H0"):
+        trace_sources(llama, random_probe(llama, 3), refused[0], HeadRef(layer=9, head=0))
+    with pytest.raises(SpanError):
+        trace_sources(llama, random_probe(llama, 3), refused[0].replace(thinking=None), HEAD)
+    from cliffscope.heads import sources
+
+    real = sources._read
+    monkeypatch.setattr(sources, "_read", lambda *args: (real(*args)[0] * 0.9, *real(*args)[1:]))
+    with pytest.raises(UnsupportedModelError, match="attention x values"):
+        trace_sources(llama, random_probe(llama, 3), refused[0], HEAD)
