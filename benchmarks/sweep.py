@@ -1,15 +1,26 @@
-"""How much faster is the packed sweep than a loop of `run_with_hooks`, and is it the same?
+"""How much faster is the sweep than a loop of `run_with_hooks`, is it the same, and how near is it to its floor?
 
-Both sides run in one process on SmolLM2-135M, fp32: every one of the 270 heads zeroed at the five closing tokens of one
-transcript, the refusal logit read at the last layer's final token. The loop's cost a head is the median over `--heads`
-heads, times 270; the sweep's is the median of `--repeats` whole sweeps, its own check against the plain path included.
+All sides run in one process on SmolLM2-135M, fp32: each of the 270 heads zeroed in one transcript, the refusal logit
+read at the last layer's final token.
+
+- `closing`: the packed sweep at each length. The loop's cost a head is the median over `--heads` heads, times 270; the
+  sweep's is the median of `--repeats` whole sweeps, their own checks included. The floor is what no such method goes
+  below: one forward pass of the prefix, and one of half of branches x window tokens, since a branch that starts at its
+  own layer runs through half of them on average.
+- `all`: the batched sweep at the first length, against the loop.
+- `transcripts`: `--many` short transcripts against one of them.
+- `memory`: peak resident memory of a fresh process that sweeps `--longest` tokens, above the loaded model.
+
 Prints JSON.
 """
 
 import argparse
 import json
 import os
+import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -17,8 +28,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from cliffscope.heads.edits import HeadRef
-from cliffscope.heads.sweep import sweep_branches
+from cliffscope.heads.edits import HeadRef, Scope
+from cliffscope.heads.sweep import Sweep, sweep_branches
 from cliffscope.models import LensModel, load_model
 from cliffscope.probing.probe import RefusalProbe
 from cliffscope.probing.reports import ProbeReport, region_report
@@ -33,50 +44,120 @@ def main() -> None:
     """Measures and prints."""
     options = parse()
     torch.set_num_threads(options.threads)
+    if options.memory_of:
+        print(peak_above_model(options))
+        return
     model = load_model(options.model)
-    transcript, probe = long_transcript(model, options.tokens), random_probe(model)
-    heads = [HeadRef(layer=a, head=b) for a in range(model.shape.n_layers) for b in range(model.shape.n_heads)]
-    some = [heads[i] for i in np.linspace(0, len(heads) - 1, options.heads).astype(int)]
-    loop_logit(model, probe, transcript, some[0])
-    branches = [(head,) for head in heads]
-    found = {head: timed(lambda head=head: loop_logit(model, probe, transcript, head)) for head in some}
-    sweeps = [timed(lambda: sweep_branches(model, probe, [transcript], branches)) for _ in range(options.repeats)]
-    prefix = [timed(lambda: forward(model, transcript)) for _ in range(options.repeats)]
-    loop = statistics.median(seconds for seconds, _ in found.values()) * len(heads)
-    packed = statistics.median(seconds for seconds, _ in sweeps)
-    sweep = sweeps[0][1]
-    differences = [abs(logit - float(sweep.edited[0, heads.index(head)])) for head, (_, logit) in found.items()]
-    print(
-        json.dumps(
-            {
-                "model": model.name,
-                "heads": len(heads),
-                "tokens": transcript.n_pos,
-                "window": transcript.final + 1 - transcript.span(Span.CLOSING).start,
-                "threads": torch.get_num_threads(),
-                "loop_seconds": round(loop, 2),
-                "sweep_seconds": round(packed, 3),
-                "ratio": round(loop / packed, 1),
-                "one_forward_seconds": round(statistics.median(seconds for seconds, _ in prefix), 3),
-                "largest_difference": max(differences),
-                "clean_logit": float(sweep.clean[0]),
-                "path": sweep.path,
-                "load_average": os.getloadavg()[0],
-            },
-            indent=1,
-        )
-    )
+    probe = random_probe(model)
+    found: dict[str, object] = {
+        "model": model.name,
+        "heads": model.shape.n_layers * model.shape.n_heads,
+        "threads": torch.get_num_threads(),
+        "closing": [compare(model, probe, n, Scope.CLOSING, options) for n in options.tokens],
+    }
+    if options.all_tokens:
+        found["all"] = compare(model, probe, options.all_tokens, Scope.ALL, options)
+    if options.many:
+        found["transcripts"] = many(model, probe, options)
+    if options.longest:
+        command = [sys.executable, __file__, "--memory-of", str(options.longest), "--model", options.model]
+        out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        found["memory"] = json.loads(out.splitlines()[-1])
+    print(json.dumps({**found, "load_average": os.getloadavg()[0]}, indent=1))
 
 
 def parse() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
-    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--tokens", type=int, nargs="*", default=[512, 2048])
+    parser.add_argument("--all-tokens", type=int, default=512, help="length for scope all; 0 leaves it out")
+    parser.add_argument("--many", type=int, default=100, help="0 leaves it out")
+    parser.add_argument("--longest", type=int, default=4096, help="0 leaves it out")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--memory-of", type=int, default=0, help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def compare(
+    model: LensModel, probe: RefusalProbe, tokens: int, scope: Scope, options: argparse.Namespace
+) -> dict[str, object]:
+    """The sweep against the loop, and against its floor."""
+    transcript, branches = long_transcript(model, tokens), every_head(model)
+    some = [branches[i][0] for i in np.linspace(0, len(branches) - 1, options.heads).astype(int)]
+    loop_logit(model, probe, transcript, some[0], scope)
+    found = {head: timed(lambda head=head: loop_logit(model, probe, transcript, head, scope)) for head in some}
+    sweeps = [timed(lambda: sweep(model, probe, [transcript], scope)) for _ in range(options.repeats)]
+    loop = statistics.median(seconds for seconds, _ in found.values()) * len(branches)
+    took = statistics.median(seconds for seconds, _ in sweeps)
+    swept = sweeps[0][1]
+    differences = [abs(logit - float(swept.edited[0, branches.index((h,))])) for h, (_, logit) in found.items()]
+    window = transcript.final + 1 - transcript.span(Span.CLOSING).start
+    result: dict[str, object] = {
+        "scope": str(scope),
+        "tokens": transcript.n_pos,
+        "window": window,
+        "loop_seconds": round(loop, 2),
+        "sweep_seconds": round(took, 3),
+        "ratio": round(loop / took, 1),
+        "largest_difference": max(differences),
+        "clean_logit": float(swept.clean[0]),
+        "path": swept.path,
+    }
+    if scope is Scope.CLOSING:
+        floor = sum(forward_seconds(model, n, options.repeats) for n in (transcript.n_pos, len(branches) * window // 2))
+        result |= {"floor_seconds": round(floor, 3), "sweep_over_floor": round(took / floor, 2)}
+    return result
+
+
+def many(model: LensModel, probe: RefusalProbe, options: argparse.Namespace) -> dict[str, object]:
+    """Many transcripts against one of them."""
+    one = long_transcript(model, 48)
+    alone = statistics.median(timed(lambda: sweep(model, probe, [one], Scope.CLOSING))[0] for _ in range(5))
+    together, _ = timed(lambda: sweep(model, probe, [one] * options.many, Scope.CLOSING))
+    return {
+        "n": options.many,
+        "tokens": one.n_pos,
+        "one_seconds": round(alone, 3),
+        "seconds": round(together, 2),
+        "ratio": round(together / alone, 1),
+    }
+
+
+def peak_above_model(options: argparse.Namespace) -> str:
+    """Peak resident memory of this process above what it holds after loading, as JSON."""
+    model = load_model(options.model)
+    probe, transcript = random_probe(model), long_transcript(model, options.memory_of)
+    with open("/proc/self/statm", encoding="utf-8") as pages:
+        loaded = int(pages.read().split()[1]) * resource.getpagesize()
+    # Loading may have peaked above what it left; only a fresh mark shows what the sweep adds.
+    with open("/proc/self/clear_refs", "w", encoding="utf-8") as marks:
+        marks.write("5")
+    swept = sweep(model, probe, [transcript], Scope.CLOSING)
+    with open("/proc/self/status", encoding="utf-8") as status:
+        peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    gib = 1 / 2**30
+    return json.dumps(
+        {
+            "tokens": transcript.n_pos,
+            "loaded_gib": round(loaded * gib, 2),
+            "above_gib": round((peak - loaded) * gib, 2),
+            "path": swept.path,
+        }
+    )
+
+
+def sweep(model: LensModel, probe: RefusalProbe, rows: list[TokenizedTranscript], scope: Scope) -> Sweep:
+    """What is measured."""
+    return sweep_branches(model, probe, rows, every_head(model), scope=scope)
+
+
+def every_head(model: LensModel) -> list[tuple[HeadRef]]:
+    """One branch a head."""
+    shape = model.shape
+    return [(HeadRef(layer=a, head=b),) for a in range(shape.n_layers) for b in range(shape.n_heads)]
 
 
 def timed(call: Callable[[], Result]) -> tuple[float, Result]:
@@ -123,14 +204,16 @@ def random_probe(model: LensModel) -> RefusalProbe:
     )
 
 
-def loop_logit(model: LensModel, probe: RefusalProbe, transcript: TokenizedTranscript, head: HeadRef) -> float:
+def loop_logit(
+    model: LensModel, probe: RefusalProbe, transcript: TokenizedTranscript, head: HeadRef, scope: Scope
+) -> float:
     """What a TransformerLens user writes: one hooked forward pass."""
-    window = transcript.span(Span.CLOSING)
+    where = scope.positions(transcript)
     kept = {}
 
     def zero(z: torch.Tensor, hook: object) -> torch.Tensor:
         del hook
-        z[:, window, head.head] = 0.0
+        z[:, where, head.head] = 0.0
         return z
 
     def keep(residual: torch.Tensor, hook: object) -> None:
@@ -144,11 +227,15 @@ def loop_logit(model: LensModel, probe: RefusalProbe, transcript: TokenizedTrans
     return float(kept["residual"] @ torch.from_numpy(probe.weight) + probe.bias)
 
 
-def forward(model: LensModel, transcript: TokenizedTranscript) -> None:
-    """One plain forward pass of the blocks: the floor."""
-    batch = model.to_batch([transcript.token_ids.tolist()])
-    with torch.inference_mode():
-        model.decoder(input_ids=batch.ids, position_ids=batch.positions, use_cache=False)
+def forward_seconds(model: LensModel, tokens: int, repeats: int) -> float:
+    """Median seconds of a plain forward pass of the blocks."""
+    batch = model.to_batch([[5] * tokens])
+
+    def forward() -> None:
+        with torch.inference_mode():
+            model.decoder(input_ids=batch.ids, position_ids=batch.positions, use_cache=False)
+
+    return statistics.median(timed(forward)[0] for _ in range(repeats))
 
 
 if __name__ == "__main__":

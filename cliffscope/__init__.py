@@ -12,12 +12,14 @@ if TYPE_CHECKING:
     from cliffscope.config import StudyConfig
     from cliffscope.errors import CliffScopeError
     from cliffscope.heads.controls import control_sets
-    from cliffscope.heads.edits import HeadEdit, HeadRef, edited_weights, scale, zero
+    from cliffscope.heads.edits import HeadEdit, HeadRef, compose, edited_weights, scale, zero
     from cliffscope.heads.ranking import HeadRanking, rank_heads
+    from cliffscope.heads.sources import trace_sources
     from cliffscope.models import LensModel, load_model
     from cliffscope.probing.probe import RefusalProbe, fit_probe
     from cliffscope.probing.trace import Cliffs, RefusalTraces, trace_refusal
     from cliffscope.report.page import write_report
+    from cliffscope.safety.dose import dose_response
     from cliffscope.safety.evaluation import SafetyReport, evaluate_safety
     from cliffscope.safety.generation import roll_out
     from cliffscope.safety.judges import PhraseJudge, judge
@@ -41,12 +43,16 @@ _HOMES = {
     "StudyConfig": "config",
     "Transcript": "transcripts.records",
     "Transcripts": "transcripts.records",
+    "compare_rankings": "heads.agreement",
+    "compose": "heads.edits",
     "control_sets": "heads.controls",
+    "dose_response": "safety.dose",
     "edited_weights": "heads.edits",
     "evaluate_safety": "safety.evaluation",
     "fit_probe": "probing.probe",
     "judge": "safety.judges",
     "load_model": "models",
+    "mean": "heads.donors",
     "open_study": "study",
     "organisms": "",
     "rank_heads": "heads.ranking",
@@ -56,7 +62,9 @@ _HOMES = {
     "run_study": "study",
     "scale": "heads.edits",
     "select_by_cliff": "alignment.selection",
+    "split_half": "heads.agreement",
     "trace_refusal": "probing.trace",
+    "trace_sources": "heads.sources",
     "write_report": "report.page",
     "write_transcripts": "transcripts.datasets",
     "zero": "heads.edits",
@@ -79,12 +87,16 @@ __all__ = [
     "StudyConfig",
     "Transcript",
     "Transcripts",
+    "compare_rankings",
+    "compose",
     "control_sets",
+    "dose_response",
     "edited_weights",
     "evaluate_safety",
     "fit_probe",
     "judge",
     "load_model",
+    "mean",
     "open_study",
     "organisms",
     "rank_heads",
@@ -94,7 +106,9 @@ __all__ = [
     "run_study",
     "scale",
     "select_by_cliff",
+    "split_half",
     "trace_refusal",
+    "trace_sources",
     "write_report",
     "write_transcripts",
     "zero",

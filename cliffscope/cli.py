@@ -278,27 +278,22 @@ def rank_heads(
 ) -> None:
     """Ranks every head by its part in suppressing refusal, on harmful transcripts that were complied with.
 
-    Donors of patch and patch-reverse are the harmful transcripts of the file that were refused, those of mean and
-    resample the harmless ones.
-
     Example: cliffscope rank-heads --model ./my-model --probe probe/ --transcripts judged.jsonl --out heads/
     """
     import cliffscope as cs
     from cliffscope.store import open_run
 
-    where = one_of("scope", scope, "closing", "thinking", "prompt", "all")
     fitted, judged = _load_probe(probe), cs.read_transcripts(transcripts)
-    suppressed, refused = (judged.where(harmful=True, outcome=word) for word in ("complied", "refused"))
-    harmless = judged.where(harmful=False)
+    suppressed = judged.where(harmful=True, outcome="complied")
     with open_run(out, _given(context)) as store, store.stage("rank-heads"), show_progress() as progress:
         ranking = cs.rank_heads(
             cs.load_model(model, template=template),
             fitted,
             suppressed,
             method=method,
-            scope=where,
-            harmless=harmless if len(harmless) else None,
-            refused=refused if len(refused) else None,
+            scope=scope,
+            harmless=judged.where(harmful=False),
+            refused=judged.where(harmful=True, outcome="refused"),
             factor=factor,
             seed=seed,
             progress=lambda done: progress("rank-heads", done, len(suppressed)),

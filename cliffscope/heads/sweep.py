@@ -28,7 +28,7 @@ from cliffscope.probing.probe import RefusalProbe
 from cliffscope.transcripts.transcript import TokenizedTranscript
 
 log = logging.getLogger(__name__)
-CHECK_PREFIX = 64
+CHECK_PREFIX = 8
 """Tokens before the closing on which a path is compared with the plain one; what depends on length, the unedited
 branches show on the transcripts themselves."""
 

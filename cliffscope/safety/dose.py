@@ -139,10 +139,10 @@ def dose_response(
         found = measure_effects(model, probe, tokens, [heads, *sets], how)
         check_finite(tokens, found)
         if not rows:
-            rows += _logit_rows(0.0, 0, "unedited", "unedited", found.clean, seed)
+            rows += _logit_rows((0.0, 0, "unedited", "unedited"), found.clean, seed)
         for i, name in enumerate([TOP, *(f"random {j + 1}" for j in range(len(sets)))]):
             kind = "random" if i else "top"
-            rows += _logit_rows(fraction, count, name, kind, found.clean + found.effects[:, i], seed)
+            rows += _logit_rows((fraction, count, name, kind), found.clean + found.effects[:, i], seed)
         if prompts is not None:
             kept: dict[str, Transcripts] = {}
             report = evaluate_safety(
@@ -165,13 +165,12 @@ def dose_response(
     return DoseResponse(frame=pd.DataFrame(rows, columns=_COLUMNS))
 
 
-def _logit_rows(
-    fraction: float, count: int, arm: str, kind: str, logits: np.ndarray, seed: int
-) -> list[tuple[object, ...]]:
+def _logit_rows(place: tuple[float, int, str, str], logits: np.ndarray, seed: int) -> list[tuple[object, ...]]:
+    """One row a quantity; place is fraction, heads, arm and kind."""
     rows: list[tuple[object, ...]] = []
     for quantity, values in (("logit", logits), ("score", expit(logits))):
         low, high = bootstrap_mean(values, seed=seed)
-        rows.append((fraction, count, arm, kind, quantity, float(values.mean()), float(low), float(high), len(values)))
+        rows.append((*place, quantity, float(values.mean()), float(low), float(high), len(values)))
     return rows
 
 
