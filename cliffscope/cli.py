@@ -26,6 +26,7 @@ from cliffscope.options import (
     SeedOption,
     TemplateOption,
     TranscriptsOption,
+    given_options,
     one_of,
 )
 from cliffscope.progress import log_to_standard_error, show_progress
@@ -216,7 +217,7 @@ def fit_probe(
     where: Positions = one_of("positions", positions, "balanced", "final")
     which: Contrast = one_of("contrast", contrast, "auto", "harmless", "harmful")
     judged = cs.read_transcripts(transcripts)
-    with open_run(out, _given(context)) as store, store.stage("fit-probe"):
+    with open_run(out, given_options(context)) as store, store.stage("fit-probe"):
         lens = cs.load_model(model, template=template)
         classes = contrast_classes(judged, which, thinks=lens.template.thinks)
         probe = cs.fit_probe(
@@ -254,7 +255,7 @@ def trace(
 
     height: Plateau = one_of("plateau", plateau, "mean", "max")
     fitted, given = _load_probe(probe), cs.read_transcripts(transcripts)
-    with open_run(out, _given(context)) as store, store.stage("trace"):
+    with open_run(out, given_options(context)) as store, store.stage("trace"):
         traces = cs.trace_refusal(cs.load_model(model, template=template), fitted, given)
         cliffs = traces.cliffs(plateau=height)
         store.write_frame("traces.parquet", traces.to_frame())
@@ -281,17 +282,19 @@ def rank_heads(
     Example: cliffscope rank-heads --model ./my-model --probe probe/ --transcripts judged.jsonl --out heads/
     """
     import cliffscope as cs
+    from cliffscope.heads.methods import METHODS
     from cliffscope.store import open_run
 
+    how, where = one_of("method", method, *METHODS), one_of("scope", scope, "closing", "thinking", "prompt", "all")
     fitted, judged = _load_probe(probe), cs.read_transcripts(transcripts)
     suppressed = judged.where(harmful=True, outcome="complied")
-    with open_run(out, _given(context)) as store, store.stage("rank-heads"), show_progress() as progress:
+    with open_run(out, given_options(context)) as store, store.stage("rank-heads"), show_progress() as progress:
         ranking = cs.rank_heads(
             cs.load_model(model, template=template),
             fitted,
             suppressed,
-            method=method,
-            scope=scope,
+            method=how,
+            scope=where,
             harmless=judged.where(harmful=False),
             refused=judged.where(harmful=True, outcome="refused"),
             factor=factor,
@@ -327,7 +330,7 @@ def evaluate(
 
     refs = [cs.HeadRef.parse(text.strip()) for text in heads.split(",") if text.strip()]
     edit, asked = cs.zero(refs) if refs else None, cs.read_transcripts(prompts)
-    with open_run(out, _given(context)) as store, store.stage("evaluate"):
+    with open_run(out, given_options(context)) as store, store.stage("evaluate"):
         report = cs.evaluate_safety(
             cs.load_model(model, template=template),
             asked,
@@ -421,12 +424,6 @@ def _run_study(config: "StudyConfig", *, as_json: bool) -> None:
     data = {"report": str(found.report), "seconds": round(seconds, 1), "verdict": found.verdict}
     text = "\n\n".join(found.verdict.values())
     _say(as_json, data, f"{text}\n\nReport: {found.report} ({seconds:.0f} s)")
-
-
-def _given(context: typer.Context) -> dict[str, object]:
-    """The command and its options, but for where and how it tells its results."""
-    options = {name: value for name, value in context.params.items() if name not in ("out", "as_json")}
-    return {"command": context.info_name, **options}
 
 
 def _load_probe(path: Path) -> "RefusalProbe":

@@ -35,3 +35,9 @@ def one_of(name: str, value: str, *words: Word) -> Word:
         if value == word:
             return word
     raise typer.BadParameter(f"{value!r}: expected one of {', '.join(words)}.", param_hint=f"--{name}")
+
+
+def given_options(context: typer.Context) -> dict[str, object]:
+    """The command and its options, but for where and how it tells its results."""
+    options = {name: value for name, value in context.params.items() if name not in ("out", "as_json")}
+    return {"command": context.info_name, **options}
