@@ -4,7 +4,8 @@ All sides run in one process on SmolLM2-135M, fp32: each of the 270 heads zeroed
 read at the last layer's final token.
 
 - `closing`: the packed sweep at each length. The loop's cost a head is the median over `--heads` heads, times 270; the
-  sweep's is the median of `--repeats` whole sweeps, their own checks included. The floor is what no such method goes
+  sweep's is the median of `--repeats` whole sweeps, their unedited controls included; the first one also compares its
+  path with the plain one, which is done once a model. The floor is what no such method goes
   below: one forward pass of the prefix, and one of half of branches x window tokens, since a branch that starts at its
   own layer runs through half of them on average.
 - `all`: the batched sweep at the first length, against the loop.
@@ -100,6 +101,7 @@ def compare(
         "tokens": transcript.n_pos,
         "window": window,
         "loop_seconds": round(loop, 2),
+        "first_sweep_seconds": round(sweeps[0][0], 3),
         "sweep_seconds": round(took, 3),
         "ratio": round(loop / took, 1),
         "largest_difference": max(differences),

@@ -1,5 +1,6 @@
 import logging
 from collections.abc import Callable, Sequence
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pytest
@@ -16,6 +17,13 @@ from cliffscope.models import LensModel, load_model
 from cliffscope.probing.probe import RefusalProbe
 from cliffscope.transcripts.records import Message, Transcripts
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_proven(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test compares with the plain path anew."""
+    monkeypatch.setattr(sweep, "_PROVEN", WeakKeyDictionary())
+
 
 TakeCopy = Callable[[LensModel], Callable[[], None]]
 
@@ -264,6 +272,20 @@ def test_an_edit_that_a_fast_path_applies_wrongly_is_noticed(
     found = sweep_branches(llama, probe, rows, branches)
     assert found.path.startswith("plain (packed: differs from the plain path by")
     np.testing.assert_allclose(found.edited[0], loop_logits(llama, probe, rows[0], branches)[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_is_compared_with_the_plain_path_once_a_kind(
+    llama: LensModel, refused: Transcripts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Branch] = []
+    real = sweep.plain_logit
+    monkeypatch.setattr(sweep, "plain_logit", lambda *args: calls.append(args[3]) or real(*args))
+    probe, rows, branches = random_probe(llama, 5), tokens_of(llama, refused[:2]), every_head(llama)
+    for change, new in ((Change(), 2), (Change(), 0), (Change(kind=EditKind.SCALE, factor=0.5), 2)):
+        calls.clear()
+        sweep_branches(llama, probe, rows, branches, change=change)
+        assert len(calls) == new
+    assert calls == [branches[0], branches[40]]
 
 
 def test_batches_that_enter_wrongly_fall_back_to_the_plain_path(
