@@ -32,6 +32,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--organisms", nargs="+", default=list(names()))
     parser.add_argument("--prompts", type=int, default=480)
+    parser.add_argument("--mixed", action="store_true", help="with partly wrapped prompts too")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
@@ -39,7 +40,7 @@ def parse() -> argparse.Namespace:
 def study(name: str, options: argparse.Namespace) -> dict[str, object]:
     """Every method on one organism."""
     model = cs.load_model(name)
-    classes, probe = prepare(model, name, options.prompts, options.seed)
+    classes, probe = prepare(model, name, options.prompts, options.seed, mixed=options.mixed)
     # Where nothing is complied with there is nothing to rank on but what was refused.
     ranked = classes.challenge if len(classes.challenge or ()) >= 8 else classes.refused
     planted = set(read_truth(name).planted)
@@ -53,10 +54,12 @@ def study(name: str, options: argparse.Namespace) -> dict[str, object]:
     return {"n": len(ranked), "planted": sorted(map(str, planted)), "probe": repr(probe), "methods": found}
 
 
-def prepare(model: LensModel, name: str, n: int, seed: int) -> tuple[Classes, RefusalProbe]:
+def prepare(model: LensModel, name: str, n: int, seed: int, *, mixed: bool = False) -> tuple[Classes, RefusalProbe]:
     """Transcripts of the fit half by class, and the probe."""
     prompts, splits = study_prompts(name, n=n, seed=seed)
-    asked = Transcripts(t for t in prompts if t.id not in splits)
+    truth = read_truth(name)
+    partly = set() if mixed else set(truth.wrappers) - set(truth.full_wrappers)
+    asked = Transcripts(t for t in prompts if t.id not in splits and not partly & set(t.prompt.split()))
     answered = cs.judge(cs.roll_out(model, asked, max_thinking=128, max_answer=32, temperature=1.0, seed=seed))
     classes = contrast_classes(answered, "auto", thinks=True)
     return classes, fit_probe(model, classes.refused, classes.complied, challenge=classes.challenge, seed=seed)

@@ -8,7 +8,8 @@
 4. On the validate split a regularisation is chosen, by log loss (harmful transcripts that were complied with count as
    complied at the final token, which favours a probe whose score has fallen there), and a layer: the latest one within
    one standard error of the best, judged by the worst of its AUROCs at the final token, over late thinking, and among
-   harmful transcripts alone. Late, since a probe sees only heads below it.
+   harmful transcripts alone. Late, since a probe sees only heads below it. Harmful transcripts that were complied with are
+   not fitted on, so that those of the fit split help to choose.
 5. On the test split everything is reported, region by region, one value a transcript, with a shuffled-label control.
 
 Source: the refusal prober of arXiv 2510.06036, section 3, with outcomes as labels and balanced positions added: a probe
@@ -218,8 +219,9 @@ class _Labelled:
                     "for every transcript."
                 )
             for row in tokens:
-                if kind != "challenge" or splits.get(row.id) != "fit":
-                    rows[splits[row.id]].append((row, kind))
+                # The challenge is not fitted on, so that all of it but the test part can help to choose.
+                split = "validate" if kind == "challenge" and splits[row.id] == "fit" else splits[row.id]
+                rows[split].append((row, kind))
         for split, found in rows.items():
             for kind in ("refused", "complied"):
                 n = sum(k == kind for _, k in found)
@@ -268,7 +270,7 @@ class _Sample:
 
 def _sample(labelled: _Labelled, positions: str, seed: int, *, shuffle_labels: bool) -> _Sample:
     rng = np.random.default_rng(seed)
-    rows = [(t, kind) for t, kind in labelled.part("fit") if kind != "challenge"]
+    rows = labelled.part("fit")
     tokens = [t for t, _ in rows]
     if positions == "final":
         chosen = [np.array([t.final], dtype=np.int64) for t in tokens]
@@ -339,7 +341,8 @@ def _log_loss(scored: Sequence[_Scored], layer: int) -> float:
     for region, kinds in ((FINAL, ("refused", "complied", "challenge")), (LATE_THINKING, ("refused", "complied"))):
         for kind in kinds:
             values = _region_values(scored, kind, region, layer)
-            losses += [float(np.logaddexp(0.0, signs[kind] * values).mean())] if len(values) else []
+            enough = len(values) >= (FEWEST if kind == "challenge" else 1)
+            losses += [float(np.logaddexp(0.0, signs[kind] * values).mean())] if enough else []
     return float(np.mean(losses))
 
 
@@ -364,10 +367,10 @@ def _best_layer(scored: Sequence[_Scored], labelled: _Labelled) -> int:
     """The latest layer within one standard error of the best worst-case AUROC."""
     worst = []
     for layer in range(scored[0].logits.shape[0]):
-        found = [
-            *(_compare(scored, region, layer) for region in (FINAL, LATE_THINKING)),
-            _within_harmful(scored, layer, labelled),
-        ]
+        found = [_compare(scored, region, layer) for region in (FINAL, LATE_THINKING)]
+        within = _within_harmful(scored, layer, labelled)
+        # One odd transcript must not choose the layer.
+        found += [within] if min(within.n_refused, within.n_complied) >= FEWEST else []
         worst.append(min((r for r in found if np.isfinite(r.auroc)), key=lambda r: r.auroc))
     best = max(worst, key=lambda r: r.auroc)
     error = min((best.auroc - best.interval.low) / 1.96, 0.02) if np.isfinite(best.interval.low) else 0.0
