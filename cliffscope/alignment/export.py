@@ -6,8 +6,8 @@
 3. A model card (README.md) and the edit as JSON are written beside them; everything is flushed to the disk.
 4. The folder is moved into place at once; if anything fails before that, nothing is left behind.
 
-An edit of scope `all` is an edit of the output projection, so the exported model computes what the edited one does. Knows
-nothing of how an edit was chosen: what was measured is given as tables and copied into the card.
+An edit of scope `all` is an edit of the output projection, so the exported model computes what the edited one does.
+Knows nothing of how an edit was chosen: what was measured is given as tables and copied into the card.
 """
 
 import json
@@ -98,8 +98,8 @@ def _check_scope(model: LensModel, edit: HeadEdit) -> None:
         raise EditError("The edit names no head, so there is nothing to export. Give one with heads.")
     if edit.scope is not Scope.ALL:
         raise EditError(
-            f"The edit has scope {str(edit.scope)!r}; weights act at all positions and can hold scope 'all' alone. Make "
-            "it with scope='all', and measure that with evaluate_safety before exporting."
+            f"The edit has scope {str(edit.scope)!r}; weights act at all positions and can hold scope 'all' alone. "
+            "Make it with scope='all', and measure that with evaluate_safety before exporting."
         )
 
 
@@ -145,9 +145,9 @@ def _write_model(model: LensModel, edit: HeadEdit, folder: Path, dtype: torch.dt
 def _refuse_new_weights(new: list[str], model: LensModel, edit: HeadEdit) -> None:
     if new:
         raise EditError(
-            f"{edit!r} needs the weight {new[0]!r}, which {type(model.hf).__name__} does not have: its output projection "
-            "has no bias, and whoever loads the checkpoint would leave it out. Export a zero or scale edit (cs.zero, "
-            "cs.scale), which need none, or use this edit with edited_weights."
+            f"{edit!r} needs the weight {new[0]!r}, which {type(model.hf).__name__} does not have: its output "
+            "projection has no bias, and whoever loads the checkpoint would leave it out. Export a zero or scale edit "
+            "(cs.zero, cs.scale), which need none, or use this edit with edited_weights."
         )
 
 
@@ -231,9 +231,9 @@ def _model_card(
         "A research artefact: the model below with some attention heads edited in its weights, written by CliffScope "
         f"{version('cliffscope')}. It loads with plain `transformers`. Nothing was trained.",
         "## What was edited",
-        f"`{edit!r}` of `{name}` ({type(model.hf).__name__}, fingerprint before the edit `{model.fingerprint}`), in the "
-        f"output projections. Heads: {', '.join(str(head) for head in edit.heads)}. The edit as data: `{EDIT}`. Weights "
-        f"are stored as {stored}; the model was loaded as {str(model.dtype).removeprefix('torch.')}.",
+        f"`{edit!r}` of `{name}` ({type(model.hf).__name__}, fingerprint before the edit `{model.fingerprint}`), in "
+        f"the output projections. Heads: {', '.join(str(head) for head in edit.heads)}. The edit as data: `{EDIT}`. "
+        f"Weights are stored as {stored}; the model was loaded as {str(model.dtype).removeprefix('torch.')}.",
         "## Why",
         why.strip() or "No reason was given.",
         "## Measured",
