@@ -7,10 +7,11 @@ import torch
 from conftest import MakeCheckpoint, plain_logits, written
 from transformers import PreTrainedModel
 
-from cliffscope.errors import GenerationError
+from cliffscope.errors import DataError, GenerationError
 from cliffscope.heads.edits import HeadRef, edited_weights, zero
 from cliffscope.models import LensModel, load_model
-from cliffscope.safety.generation import Budget, roll_out
+from cliffscope.safety import decoding, generation
+from cliffscope.safety.generation import MOST_ROWS, Budget, find_batch_size, roll_out
 from cliffscope.transcripts.records import Message, Omission, Outcome, Transcript, Transcripts
 from cliffscope.transcripts.transcript import tokenize
 
@@ -296,6 +297,191 @@ def test_budgets_under_which_nothing_can_be_generated_are_refused(
 def test_a_batch_of_no_rows_is_refused(llama: LensModel, prompts: Transcripts) -> None:
     with pytest.raises(GenerationError, match="batch_size"):
         roll_out(llama, prompts[:1], **BUDGET, batch_size=0)
+
+
+# Batches
+
+
+def test_padded_batches_are_transformers_generate_token_for_token(llama: LensModel, prompts: Transcripts) -> None:
+    """generate itself on the left-padded batch, its thinking alone, since it cannot close thinking by row."""
+    rows = [prompt_ids(llama, t) for t in prompts[:6]]
+    batch = llama.to_batch(rows, left=True)
+    with torch.no_grad():
+        made = llama.hf.generate(
+            batch.ids, attention_mask=batch.mask, max_new_tokens=14, do_sample=False, eos_token_id=[END, CLOSE]
+        )[:, batch.ids.shape[1] :].tolist()
+    for transcript, ids in zip(roll_out(llama, prompts[:6], **BUDGET), made, strict=True):
+        stop = next((i for i, token in enumerate(ids) if token in (END, CLOSE)), len(ids))
+        ids = ids[:stop]
+        newline = stop < 14 and made and ids[-1:] == [NEWLINE]
+        assert list(transcript.thinking_ids) == (ids[:-1] if newline else ids)
+
+
+def test_the_growing_cache_holds_what_the_plain_one_does(talker: LensModel, prompts: Transcripts) -> None:
+    from transformers import DynamicCache
+
+    batch = talker.to_batch([prompt_ids(talker, t) for t in prompts[:5]], left=True)
+    caches = [decoding._growing_cache(talker), DynamicCache(config=talker.hf.config)]
+    ids, mask, positions = batch.ids, batch.mask, batch.positions
+    for step in range(90):
+        with torch.no_grad():
+            both = [
+                talker.hf(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache).logits
+                for cache in caches
+            ]
+        assert torch.equal(*both), step
+        ids = both[0][:, -1:].argmax(-1)
+        if step in (3, 70):
+            keep = torch.tensor([0, 2, 3] if step == 3 else [1, 2])
+            for cache in caches:
+                cache.batch_select_indices(keep)
+            ids, mask, positions = ids[keep], mask[keep], positions[keep]
+        mask, positions = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), positions[:, -1:] + 1
+
+
+def test_the_batch_size_is_found_from_the_free_memory(llama: LensModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = 2 * 2 * 100 * 8 * 8 * 4 * 4  # twice keys and values of 100 positions in 8 layers of 8 heads of 4, in fp32
+    row = cache + 3 * 4 * len(llama.tokenizer)
+    for free, rows in ((1e15, MOST_ROWS), (2 * row * 37, 32), (2 * row * 2.5, 2), (2 * row, 1), (0, 1)):
+        monkeypatch.setattr(generation, "_free_bytes", lambda device, free=free: int(free))
+        assert find_batch_size(llama, 100) == rows
+    monkeypatch.undo()
+    assert find_batch_size(llama, 100) == MOST_ROWS
+
+
+class Cramped:
+    """Memory for so many rows; more raise as torch does."""
+
+    def __init__(self, rows: int, error: type[Exception] = torch.OutOfMemoryError, text: str = "out of memory") -> None:
+        self.rows, self.error, self.text = rows, error, text
+        self.decode, self.sizes = generation.decode, list[int]()
+
+    def __call__(self, model: LensModel, prompts: list[list[int]], keys: list[str], budget: Budget) -> list:
+        self.sizes.append(len(prompts))
+        if len(prompts) > self.rows:
+            self.decode(model, prompts[:1], keys[:1], budget)
+            raise self.error(self.text)
+        return self.decode(model, prompts, keys, budget)
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (torch.OutOfMemoryError, "CUDA out of memory. Tried to allocate 20 GiB"),
+        (RuntimeError, "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        (MemoryError, ""),
+    ],
+    ids=["cuda", "cpu", "python"],
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_where_memory_runs_out_the_batch_is_halved_and_that_is_said(
+    llama: LensModel,
+    prompts: Transcripts,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: type[Exception],
+    text: str,
+    temperature: float,
+) -> None:
+    whole = roll_out(llama, prompts, **BUDGET, temperature=temperature)
+    cramped = Cramped(5, error, text)
+    monkeypatch.setattr(generation, "decode", cramped)
+    parts: list[Transcripts] = []
+    found = roll_out(llama, prompts, **BUDGET, temperature=temperature, batch_size=14, on_batch=parts.append)
+    assert cramped.sizes == [14, 7, 3, 3, 3, 3, 2, 3, 3, 3, 3, 2]
+    assert [len(part) for part in parts] == [3, 3, 3, 3, 2, 3, 3, 3, 3, 2]
+    assert {t.extra["batch_halved_to"] for t in found} == {3}
+    plain = found.map(lambda t: t.replace(extra={k: v for k, v in t.extra.items() if k != "batch_halved_to"}))
+    assert tuple(plain) == tuple(whole)
+    assert "Memory ran out with 14 rows; going on with 7" in caplog.text
+
+
+def test_where_memory_does_not_suffice_for_one_row_that_is_an_error_and_other_errors_are_not_taken_for_it(
+    llama: LensModel, prompts: Transcripts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Transcripts] = []
+    monkeypatch.setattr(generation, "decode", Cramped(0))
+    with pytest.raises(GenerationError, match="Memory does not suffice to generate"):
+        roll_out(llama, prompts, **BUDGET, on_batch=kept.append)
+    monkeypatch.undo()
+    monkeypatch.setattr(generation, "decode", Cramped(1, RuntimeError, "shapes do not match"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        roll_out(llama, prompts, **BUDGET)
+    assert kept == []
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_finished_batches_are_not_generated_again_and_the_result_is_the_same(
+    talker: LensModel, prompts: Transcripts, monkeypatch: pytest.MonkeyPatch, temperature: float
+) -> None:
+    options = {**BUDGET, "temperature": temperature, "batch_size": 5}
+    parts: list[Transcripts] = []
+    whole = roll_out(talker, prompts, **options, on_batch=parts.append)
+    assert [len(part) for part in parts] == [5, 5, 5, 5, 5, 3]
+    assert sorted(t.id for part in parts for t in part) == sorted(t.id for t in prompts)
+    done = Transcripts(t for part in parts[1:4] for t in part)
+    mates, decode = list[tuple[str, ...]](), generation.decode
+
+    def note(model: LensModel, rows: list[list[int]], keys: list[str], budget: Budget) -> list:
+        mates.append(tuple(keys))
+        return decode(model, rows, keys, budget)
+
+    monkeypatch.setattr(generation, "decode", note)
+    counts: list[int] = []
+    again = roll_out(talker, prompts, **options, done=done, progress=counts.append)
+    assert again == whole
+    assert mates == [tuple(t.id for t in part) for part in (parts[0], *parts[4:])], "batch-mates changed"
+    assert counts == [20, 25, 28]
+    mates.clear()
+    assert roll_out(talker, prompts, **options, done=whole) == whole
+    assert mates == []
+
+
+def test_what_is_done_must_answer_the_same_prompts(llama: LensModel, prompts: Transcripts) -> None:
+    done = roll_out(llama, prompts[:2], **BUDGET, system="help people")
+    with pytest.raises(DataError, match="2 of 2 transcripts that are done already"):
+        roll_out(llama, prompts, **BUDGET, done=done)
+    assert roll_out(llama, prompts[:3], **BUDGET, done=done, system="help people")[:2] == done
+
+
+# Samples
+
+
+def test_each_prompt_is_answered_as_often_as_asked(llama: LensModel, prompts: Transcripts) -> None:
+    found = roll_out(llama, prompts[:3], **BUDGET, temperature=1.0, samples=4)
+    assert [t.id for t in found] == [f"{t.id}/sample-{i}" for t in prompts[:3] for i in range(1, 5)]
+    assert [t.extra["sample_of"] for t in found] == [t.id for t in prompts[:3] for _ in range(4)]
+    assert len({t.thinking_ids for t in found[:4]}) > 1
+    assert tuple(roll_out(llama, prompts[:3], **BUDGET, temperature=1.0, samples=4, batch_size=2)) == tuple(found)
+
+
+@pytest.mark.parametrize(("options", "word"), [({"samples": 2}, "all be the same"), ({"samples": 0}, "at least 1")])
+def test_samples_need_a_temperature_and_a_number(
+    llama: LensModel, prompts: Transcripts, options: dict[str, int], word: str
+) -> None:
+    with pytest.raises(GenerationError, match=word):
+        roll_out(llama, prompts[:1], **BUDGET, **options)
+
+
+# Bad input
+
+
+def test_an_empty_prompt_is_omitted_with_its_reason(llama: LensModel, prompts: Transcripts) -> None:
+    blank = Transcript(id="blank", messages=(Message(role="user", content=" \n"),))
+    found = roll_out(llama, Transcripts([blank, prompts[0]]), **BUDGET)
+    assert [(o.id, o.stage) for o in found.omitted] == [("blank", "roll_out")]
+    assert "is empty" in found.omitted[0].reason
+
+
+@pytest.mark.parametrize("text", ["how do i \x00 \x1b[31m \x07 bake", "a\u202eb\u0000\ufeff", "\x7f"], ids=ascii)
+def test_control_characters_are_text_like_any_other(llama: LensModel, text: str) -> None:
+    asked = Transcripts([Transcript(id="odd", messages=(Message(role="user", content=text),))])
+    (found,) = roll_out(llama, asked, **BUDGET)
+    assert found.prompt == text
+    assert found.thinking_ids
 
 
 def test_equal_budgets_compare_equal() -> None:

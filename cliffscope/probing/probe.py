@@ -8,8 +8,8 @@
 4. On the validate split a regularisation is chosen, by log loss (harmful transcripts that were complied with count as
    complied at the final token, which favours a probe whose score has fallen there), and a layer: the latest one within
    one standard error of the best, judged by the worst of its AUROCs at the final token, over late thinking, and among
-   harmful transcripts alone. Late, since a probe sees only heads below it. Harmful transcripts that were complied with are
-   not fitted on, so that those of the fit split help to choose.
+   harmful transcripts alone. Late, since a probe sees only heads below it. Harmful transcripts that were complied with
+   are not fitted on, so that those of the fit split help to choose.
 5. On the test split everything is reported, region by region, one value a transcript, with a shuffled-label control.
 
 Source: the refusal prober of arXiv 2510.06036, section 3, with outcomes as labels and balanced positions added: a probe

@@ -1,54 +1,37 @@
 """What does the model think and answer?
 
-1. Prompts are rendered and left-padded into batches; one forward pass a step, with the cache.
-2. Each row thinks until it writes the closing tag; then the rest of the closing is fed to it, as the template has it.
-3. A row that reaches its thinking budget has the whole closing fed to it (or, on request, is left unfinished).
-4. It answers until it ends its turn or reaches its answer budget. Finished rows leave the batch.
+1. Prompts are rendered; those that do not fit the context are omitted, with the reason.
+2. They are sorted by length and decoded in batches whose size is found from the free memory, and halved where that was
+   too much after all.
+3. Each finished batch is handed out, so that it can be kept; what was kept is not generated again.
+4. Answers come back in the prompts' order, whatever the batches were.
 
-Sampling draws one uniform number a row and step from a seed and the transcript's id, so that a transcript does not
-depend on its batch-mates. Greedy by default: what is measured is then the model's first choice.
+Greedy by default: what is measured is then the model's first choice. Decoding itself is in decoding.py.
 """
 
-import hashlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
-from torch import Tensor
-from transformers import DynamicCache
 
 from cliffscope.errors import DataError, GenerationError
 from cliffscope.models import LensModel
+from cliffscope.safety.decoding import Budget, Decoded, decode
 from cliffscope.transcripts.records import Message, Omission, Outcome, Transcript, Transcripts
-from cliffscope.transcripts.templates import closing_ids
 from cliffscope.transcripts.transcript import Span, tokenize
 
+__all__ = ["Budget", "check_left", "find_batch_size", "roll_out", "sample_prompts"]
+
+log = logging.getLogger(__name__)
 STAGE = "roll_out"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Budget:
-    """How long and how a transcript may be generated; equal for every arm of a comparison."""
-
-    max_thinking: int = 1024
-    """Tokens of thinking at most."""
-    max_answer: int = 128
-    """Tokens of answer at most."""
-    temperature: float = 0.0
-    """0 is greedy."""
-    force_closing: bool = True
-    """Whether thinking that reaches its budget is closed for the model; otherwise it is unfinished."""
-    seed: int = 0
-    """Of the sampling."""
-
-    def __post_init__(self) -> None:
-        """Refuses budgets under which nothing can be generated."""
-        if self.max_thinking < 1 or self.max_answer < 1 or not self.temperature >= 0:
-            raise GenerationError(
-                f"max_thinking={self.max_thinking}, max_answer={self.max_answer}, temperature={self.temperature}: "
-                "expected at least 1 token each and a temperature of 0 or more."
-            )
+MOST_ROWS = 64
+"""Rows of a batch that is found by itself at most: more gain little speed, and a killed run loses more."""
+HALVED = "batch_halved_to"
+"""Key in `extra` of transcripts that were generated after memory ran out: the rows of a batch from then on."""
+_OF_FREE = 0.5
+"""Share of the free memory that a batch may take."""
 
 
 def roll_out(
@@ -61,7 +44,10 @@ def roll_out(
     force_closing: bool = True,
     system: str | None = None,
     seed: int = 0,
-    batch_size: int = 64,
+    samples: int = 1,
+    batch_size: int | None = None,
+    done: Transcripts | None = None,
+    on_batch: Callable[[Transcripts], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Transcripts:
     """Generates thinking and answer for each prompt.
@@ -75,15 +61,19 @@ def roll_out(
         force_closing: close thinking that reaches its budget; otherwise it is left unfinished.
         system: system message put before each prompt that has none.
         seed: of the sampling; the result does not depend on order or batch.
-        batch_size: rows at most.
+        samples: answers a prompt; more than one needs a temperature, and ids end in "/sample-1" and so on.
+        batch_size: rows at most; None finds it from the free memory. It is halved where memory runs out.
+        done: transcripts that an earlier call handed to `on_batch`; they are returned and not generated again.
+        on_batch: called with the transcripts of each finished batch.
         progress: called with the number of transcripts done.
 
     Returns:
         Transcripts in the prompts' order, with the exact generated ids; prompts that do not fit the context are
-        omitted, each with its reason.
+        omitted, each with its reason. Where memory ran out, `extra["batch_halved_to"]` says so.
 
     Raises:
-        GenerationError: the budgets are not positive.
+        GenerationError: the budgets are not positive, or memory does not suffice for one row.
+        DataError: what is done already answers other prompts.
 
     Example:
         >>> import cliffscope as cs
@@ -99,19 +89,26 @@ def roll_out(
         force_closing=force_closing,
         seed=seed,
     )
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise GenerationError(f"batch_size={batch_size}: expected at least 1 row.")
-    asked = prompts.map(lambda t: _with_system(t, system))
+    if samples > 1 and not temperature:
+        raise GenerationError(f"samples={samples} at temperature 0 would all be the same. Give a temperature.")
+    asked = sample_prompts(prompts, samples).map(lambda t: _with_system(t, system))
+    finished = _finished(asked, done)
     rows, omitted = _prepare(model, asked, budget)
-    done: dict[str, Transcript] = {}
-    rows.sort(key=lambda row: -len(row.prompt))
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        _generate(model, batch, budget)
-        done |= {row.transcript.id: row.finish(model) for row in batch}
-        if progress is not None:
-            progress(len(done))
-    kept = [done[t.id] for t in asked if t.id in done]
+    rows.sort(key=lambda row: -len(row.ids))
+    size = batch_size or find_batch_size(model, max((len(row.ids) for row in rows), default=0) + budget.room(model))
+    batches = _Batches(model=model, budget=budget, size=size)
+    for start in range(0, len(rows), size):
+        # Batches are cut from all rows, so that a resumed call has the batch-mates of an uninterrupted one.
+        batch = [row for row in rows[start : start + size] if row.transcript.id not in finished]
+        for made in batches.run(batch):
+            finished |= {t.id: t for t in made}
+            if on_batch is not None:
+                on_batch(made)
+            if progress is not None:
+                progress(len(finished))
+    kept = [finished[t.id] for t in asked if t.id in finished]
     return Transcripts(kept, omitted=(*prompts.omitted, *omitted))
 
 
@@ -124,35 +121,105 @@ def check_left(transcripts: Transcripts) -> None:
         )
 
 
-@dataclass(eq=False, kw_only=True)
-class _Row:
-    """One transcript in the making."""
+def sample_prompts(prompts: Transcripts, samples: int) -> Transcripts:
+    """Each prompt as often as it is to be answered.
+
+    Args:
+        prompts: with unique ids.
+        samples: answers a prompt, at least 1.
+
+    Returns:
+        The prompts themselves for one sample; else copies with ids of their own, `extra["sample_of"]` the prompt's id.
+
+    Raises:
+        GenerationError: fewer than one sample.
+    """
+    if samples < 1:
+        raise GenerationError(f"samples={samples}: expected at least 1 answer a prompt.")
+    if samples == 1:
+        return prompts
+    copies = (
+        t.replace(id=f"{t.id}/sample-{i}", extra={**t.extra, "sample_of": t.id})
+        for t in prompts
+        for i in range(1, samples + 1)
+    )
+    return Transcripts(copies, omitted=prompts.omitted)
+
+
+def find_batch_size(model: LensModel, length: int) -> int:
+    """Rows whose caches take at most half of the free memory; a power of two, at most `MOST_ROWS`.
+
+    Args:
+        model: the model, loaded.
+        length: tokens of the longest row.
+
+    Returns:
+        At least 1.
+    """
+    shape = model.shape
+    each = torch.empty(0, dtype=model.dtype).element_size()
+    # Twice: a cache that grows is copied, and a batch that shrinks too. The logits are three arrays in fp32 or more.
+    cache = 2 * 2 * length * shape.n_layers * shape.n_kv_heads * shape.d_head * each
+    row = cache + 3 * 4 * len(model.tokenizer)
+    rows = max(1, min(MOST_ROWS, int(_OF_FREE * _free_bytes(model.device) / max(1, row))))
+    return 1 << (rows.bit_length() - 1)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Prompt:
+    """One prompt as ids."""
 
     transcript: Transcript
-    prompt: list[int]
-    closing: list[int]
-    """Closing ids, from the template."""
-    noise: np.ndarray
-    thinks: bool
-    thinking: list[int] = field(default_factory=list)
-    answer: list[int] = field(default_factory=list)
-    forced: list[int] = field(default_factory=list)
-    """Ids to be fed before the model speaks again."""
-    forced_closing: bool = False
-    closed: bool = False
-    ended: bool = False
-    steps: int = 0
+    ids: list[int]
 
-    def finish(self, model: LensModel) -> Transcript:
-        """The transcript with what was generated."""
-        decode = model.tokenizer.decode
-        return self.transcript.replace(
-            thinking=decode(self.thinking) if self.thinks else None,
-            thinking_ids=tuple(self.thinking) if self.thinks else None,
-            answer=decode(self.answer, skip_special_tokens=True) if self.closed else None,
-            answer_ids=tuple(self.answer) if self.closed else None,
-            closed=self.closed,
-            extra={**self.transcript.extra, "forced_closing": self.forced_closing},
+
+@dataclass(eq=False, kw_only=True)
+class _Batches:
+    """Decodes batches, in halves once memory has run out."""
+
+    model: LensModel
+    budget: Budget
+    size: int
+    halved: bool = False
+
+    def run(self, rows: list[_Prompt]) -> Iterator[Transcripts]:
+        """The transcripts of one batch, in one part or, where memory runs out, in several as they are finished."""
+        while rows:
+            part = rows[: self.size]
+            made = self._decoded(part)
+            if made is not None:
+                yield Transcripts(self._finish(row, found) for row, found in zip(part, made, strict=True))
+                rows = rows[len(part) :]
+
+    def _decoded(self, rows: Sequence[_Prompt]) -> list[Decoded] | None:
+        """What was generated, or None where memory ran out; then the size has been halved."""
+        try:
+            return decode(self.model, [row.ids for row in rows], [row.transcript.id for row in rows], self.budget)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if len(rows) == 1:
+                raise GenerationError(
+                    f"Memory does not suffice to generate {rows[0].transcript.id!r} alone ({len(rows[0].ids)} tokens "
+                    f"of prompt, {self.budget.room(self.model)} after it at most). Lower the budgets, or load the "
+                    "model in a smaller dtype."
+                ) from error
+            self.size, self.halved = max(1, len(rows) // 2), True
+            log.warning("Memory ran out with %d rows; going on with %d rows a batch.", len(rows), self.size)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return None
+
+    def _finish(self, row: _Prompt, found: Decoded) -> Transcript:
+        decode_ids, thinks = self.model.tokenizer.decode, self.model.template.thinks
+        halved = {HALVED: self.size} if self.halved else {}
+        return row.transcript.replace(
+            thinking=decode_ids(list(found.thinking)) if thinks else None,
+            thinking_ids=found.thinking if thinks else None,
+            answer=decode_ids(list(found.answer), skip_special_tokens=True) if found.closed else None,
+            answer_ids=found.answer if found.closed else None,
+            closed=found.closed,
+            extra={**row.transcript.extra, "forced_closing": found.forced, **halved},
         )
 
 
@@ -170,126 +237,54 @@ def _with_system(transcript: Transcript, system: str | None) -> Transcript:
     )
 
 
-def _prepare(model: LensModel, prompts: Sequence[Transcript], budget: Budget) -> tuple[list[_Row], list[Omission]]:
+def _finished(asked: Transcripts, done: Transcripts | None) -> dict[str, Transcript]:
+    known = {t.id: t.messages for t in asked}
+    strange = [t.id for t in done or () if known.get(t.id) != t.messages]
+    if strange:
+        raise DataError(
+            f"{len(strange)} of {len(done or ())} transcripts that are done already, such as {strange[0]!r}, answer "
+            "other prompts than those given. Start again without them, or give the prompts they were made from."
+        )
+    return {t.id: t for t in done or ()}
+
+
+def _prepare(model: LensModel, prompts: Sequence[Transcript], budget: Budget) -> tuple[list[_Prompt], list[Omission]]:
     rows, omitted = [], []
-    template, thinks = model.template, model.template.thinks
+    room = budget.room(model)
     for transcript in prompts:
         try:
-            tokens = tokenize(transcript.replace(thinking="" if thinks else None), model.tokenizer, template)
+            ids = _prompt_ids(model, transcript)
         except DataError as error:
             omitted.append(Omission(stage=STAGE, reason=str(error), id=transcript.id))
             continue
-        # Without thinking the closing is the prompt's own tail, so generation begins behind it.
-        prompt = tokens.token_ids[: tokens.span(Span.PROMPT).stop if thinks else tokens.n_pos].tolist()
-        closing = closing_ids(model.tokenizer, template) if thinks else []
-        room = (budget.max_thinking if thinks else 0) + len(closing) + budget.max_answer
-        if len(prompt) + room > model.shape.context:
+        if len(ids) + room > model.shape.context:
             reason = (
-                f"prompt of {len(prompt)} tokens and budgets of {room} exceed the context of {model.shape.context}; "
+                f"prompt of {len(ids)} tokens and budgets of {room} exceed the context of {model.shape.context}; "
                 "lower the budgets or drop it"
             )
             omitted.append(Omission(stage=STAGE, reason=reason, id=transcript.id))
             continue
-        noise = _noise(f"{budget.seed}/{transcript.id}", room) if budget.temperature else np.empty(0)
-        rows.append(
-            _Row(transcript=transcript, prompt=prompt, closing=closing, noise=noise, thinks=thinks, closed=not thinks)
-        )
+        rows.append(_Prompt(transcript=transcript, ids=ids))
     return rows, omitted
 
 
-def _noise(key: str, n: int) -> np.ndarray:
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little")
-    return np.random.default_rng(seed).random(n)
+def _prompt_ids(model: LensModel, transcript: Transcript) -> list[int]:
+    if not transcript.prompt.strip():
+        raise DataError(f"The prompt of {transcript.id!r} is empty. Give it text, or drop it.")
+    thinks = model.template.thinks
+    tokens = tokenize(transcript.replace(thinking="" if thinks else None), model.tokenizer, model.template)
+    # Without thinking the closing is the prompt's own tail, so generation begins behind it.
+    return [int(i) for i in tokens.token_ids[: tokens.span(Span.PROMPT).stop if thinks else tokens.n_pos]]
 
 
-def _generate(model: LensModel, rows: list[_Row], budget: Budget) -> None:
-    """Decodes all rows to their ends, writing into them."""
-    ends = _end_ids(model)
-    batch = model.to_batch([row.prompt for row in rows], left=True)
-    ids, mask, positions = batch.ids, batch.mask, batch.positions
-    cache = DynamicCache(config=model.hf.config)
-    live = rows
-    with torch.inference_mode():
-        while live:
-            output = model.hf(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            chosen = _choose(output.logits[:, -1].float(), live, budget)
-            fed = [_advance(model, row, token, budget, ends) for row, token in zip(live, chosen, strict=True)]
-            stay = [i for i, row in enumerate(live) if not row.ended]
-            keep = torch.tensor(stay, device=mask.device, dtype=torch.long)
-            ids = torch.tensor([[fed[i]] for i in stay], device=mask.device, dtype=torch.long)
-            if len(stay) < len(live) and stay:
-                cache.batch_select_indices(keep)
-            mask = torch.cat([mask[keep], torch.ones_like(mask[keep, :1])], 1)
-            positions = positions[keep, -1:] + 1
-            live = [live[i] for i in stay]
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _choose(logits: Tensor, rows: list[_Row], budget: Budget) -> list[int]:
-    if not budget.temperature:
-        return [int(token) for token in logits.argmax(-1)]
-    totals = torch.softmax(logits.double() / budget.temperature, -1).cumsum(-1).cpu()
-    drawn = torch.tensor([[row.noise[row.steps]] for row in rows], dtype=torch.float64) * totals[:, -1:]
-    return [int(token) for token in torch.searchsorted(totals, drawn, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)]
-
-
-def _advance(model: LensModel, row: _Row, token: int, budget: Budget, ends: frozenset[int]) -> int:
-    """Takes one token into a row; returns the token to be fed next."""
-    row.steps += 1
-    if row.forced:
-        return row.forced.pop(0)
-    if row.closed:
-        row.answer.append(token)
-        row.ended = token in ends or len(row.answer) >= budget.max_answer
-        if token in ends:
-            row.answer.pop()
-        return token
-    if token in ends:
-        row.ended = True
-        return token
-    row.thinking.append(token)
-    if _closes(model, row):
-        _cut_tag(model, row)
-        return token
-    if len(row.thinking) >= budget.max_thinking:
-        row.forced_closing = row.closed = budget.force_closing
-        row.ended = not budget.force_closing
-        row.forced = _closing_after(model, row)
-    return token
-
-
-def _closes(model: LensModel, row: _Row) -> bool:
-    return model.template.think_close in model.tokenizer.decode(row.thinking[-8:])
-
-
-def _cut_tag(model: LensModel, row: _Row) -> None:
-    """Ends the thinking before its closing tag and queues what the template writes after the tag."""
-    tag, decode = model.template.think_close, model.tokenizer.decode
-    length = len(row.thinking)
-    cut = next(n for n in range(1, length + 1) if tag in decode(row.thinking[length - n :]))
-    row.thinking = row.thinking[: length - cut]
-    after = model.tokenizer.encode(model.template.closing.partition(tag)[2], add_special_tokens=False)
-    row.closed, row.forced = True, list(after)
-    bare = closing_ids(model.tokenizer, model.template, after_newline=True)
-    newline = row.closing[: len(row.closing) - len(bare)]
-    if newline and row.thinking[-len(newline) :] == newline:
-        row.thinking = row.thinking[: -len(newline)]
-
-
-def _closing_after(model: LensModel, row: _Row) -> list[int]:
-    carries = str(model.tokenizer.decode(row.thinking[-1:])).endswith("\n")
-    return closing_ids(model.tokenizer, model.template, after_newline=carries)
-
-
-def _end_ids(model: LensModel) -> frozenset[int]:
-    """Ids that end a turn, from the generation config and the tokenizer."""
-    config = model.hf.generation_config
-    declared = config.eos_token_id if config is not None else None
-    found = declared if isinstance(declared, list) else [declared]
-    return frozenset(int(i) for i in (*found, model.tokenizer.eos_token_id) if i is not None)
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether it says so: a CPU's allocator raises a plain RuntimeError."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return any(words in str(error).lower() for words in ("out of memory", "can't allocate memory", "not enough memory"))

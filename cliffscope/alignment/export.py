@@ -1,0 +1,271 @@
+"""How does an edit become a checkpoint that loads without CliffScope?
+
+1. The edit is checked: it fits the model, acts at all positions, and needs no weight that the architecture lacks.
+2. Under the edit, transformers itself writes config, generation config and safetensors shards, then the tokenizer with
+   its chat template, into a temporary folder beside the destination.
+3. A model card (README.md) and the edit as JSON are written beside them; everything is flushed to the disk.
+4. The folder is moved into place at once; if anything fails before that, nothing is left behind.
+
+An edit of scope `all` is an edit of the output projection, so the exported model computes what the edited one does.
+Knows nothing of how an edit was chosen: what was measured is given as tables and copied into the card.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
+
+import pandas as pd
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from transformers import AutoConfig
+
+from cliffscope.errors import EditError, StoreError
+from cliffscope.heads.edits import HeadEdit, Scope, edited_weights
+from cliffscope.models import LensModel
+from cliffscope.store import PARTIAL
+
+CARD, EDIT = "README.md", "cliffscope_edit.json"
+SHARD_BYTES = 5_000_000_000
+_SAFETY_COLUMNS = ("arm", "group", "n", "complied", "refused", "unfinished", "rate", "ci_low", "ci_high")
+_EFFECT_COLUMNS = ("arm", "measure", "n", "value", "ci_low", "ci_high", "unit")
+_RANDOM = "random"
+
+
+def export_edited(
+    model: LensModel,
+    edit: HeadEdit,
+    out: str | Path,
+    *,
+    why: str = "",
+    safety: pd.DataFrame | None = None,
+    side_effects: pd.DataFrame | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Writes an edited model as a Hugging Face checkpoint that plain `transformers` loads.
+
+    Args:
+        model: the model; it is unchanged afterwards.
+        edit: with scope `all`, of a kind that the architecture can hold in its weights.
+        out: directory to be made; its parents are made too.
+        why: for the model card: how the edit was chosen.
+        safety: what `SafetyReport.to_frame` gave, for the model card.
+        side_effects: what `SideEffects.to_frame` gave, for the model card.
+        dtype: of the written weights; None keeps the source checkpoint's own where it can be read (on a CPU a model is
+            computed in fp32 whatever it was stored in), else that of the loaded weights, as for a dequantised GGUF.
+        overwrite: replace a checkpoint that is there. Off by default: an export takes nothing away.
+        shard_bytes: size of one safetensors file at most.
+
+    Returns:
+        The directory.
+
+    Raises:
+        EditError: the edit is for another model, has another scope than `all`, or cannot be held in weights.
+        StoreError: the directory exists, or cannot be written, such as on a full disk; nothing is left behind.
+
+    Example:
+        >>> import cliffscope as cs
+        >>> model = cs.organisms.load("planted-llama")
+        >>> folder = tempfile.mkdtemp()
+        >>> edit = cs.zero(cs.organisms.read_truth("planted-llama").planted)
+        >>> sorted(p.name for p in cs.export_edited(model, edit, f"{folder}/edited").iterdir())[:3]
+        ['README.md', 'chat_template.jinja', 'cliffscope_edit.json']
+    """
+    _check_scope(model, edit)
+    place = Path(out).absolute()
+    _check_place(place, model, overwrite=overwrite)
+    stored = dtype or _stored_dtype(model)
+    card = _model_card(model, edit, why=why, dtype=stored, safety=safety, side_effects=side_effects)
+
+    def write(folder: Path) -> None:
+        _write_model(model, edit, folder, stored, shard_bytes)
+        (folder / EDIT).write_text(json.dumps(edit.to_dict(), indent=1) + "\n", encoding="utf-8")
+        (folder / CARD).write_text(card, encoding="utf-8")
+
+    _write_folder(place, write, overwrite=overwrite)
+    return Path(out)
+
+
+def _check_scope(model: LensModel, edit: HeadEdit) -> None:
+    edit.check(model)
+    if not edit.heads:
+        raise EditError("The edit names no head, so there is nothing to export. Give one with heads.")
+    if edit.scope is not Scope.ALL:
+        raise EditError(
+            f"The edit has scope {str(edit.scope)!r}; weights act at all positions and can hold scope 'all' alone. "
+            "Make it with scope='all', and measure that with evaluate_safety before exporting."
+        )
+
+
+def _check_place(place: Path, model: LensModel, *, overwrite: bool) -> None:
+    if not os.path.lexists(place):
+        return
+    if not overwrite:
+        raise StoreError(f"{place} exists already. Give another directory, or overwrite=True (--overwrite).")
+    if place.is_symlink() or not (place / "config.json").is_file():
+        raise StoreError(f"{place} is no checkpoint directory (no config.json), so it is not replaced. Give another.")
+    source = Path(model.name)
+    if source.exists() and place.resolve() in (source.resolve(), source.resolve().parent):
+        raise StoreError(f"{place} is where the model itself was read from, so it is not replaced. Give another.")
+
+
+def _stored_dtype(model: LensModel) -> torch.dtype:
+    """The source checkpoint's dtype, as its config.json says; the loaded weights' where there is none to be read."""
+    try:
+        found = AutoConfig.from_pretrained(model.name, local_files_only=True).dtype
+    except (OSError, ValueError, KeyError):
+        found = None
+    return found if isinstance(found, torch.dtype) else model.dtype
+
+
+def _write_model(model: LensModel, edit: HeadEdit, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+    known = set(model.hf.state_dict())
+    config = model.hf.config
+    before = config.dtype, config.architectures
+    with edited_weights(model, edit):
+        state = model.hf.state_dict()
+        _refuse_new_weights(sorted(set(state) - known), model, edit)
+        try:
+            # Saving notes dtype and class in the config; the model in memory keeps its own.
+            model.hf.save_pretrained(
+                folder, state_dict=_cast(state, dtype), max_shard_size=shard_bytes, is_main_process=True
+            )
+        finally:
+            config.dtype, config.architectures = before
+    _note_dtype(folder / "config.json", dtype)
+    model.tokenizer.save_pretrained(folder)
+
+
+def _refuse_new_weights(new: list[str], model: LensModel, edit: HeadEdit) -> None:
+    if new:
+        raise EditError(
+            f"{edit!r} needs the weight {new[0]!r}, which {type(model.hf).__name__} does not have: its output "
+            "projection has no bias, and whoever loads the checkpoint would leave it out. Export a zero or scale edit "
+            "(cs.zero, cs.scale), which need none, or use this edit with edited_weights."
+        )
+
+
+def _cast(state: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Floating-point weights in another dtype; weights that share memory still do, so that they stay tied."""
+    done: dict[tuple[int, torch.Size], Tensor] = {}
+    for weight in state.values():
+        if weight.is_floating_point() and weight.dtype != dtype:
+            done.setdefault((weight.data_ptr(), weight.shape), weight.to(dtype))
+    return {name: done.get((weight.data_ptr(), weight.shape), weight) for name, weight in state.items()}
+
+
+def _note_dtype(path: Path, dtype: torch.dtype) -> None:
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _write_folder(place: Path, write: Callable[[Path], None], *, overwrite: bool) -> None:
+    """Lets `write` fill a temporary folder beside the place, then moves it there."""
+    temporary: Path | None = None
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}.", suffix=PARTIAL))
+        write(temporary)
+        # A temporary folder is the owner's alone; a checkpoint has the rights that any new folder has.
+        (probe := temporary / ".rights").mkdir()
+        temporary.chmod(probe.stat().st_mode)
+        probe.rmdir()
+        _flush(temporary)
+        _move(temporary, place, overwrite=overwrite)
+    except (OSError, SafetensorError) as error:
+        raise StoreError(
+            f"{place} cannot be written: {getattr(error, 'strerror', None) or error}. Free space or give another "
+            "directory, then export again; nothing was left behind."
+        ) from error
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    for path in (*folder.iterdir(), folder):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _move(temporary: Path, place: Path, *, overwrite: bool) -> None:
+    if not (overwrite and place.exists()):
+        # Renaming replaces an empty directory that somebody has made in the meantime, and nothing else.
+        temporary.rename(place)
+        return
+    old = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}.", suffix=PARTIAL)) / "old"
+    place.rename(old)
+    try:
+        temporary.rename(place)
+    except OSError:
+        old.rename(place)
+        raise
+    finally:
+        shutil.rmtree(old.parent, ignore_errors=True)
+
+
+def _model_card(
+    model: LensModel,
+    edit: HeadEdit,
+    *,
+    why: str,
+    dtype: torch.dtype,
+    safety: pd.DataFrame | None,
+    side_effects: pd.DataFrame | None,
+) -> str:
+    name = _inline(Path(model.name).name)
+    stored = str(dtype).removeprefix("torch.")
+    parts = [
+        "---\nlibrary_name: transformers\ntags:\n- cliffscope\n- attention-head-edit\n---",
+        f"# {name}, edited",
+        "A research artefact: the model below with some attention heads edited in its weights, written by CliffScope "
+        f"{version('cliffscope')}. It loads with plain `transformers`. Nothing was trained.",
+        "## What was edited",
+        f"`{edit!r}` of `{name}` ({type(model.hf).__name__}, fingerprint before the edit `{model.fingerprint}`), in "
+        f"the output projections. Heads: {', '.join(str(head) for head in edit.heads)}. The edit as data: `{EDIT}`. "
+        f"Weights are stored as {stored}; the model was loaded as {str(model.dtype).removeprefix('torch.')}.",
+        "## Why",
+        why.strip() or "No reason was given.",
+        "## Measured",
+        *_measured(safety, _SAFETY_COLUMNS, "Outcomes (`rate`: ASR on harmful prompts, over-refusal on harmless ones)"),
+        *_measured(side_effects, _EFFECT_COLUMNS, "Side effects, edited against unedited"),
+    ]
+    if safety is None and side_effects is None:
+        parts.append("Nothing that was measured was given to this export. Measure before relying on the edit.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _measured(frame: pd.DataFrame | None, columns: Iterable[str], title: str) -> list[str]:
+    """A table in Markdown; of the random arms the mean alone."""
+    if frame is None or frame.empty:
+        return []
+    shown = [name for name in columns if name in frame]
+    kinds = frame["kind"] if "kind" in frame else pd.Series("", index=frame.index)
+    rows = [[_shown(value) for value in row] for row in frame.loc[kinds != _RANDOM, shown].itertuples(index=False)]
+    random = frame[kinds == _RANDOM]
+    by = [name for name in ("group", "measure") if name in frame]
+    value = "rate" if "rate" in frame else "value"
+    for names, part in random.groupby(by, sort=False, dropna=False) if by else ():
+        cells = {**dict(zip(by, names, strict=True)), "arm": f"random, mean of {len(part)}", value: part[value].mean()}
+        rows.append([_shown(cells.get(name, "")) for name in shown])
+    lines = [shown, ["---"] * len(shown), *rows]
+    return [f"{title}:", "\n".join(f"| {' | '.join(cells)} |" for cells in lines)]
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else _inline(str(value))
+
+
+def _inline(text: str) -> str:
+    """Text that can neither leave its line nor its code span or cell."""
+    return " ".join(text.split()).replace("`", "'").replace("|", "/")
