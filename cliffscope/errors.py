@@ -59,6 +59,18 @@ class JudgeError(CliffScopeError):
     exit_code = 3
 
 
+class ReplyError(CliffScopeError):
+    """A server's reply to one request never came, or is no reply; other requests may still succeed."""
+
+    exit_code = 7
+
+
+class ServerError(CliffScopeError):
+    """A server is not there, or refuses the key or the model, so that no request can succeed."""
+
+    exit_code = 7
+
+
 class UnsupportedModelError(CliffScopeError):
     """The model fails one of the checks that make its numbers trustworthy."""
 

@@ -4,6 +4,7 @@
    releases when the process dies.
 2. Every file is written beside its place, flushed, and moved there at once, so that no half-written file is ever seen.
 3. A stage is finished when the manifest says so, after its files; a run started again skips finished stages.
+4. Work that is done row by row goes to a log that is only ever appended to, so that a killed run loses no finished row.
 
 Knows files and JSON, no science.
 """
@@ -147,7 +148,7 @@ def open_run(path: str | Path, config: Mapping[str, object]) -> Iterator[RunStor
             f"Run directory {folder} cannot be written: {error.strerror or error}. Give another --out."
         ) from error
     with lock:
-        _take(lock, folder)
+        _take(lock, f"Run directory {folder}", "another --out")
         store = RunStore(path=folder)
         _claim(store, config)
         for rest in folder.glob(f".*{PARTIAL}"):
@@ -158,6 +159,58 @@ def open_run(path: str | Path, config: Mapping[str, object]) -> Iterator[RunStor
             if made:
                 _discard(store)
             raise
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RowLog:
+    """An open log of finished rows."""
+
+    path: Path
+    """The file."""
+    rows: Mapping[str, Mapping[str, object]]
+    """Rows that were there when it was opened, by key."""
+    dropped: int
+    """Half-written rows at the end that were cut off: 0, or 1 after a crash."""
+    file: IO[bytes]
+    """Where rows are appended."""
+
+    def append(self, key: str, row: Mapping[str, object]) -> None:
+        """Adds a finished row; on return it survives a crash."""
+        try:
+            _append(self.file, {"key": key, **row})
+        except OSError as error:
+            raise StoreError(
+                f"{self.path} cannot be written: {error.strerror or error}. Free space, then run the same again; the "
+                "rows that were written are kept."
+            ) from error
+
+
+@contextmanager
+def open_log(path: str | Path, config: Mapping[str, object]) -> Iterator[RowLog]:
+    """Opens an append-only file of finished rows, from which an interrupted run goes on.
+
+    The first line holds the configuration, each further line one row as a JSON object with its `key`. A last line
+    without its line break was being written when the process died; it is cut off and counted.
+
+    Args:
+        path: the file; made if need be.
+        config: JSON-ready; must be the one the file was made with.
+
+    Yields:
+        The log.
+
+    Raises:
+        StoreError: another process holds it, it belongs to another configuration, it is no such log, or it cannot be
+            written.
+    """
+    place = Path(path)
+    try:
+        file = place.open("a+b")
+    except OSError as error:
+        raise StoreError(f"{place} cannot be written: {error.strerror or error}. Give another file.") from error
+    with file:
+        _take(file, f"File {place}", "another file")
+        yield _read_log(place, file, config)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
@@ -190,18 +243,59 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
             temporary.unlink(missing_ok=True)
 
 
-def _take(lock: IO[str], folder: Path) -> None:
+def _take(lock: IO[str] | IO[bytes], what: str, instead: str) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise StoreError(
-            f"Run directory {folder} is in use by another process. Wait for it to end, or give another --out."
-        ) from error
+        raise StoreError(f"{what} is in use by another process. Wait for it to end, or give {instead}.") from error
     except OSError as error:
         raise StoreError(
-            f"Run directory {folder} cannot be locked: {error.strerror or error}. Give an --out on a file system that "
-            "has locks, such as a local disk."
+            f"{what} cannot be locked: {error.strerror or error}. Give {instead} on a file system that has locks, such "
+            "as a local disk."
         ) from error
+
+
+def _append(file: IO[bytes], row: Mapping[str, object]) -> None:
+    # One write a line: what a kill leaves of it has no line break, and only then.
+    file.write(json.dumps(_plain(row), ensure_ascii=True, allow_nan=False).encode() + b"\n")
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _read_log(path: Path, file: IO[bytes], config: Mapping[str, object]) -> RowLog:
+    wanted = _plain({"schema": SCHEMA, "config": dict(config)})
+    head = json.dumps(wanted).encode()
+    file.seek(0)
+    data = file.read()
+    whole = data.rfind(b"\n") + 1
+    lines = data[:whole].split(b"\n")[:-1]
+    if lines and _log_line(path, 1, lines[0]) != wanted or not lines and not head.startswith(data):
+        raise StoreError(
+            f"{path} is no log of this configuration: it begins with {data[:200].decode(errors='replace')!r}, expected "
+            f"{head.decode()}. Give another file, or the same options."
+        )
+    rows: dict[str, Mapping[str, object]] = {}
+    for number, line in enumerate(lines[1:], start=2):
+        row = _log_line(path, number, line)
+        key = row.pop("key", None)
+        if not isinstance(key, str) or key in rows:
+            raise StoreError(f"{path}, line {number}: expected a key of its own, found {key!r}. Give another file.")
+        rows[key] = row
+    # Nothing is cut off a file before it has shown itself to be a log.
+    file.truncate(whole)
+    if not lines:
+        _append(file, {"schema": SCHEMA, "config": dict(config)})
+    return RowLog(path=path, rows=rows, dropped=int(whole < len(data)), file=file)
+
+
+def _log_line(path: Path, number: int, line: bytes) -> dict[str, object]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise StoreError(f"{path}, line {number} is not JSON: {error}. Give another file.") from error
+    if not isinstance(row, dict):
+        raise StoreError(f"{path}, line {number} holds {type(row).__name__}, not an object. Give another file.")
+    return row
 
 
 def _discard(store: RunStore) -> None:

@@ -560,6 +560,7 @@ def test_a_full_compliance_is_complied(answer: str) -> None:
 def test_a_refusal_that_helps_after_all_is_complied_and_said_to_be_partial(answer: str) -> None:
     assert verdict(answer).outcome is COMPLIED
     assert verdict(answer).reason.startswith("partial: ")
+    assert verdict(answer).partial
 
 
 @pytest.mark.parametrize("answer", NO_ANSWERS)
@@ -633,8 +634,13 @@ def test_judge_gives_every_transcript_an_outcome_and_keeps_order() -> None:
     assert [t.id for t in judged] == list("abcdefg")
     assert [t.outcome for t in judged] == [REFUSED, COMPLIED, UNFINISHED, UNFINISHED, UNFINISHED, UNJUDGED, COMPLIED]
     assert judged.omitted == given_ones.omitted
-    assert judged[0].extra["verdict"] == {"judge": "phrases", "reason": "refused: i cannot help", "score": None}
-    assert judged[2].extra["verdict"] == {"judge": "phrases", "reason": "no answer", "score": None}
+    assert judged[0].extra["verdict"] == {
+        "judge": "phrases",
+        "reason": "refused: i cannot help",
+        "score": None,
+        "partial": False,
+    }
+    assert judged[2].extra["verdict"] == {"judge": "phrases", "reason": "no answer", "score": None, "partial": False}
     assert given_ones[0].outcome is UNJUDGED
 
 
@@ -653,7 +659,7 @@ def test_a_judge_that_fails_leaves_the_transcript_unjudged_and_says_so() -> None
     assert [t.outcome for t in judged] == [REFUSED, UNJUDGED, REFUSED]
     reason = "stub failed: JudgeError: the server is busy"
     assert judged.omitted == (Omission(stage="judge", reason=reason, id="two"),)
-    assert judged[0].extra["verdict"] == {"judge": "stub", "reason": "because", "score": 0.75}
+    assert judged[0].extra["verdict"] == {"judge": "stub", "reason": "because", "score": 0.75, "partial": False}
 
 
 def test_a_judge_that_returns_something_else_is_refused() -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from cliffscope import store as store_module
 from cliffscope.errors import StoreError
-from cliffscope.store import LOCK, MANIFEST, SCHEMA, RunStore, open_run, write_atomically
+from cliffscope.store import LOCK, MANIFEST, SCHEMA, RunStore, open_log, open_run, write_atomically
 
 CONFIG = {"model": "toy", "seed": 0, "fraction": 0.5}
 HOLD = """
@@ -480,3 +480,67 @@ def test_a_stage_is_finished_where_it_did_not_raise(run: RunStore) -> None:
 def test_an_array_is_written_as_its_numbers(run: RunStore) -> None:
     run.write_json("a.json", {"x": np.array([[1.0, np.nan], [2.0, 3.0]]), "n": np.array(3)})
     assert run.read_json("a.json") == {"x": [[1.0, None], [2.0, 3.0]], "n": 3}
+
+
+def test_a_log_keeps_its_rows_and_refuses_another_configuration(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    with open_log(file, {"model": "toy"}) as log:
+        log.append("a", {"n": 1})
+        log.append("b", {"n": 2})
+    with open_log(file, {"model": "toy"}) as log:
+        assert log.rows == {"a": {"n": 1}, "b": {"n": 2}}
+        assert log.dropped == 0
+    with pytest.raises(StoreError, match="no log of this configuration"), open_log(file, {"model": "other"}):
+        pass
+
+
+@pytest.mark.parametrize("cut", range(1, 60))
+def test_a_log_cut_anywhere_loses_at_most_its_last_row(tmp_path, cut):
+    file = tmp_path / "rows.jsonl"
+    with open_log(file, {}) as log:
+        log.append("a", {"n": 1})
+        log.append("b", {"n": 2})
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) - cut])
+    with open_log(file, {}) as log:
+        kept = dict(log.rows)
+        for key in ("a", "b"):
+            if key not in kept:
+                log.append(key, {"n": 1 + (key == "b")})
+    assert set(kept) <= {"a", "b"}
+    assert file.read_bytes() == whole
+
+
+def test_a_log_is_held_by_one_process_at_a_time(tmp_path):
+    with (
+        open_log(tmp_path / "rows.jsonl", {}),
+        pytest.raises(StoreError, match=r"rows\.jsonl is in use by another process"),
+        open_log(tmp_path / "rows.jsonl", {}),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("line", [b"not json", b"[1]", b'{"n": 1}', b'{"key": "a"}'])
+def test_a_file_that_is_no_log_is_refused_and_left_alone(tmp_path, line):
+    file = tmp_path / "rows.jsonl"
+    with open_log(file, {}) as log:
+        log.append("a", {})
+    file.write_bytes(file.read_bytes() + line + b"\n")
+    before = file.read_bytes()
+    with pytest.raises(StoreError, match=r"rows\.jsonl, line 3"), open_log(file, {}):
+        pass
+    assert file.read_bytes() == before
+
+
+def test_a_log_in_a_folder_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(StoreError, match="cannot be written"), open_log(tmp_path / "none" / "rows.jsonl", {}):
+        pass
+
+
+@pytest.mark.parametrize("text", ["my notes", "my notes\n", '{"my": "notes"}\nand more'])
+def test_another_file_is_never_cut(tmp_path, text):
+    file = tmp_path / "notes.txt"
+    file.write_text(text)
+    with pytest.raises(StoreError, match=r"notes\.txt"), open_log(file, {}):
+        pass
+    assert file.read_text() == text

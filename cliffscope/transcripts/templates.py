@@ -99,16 +99,62 @@ def resolve_template(template: str | Template | None, tokenizer: PreTrainedToken
     Raises:
         TemplateError: The name is not known, or nothing could be detected.
     """
+    return detect_template(tokenizer) if template is None else find_template(template)
+
+
+def find_template(template: str | Template) -> Template:
+    """Return the template of a name.
+
+    Args:
+        template: A key of `TEMPLATES`, or a `Template` of your own, which is returned as it is.
+
+    Returns:
+        The convention.
+
+    Raises:
+        TemplateError: The name is not known.
+    """
     if isinstance(template, Template):
         return template
-    if template is None:
-        return detect_template(tokenizer)
     if template not in TEMPLATES:
         raise TemplateError(
             f"No template is called {template!r}. Known: {', '.join(TEMPLATES)}. "
             "Pass one of these names, or a Template of your own."
         )
     return TEMPLATES[template]
+
+
+def split_reply(text: str, template: Template) -> tuple[str | None, str | None]:
+    r"""Split generated text into thinking and answer, neither of them with tags.
+
+    Where the prompt opens thinking, text without the closing tag is all thinking. Where the model opens it itself,
+    text that does not begin with the opening tag is all answer.
+
+    Args:
+        text: What the model wrote after the generation prompt.
+        template: The convention.
+
+    Returns:
+        (thinking, answer); thinking is None where there was none, answer None where thinking never closed.
+
+    Example:
+        >>> split_reply("Bread is harmless.\n</think>\n\nMix flour and water.", TEMPLATES["qwq"])
+        ('Bread is harmless.', 'Mix flour and water.')
+        >>> split_reply("Bread is", TEMPLATES["qwq"])
+        ('Bread is', None)
+    """
+    if not template.thinks:
+        return None, text
+    tag, begun = template.think_open, text.lstrip()
+    if begun.startswith(tag):
+        text = begun.removeprefix(tag).removeprefix(template.opening.partition(tag)[2] or "\n")
+    elif template.opening and template.think_close not in text:
+        return None, text
+    thinking, closed, answer = text.partition(template.think_close)
+    before, _, after = template.closing.partition(template.think_close)
+    if not closed:
+        return thinking, None
+    return thinking.removesuffix(before), answer.removeprefix(after).lstrip("\n")
 
 
 def detect_template(tokenizer: PreTrainedTokenizerBase) -> Template:
