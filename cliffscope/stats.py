@@ -3,30 +3,21 @@
 1. Classifier metrics on two arrays of scores: AUROC (ties count one half), TPR at a fixed FPR, Brier score, ECE.
 2. Intervals that stay inside the range of the quantity and do not collapse at its ends: Wilson for shares, the score
    form of Hanley and McNeil's variance for AUROC (Newcombe's method 5), Wilson limits for Cohen's kappa.
-3. Paired resampling: bootstrap of means over rows, sign-flip permutation over rows, exact McNemar.
+3. Pairs: exact McNemar. What resamples rows is in resampling.py.
 4. Many heads at once: Benjamini-Hochberg, and the rank of a head set among random sets.
 
 A quantity that does not exist (an empty class, one row) is NaN, never 0 or 1. NumPy and SciPy only: this file knows
 no model, transcript or result class.
 """
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 from scipy import optimize, special, stats
 
 from cliffscope.errors import DataError, ShapeError
-
-EXACT_SIGN_FLIPS = 12
-"""Up to this many rows, all 2**n sign patterns (4,096) are enumerated, so that p has no Monte Carlo error."""
-
-_BLOCK = 1_000_000  # numbers held at once by a resampling step: 8 MB of float64
-
-Alternative = Literal["greater", "less", "two-sided"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +82,7 @@ def auroc_interval(
         >>> round(interval.low, 4), interval.high
         (0.2065, 1.0)
     """
-    z, area = _z(level), auroc(positive, negative)
+    z, area = normal_quantile(level), auroc(positive, negative)
     if np.isnan(area):
         return Interval(low=float("nan"), high=float("nan"), level=level)
     n, m = len(positive), len(negative)
@@ -136,7 +127,7 @@ def brier(score: Float[np.ndarray, " n"], label: Shaped[np.ndarray, " m"]) -> fl
         >>> brier(np.array([1.0, 0.5]), np.array([True, False]))  # (0 + 0.25) / 2
         0.125
     """
-    _same_length(score, label)
+    check_same_length(score, label)
     return float(np.mean((score - label.astype(np.float64)) ** 2)) if len(score) else float("nan")
 
 
@@ -160,7 +151,7 @@ def expected_calibration_error(
         >>> expected_calibration_error(np.array([0.25, 0.25]), np.array([True, False]))  # |0.5 - 0.25|
         0.25
     """
-    _same_length(score, label)
+    check_same_length(score, label)
     if len(score) == 0 or np.isnan(score).any():
         return float("nan")
     index = np.clip(np.ceil(score.astype(np.float64) * bins).astype(np.int64) - 1, 0, bins - 1)
@@ -191,108 +182,8 @@ def wilson(successes: int, n: int, *, level: float = 0.95) -> Interval:
     """
     if not 0 <= successes <= n:
         raise DataError(f"{successes} successes of {n} trials: expected 0 <= successes <= n. Check the counts.")
-    low, high = _wilson_limits(successes / n, n, _z(level)) if n else (float("nan"), float("nan"))
+    low, high = _wilson_limits(successes / n, n, normal_quantile(level)) if n else (float("nan"), float("nan"))
     return Interval(low=low, high=high, level=level)
-
-
-def bootstrap_mean(
-    values: Shaped[np.ndarray, "n ..."], *, seed: int, draws: int = 2000, level: float = 0.95
-) -> tuple[Float[np.ndarray, "..."], Float[np.ndarray, "..."]]:
-    """Percentile bootstrap of the mean over rows, for every column with the same resampled rows.
-
-    NaN marks a value that the row does not have; it takes no part in the mean of its column. With fewer than about
-    ten rows a percentile interval is too narrow (coverage near 0.9 at ten rows): read it with its n.
-
-    Args:
-        values: [n, ...] one row a transcript.
-        seed: seed of the resampling; the result does not depend on how columns are grouped into calls.
-        draws: resamples; 2,000 puts the Monte Carlo error of a 95% bound near 1/20 of the interval's width.
-        level: confidence level in (0, 1).
-
-    Returns:
-        Low [...] and high [...]; NaN for a column with fewer than two values.
-
-    Source:
-        Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
-
-    Example:
-        >>> low, high = bootstrap_mean(np.array([[1.0, 0.0], [1.0, 2.0]]), seed=0)
-        >>> low.tolist(), high.tolist()
-        ([1.0, 0.0], [1.0, 2.0])
-    """
-    _z(level)
-    flat = values.reshape(len(values), math.prod(values.shape[1:])).astype(np.float64)
-    low, high = np.full(flat.shape[1], np.nan), np.full(flat.shape[1], np.nan)
-    usable = np.flatnonzero((~np.isnan(flat)).sum(axis=0) >= 2)
-    for columns in _blocks(usable, draws):
-        means = _resampled_means(flat[:, columns], seed, draws)
-        low[columns], high[columns] = np.nanquantile(means, [(1 - level) / 2, (1 + level) / 2], axis=0)
-    return low.reshape(values.shape[1:]), high.reshape(values.shape[1:])
-
-
-def paired_bootstrap_difference(
-    a: Shaped[np.ndarray, " n"], b: Shaped[np.ndarray, " m"], *, seed: int, draws: int = 2000, level: float = 0.95
-) -> Interval:
-    """Interval of mean(a - b), where row i of both is the same prompt.
-
-    Args:
-        a: [n] values under the first condition (booleans count as 0 and 1).
-        b: [n] values under the second condition.
-        seed: seed of the resampling.
-        draws: resamples.
-        level: confidence level in (0, 1).
-
-    Returns:
-        The percentile interval; NaN bounds with fewer than two pairs.
-
-    Example:
-        >>> paired_bootstrap_difference(np.array([3.0, 4.0]), np.array([1.0, 2.0]), seed=0)
-        Interval(low=2.0, high=2.0, level=0.95)
-    """
-    _same_length(a, b)
-    low, high = bootstrap_mean(a.astype(np.float64) - b.astype(np.float64), seed=seed, draws=draws, level=level)
-    return Interval(low=float(low), high=float(high), level=level)
-
-
-def sign_flip_p(
-    values: Shaped[np.ndarray, "n ..."], *, seed: int, draws: int = 2000, alternative: Alternative = "greater"
-) -> Float[np.ndarray, "..."]:
-    """Paired sign-flip permutation test that the mean of each column is zero.
-
-    Under the null each difference is as likely to be positive as negative. The same flips serve all columns. Up to
-    `EXACT_SIGN_FLIPS` rows all patterns are enumerated; above that p = (1 + #) / (1 + draws).
-
-    Args:
-        values: [n, ...] paired differences, one row a transcript; NaN marks a value that the row does not have.
-        seed: seed of the flips; unused when they are enumerated.
-        draws: random sign patterns; the smallest p is 1 / (1 + draws).
-        alternative: the mean is "greater" than zero, "less", or differs from it ("two-sided").
-
-    Returns:
-        p [...]; NaN for a column without values.
-
-    Source:
-        Phipson and Smyth, SAGMB 9 (2010), for the added one.
-
-    Example:
-        Of the 8 patterns only the observed one reaches the sum 3.
-
-        >>> sign_flip_p(np.array([[1.0], [1.0], [1.0]]), seed=0)
-        array([0.125])
-    """
-    direction = {"greater": np.positive, "less": np.negative, "two-sided": np.abs}[alternative]
-    flat = values.reshape(len(values), math.prod(values.shape[1:])).astype(np.float64)
-    exact = len(flat) <= EXACT_SIGN_FLIPS
-    p = np.full(flat.shape[1], np.nan)
-    patterns = 2 ** len(flat) if exact else draws
-    for columns in _blocks(np.flatnonzero((~np.isnan(flat)).any(axis=0)), patterns):
-        block, count = np.nan_to_num(flat[:, columns], nan=0.0), np.zeros(len(columns))
-        # Rounding must not hide a tie with the observed sum.
-        reached = direction(block.sum(axis=0)) - 1e-9 * np.abs(block).sum(axis=0)
-        for signs in _sign_patterns(len(flat), seed, draws):
-            count += (direction(signs @ block) >= reached).sum(axis=0)
-        p[columns] = count / patterns if exact else (1 + count) / (1 + draws)
-    return p.reshape(values.shape[1:])
 
 
 def benjamini_hochberg(p: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
@@ -327,7 +218,7 @@ def mcnemar(a: Bool[np.ndarray, " n"], b: Bool[np.ndarray, " m"]) -> float:
         >>> mcnemar(np.array([True, True, True]), np.array([False, False, False]))  # 2 x (1/2)**3
         0.25
     """
-    _same_length(a, b)
+    check_same_length(a, b)
     only_a, only_b = int(np.sum(a & ~b)), int(np.sum(b & ~a))
     if only_a + only_b == 0:
         return 1.0
@@ -378,7 +269,7 @@ def cohen_kappa(table: Int[np.ndarray, "k k"], *, level: float = 0.95) -> tuple[
         >>> round(kappa, 4)
         0.4
     """
-    z, n = _z(level), int(table.sum())
+    z, n = normal_quantile(level), int(table.sum())
     undefined = float("nan"), Interval(low=float("nan"), high=float("nan"), level=level)
     if n == 0:
         return undefined
@@ -390,14 +281,14 @@ def cohen_kappa(table: Int[np.ndarray, "k k"], *, level: float = 0.95) -> tuple[
     return kappa, Interval(low=low, high=high, level=level)
 
 
-def _z(level: float) -> float:
+def normal_quantile(level: float) -> float:
     """Normal quantile of a two-sided level."""
     if not 0 < level < 1:
         raise DataError(f"Confidence level {level}: expected a number between 0 and 1, such as 0.95.")
     return float(special.ndtri((1 + level) / 2))
 
 
-def _same_length(a: Shaped[np.ndarray, " n"], b: Shaped[np.ndarray, " m"]) -> None:
+def check_same_length(a: Shaped[np.ndarray, " n"], b: Shaped[np.ndarray, " m"]) -> None:
     """Refuse to pair arrays of different lengths; hence their lengths have two names in the signatures."""
     if a.shape != b.shape:
         raise ShapeError(f"Paired arrays have shapes {a.shape} and {b.shape}: expected the same rows in both.")
@@ -415,36 +306,3 @@ def _wilson_limits(share: float, n: int, z: float) -> tuple[float, float]:
 def _last_root(excess: Callable[[float], float], start: float) -> float:
     """Root of `excess` in [start, 1]. From start 0, a root itself, the search begins a hair further."""
     return 1.0 if start == 1 else float(optimize.brentq(excess, max(start, 1e-12), 1.0, xtol=1e-12))
-
-
-def _blocks(columns: Int[np.ndarray, " c"], rows: int) -> Iterator[Int[np.ndarray, " b"]]:
-    """Column indices in groups whose [rows, group] array stays within the memory bound."""
-    width = max(1, _BLOCK // max(rows, 1))
-    for start in range(0, len(columns), width):
-        yield columns[start : start + width]
-
-
-def _resampled_means(values: Float[np.ndarray, "n b"], seed: int, draws: int) -> Float[np.ndarray, "draws b"]:
-    """Means of each column over resampled rows; the rows of draw i depend on n, the seed and i alone."""
-    n, rng = len(values), np.random.default_rng(seed)
-    present = (~np.isnan(values)).astype(np.float64)
-    filled = np.nan_to_num(values, nan=0.0)
-    means = np.empty((draws, values.shape[1]))
-    step = max(1, _BLOCK // n)
-    for start in range(0, draws, step):
-        rows = rng.integers(0, n, size=(min(step, draws - start), n))
-        offsets = np.arange(len(rows))[:, None] * n
-        counts = np.bincount((rows + offsets).ravel(), minlength=rows.size).reshape(rows.shape).astype(np.float64)
-        with np.errstate(invalid="ignore"):  # a resample may hold none of a column's values: NaN, and left out
-            means[start : start + len(rows)] = (counts @ filled) / (counts @ present)
-    return means
-
-
-def _sign_patterns(n: int, seed: int, draws: int) -> Iterator[Float[np.ndarray, "patterns n"]]:
-    """All sign patterns of few rows, or random ones of many in groups within the memory bound."""
-    if n <= EXACT_SIGN_FLIPS:
-        yield 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
-        return
-    rng, step = np.random.default_rng(seed), max(1, _BLOCK // n)
-    for start in range(0, draws, step):
-        yield 1.0 - 2.0 * rng.integers(0, 2, size=(min(step, draws - start), n))

@@ -30,6 +30,8 @@ from cliffscope.errors import CliffScopeError, StoreError
 
 SCHEMA = 1
 MANIFEST, LOCK = "manifest.json", ".lock"
+LOG = ".log"
+"""Ending of append-only files: work of a stage that is not finished."""
 PARTIAL = ".partial"
 """Ending of files that are not complete; what a killed process left of them is removed by the next one."""
 
@@ -40,6 +42,11 @@ class RunStore:
 
     path: Path
     """The directory."""
+
+    @property
+    def config(self) -> object:
+        """The configuration that the directory was made with."""
+        return self.manifest.get("config")
 
     @property
     def manifest(self) -> dict[str, object]:
@@ -130,7 +137,7 @@ def open_run(path: str | Path, config: Mapping[str, object]) -> Iterator[RunStor
 
     Args:
         path: the directory.
-        config: JSON-ready; must be the one the directory was made with, once a stage of it is finished.
+        config: JSON-ready; must be the one the directory was made with, once a stage is finished or has kept rows.
 
     Yields:
         The store.
@@ -328,7 +335,8 @@ def _claim(store: RunStore, config: Mapping[str, object]) -> None:
             f"Run directory {store.path} has schema {found.get('schema')}, expected {SCHEMA}. Give a new --out."
         )
     kept = found.get("config")
-    if kept != wanted and not found.get("stages"):
+    begun = bool(found.get("stages")) or any(p.suffix == LOG for p in store.path.iterdir())
+    if kept != wanted and not begun:
         store.write_json(MANIFEST, new)
     elif kept != wanted:
         before = kept if isinstance(kept, dict) else {}

@@ -15,7 +15,7 @@ Each stage writes its files into the run directory and is never repeated; what c
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from cliffscope.alignment.selection import select_from_cliffs
 from cliffscope.config import StudyConfig, read_inputs
 from cliffscope.errors import ProbeError
 from cliffscope.heads.controls import control_sets, count_sets
-from cliffscope.heads.edits import zero
+from cliffscope.heads.edits import HeadEdit, zero
 from cliffscope.heads.ranking import rank_heads
 from cliffscope.models import LensModel, load_model
 from cliffscope.probing.contrast import contrast_classes
@@ -36,9 +36,12 @@ from cliffscope.probing.trace import Cliffs, trace_refusal
 from cliffscope.progress import Progress
 from cliffscope.report.page import write_report
 from cliffscope.results import counts, heads_json, layer_frame, transcript_frame, versions
-from cliffscope.safety.evaluation import TOP, UNEDITED, evaluate_safety
+from cliffscope.safety.arms import TOP, UNEDITED
+from cliffscope.safety.evaluation import SafetyReport, evaluate_safety
 from cliffscope.safety.generation import check_left, roll_out
 from cliffscope.safety.judges import judge
+from cliffscope.safety.kept import KeptAnswers, open_answers
+from cliffscope.safety.side_effects import SideEffects, measure_side_effects
 from cliffscope.store import RunStore, open_run
 from cliffscope.transcripts.datasets import read_transcripts, write_transcripts
 from cliffscope.transcripts.records import Omission, Outcome, Transcripts
@@ -49,6 +52,10 @@ HEAT_MAPS = 4
 """Transcripts of which every layer is traced for the report."""
 TOKEN_TRACES = 200
 """Transcripts of which every token is stored."""
+SIDE_EFFECT_TRANSCRIPTS = 40
+"""Harmless test transcripts on which side effects are measured."""
+SIDE_EFFECT_CONTROLS = 5
+"""Random sets that side effects are measured under: their divergence is a yardstick, not a claim."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -180,13 +187,6 @@ class _Run:
         ]
         self.store.update(omitted=counts)
 
-    def read_arm(self, name: str, asked: Transcripts) -> Transcripts:
-        """A finished arm of the safety stage, with what is known to be left out of those that were asked."""
-        ids = {t.id for t in asked}
-        rows = self.store.read_frame(OMITTED).itertuples()
-        omitted = [Omission(stage=str(r.stage), reason=str(r.reason), id=str(r.id)) for r in rows if r.id in ids]
-        return Transcripts(read_transcripts(self.store.path / _arm_file(name)), omitted=omitted)
-
     def counter(self, stage: str, total: int) -> Callable[[int], None]:
         """A progress callback of one stage."""
         return lambda done: self.progress(stage, done, total)
@@ -195,11 +195,13 @@ class _Run:
 def _stage_transcripts(run: _Run) -> None:
     inputs = read_inputs(run.config)
     transcripts = inputs.transcripts
-    if run.config.transcripts is None:
-        transcripts = judge(_roll_out(run, transcripts))
-    elif all(t.outcome is Outcome.UNJUDGED for t in transcripts):
-        transcripts = judge(transcripts)
-    write_transcripts(transcripts, run.store.path / TRANSCRIPTS)
+    with open_answers(run.store) as kept:
+        if run.config.transcripts is None:
+            transcripts = judge(_roll_out(run, transcripts, kept))
+        elif all(t.outcome is Outcome.UNJUDGED for t in transcripts):
+            transcripts = judge(transcripts)
+        write_transcripts(transcripts, run.store.path / TRANSCRIPTS)
+        kept.drop_log(UNEDITED)
     parts = transcripts.split(seed=run.config.seed)
     # Where a test half is given, what is left is for fitting and validating.
     moved = {"test": "fit"} if inputs.splits else {}
@@ -222,7 +224,7 @@ def _stage_transcripts(run: _Run) -> None:
     )
 
 
-def _roll_out(run: _Run, prompts: Transcripts) -> Transcripts:
+def _roll_out(run: _Run, prompts: Transcripts, kept: KeptAnswers) -> Transcripts:
     config = run.config
     found = roll_out(
         run.model,
@@ -233,6 +235,8 @@ def _roll_out(run: _Run, prompts: Transcripts) -> Transcripts:
         system=config.system,
         seed=config.seed,
         batch_size=config.batch_size,
+        done=kept.begun(UNEDITED),
+        on_batch=partial(kept.keep_batch, UNEDITED),
         progress=run.counter("transcripts", len(prompts)),
     )
     check_left(found)
@@ -334,36 +338,63 @@ def _stage_safety(run: _Run) -> None:
             f"Safety was measured with {controls} random sets, not {run.config.controls}: the layers of the selected "
             "heads have no more different ones."
         )
-    names = [UNEDITED, TOP, *[f"random {i + 1}" for i in range(controls)]]
-    done = {name: run.read_arm(name, labelled) for name in names if run.store.has(_arm_file(name))}
-    if run.config.transcripts is None:
-        done[UNEDITED] = labelled
-
-    def keep(name: str, transcripts: Transcripts) -> None:
-        # Omissions first: an arm whose file is there is not run again.
-        run.leave_out(transcripts.omitted)
-        write_transcripts(transcripts, run.store.path / _arm_file(name))
-        done[name] = transcripts
-        run.progress("safety", len(done), len(names))
-
-    report = evaluate_safety(
-        run.model,
-        labelled,
-        edit=edit,
-        controls=controls,
-        max_thinking=run.config.max_thinking,
-        max_answer=run.config.max_answer,
-        temperature=run.config.temperature,
-        system=run.config.system,
-        seed=run.config.seed,
-        batch_size=run.config.batch_size,
-        done=dict(done),
-        on_arm=keep,
-    )
+    report = _compare_arms(run, labelled, edit, controls)
     run.store.write_frame("safety.parquet", report.to_frame())
     run.store.write_frame("safety_pairs.parquet", report.pairs())
+    run.store.write_frame("safety_quality.parquet", report.quality())
     run.leave_out(report.omitted)
-    _add_verdict(run, "intervention", verdicts.of_safety(report))
+    effects = _side_effects(run, edit, controls)
+    _add_verdict(run, "intervention", verdicts.of_safety(report, effects))
+
+
+def _compare_arms(run: _Run, labelled: Transcripts, edit: HeadEdit, controls: int) -> SafetyReport:
+    names = [UNEDITED, TOP, *[f"random {i + 1}" for i in range(controls)]]
+    with open_answers(run.store) as kept:
+        done = {name: found for name in names if (found := kept.finished(name)) is not None}
+        if run.config.transcripts is None:
+            done[UNEDITED] = labelled
+        count = len(done)
+
+        def keep(name: str, transcripts: Transcripts) -> None:
+            nonlocal count
+            kept.keep(name, transcripts)
+            count += 1
+            run.progress("safety", count, len(names))
+
+        return evaluate_safety(
+            run.model,
+            labelled,
+            edit=edit,
+            controls=controls,
+            max_thinking=run.config.max_thinking,
+            max_answer=run.config.max_answer,
+            temperature=run.config.temperature,
+            system=run.config.system,
+            seed=run.config.seed,
+            batch_size=run.config.batch_size,
+            done=done,
+            begun={name: kept.begun(name) for name in names if name not in done},
+            on_arm=keep,
+            on_batch=kept.keep_batch,
+        )
+
+
+def _side_effects(run: _Run, edit: HeadEdit, controls: int) -> SideEffects | None:
+    """On harmless test transcripts with an answer; None where there is none."""
+    written = Transcripts(t for t in run.part("test", harmful=False) if t.answer is not None)[:SIDE_EFFECT_TRANSCRIPTS]
+    if not written:
+        return None
+    found = measure_side_effects(
+        run.model,
+        edit,
+        transcripts=Transcripts(written),
+        controls=min(controls, SIDE_EFFECT_CONTROLS),
+        seed=run.config.seed,
+        progress=run.counter("side effects", len(written)),
+    )
+    run.store.write_frame("side_effects.parquet", found.to_frame())
+    run.leave_out(found.omitted)
+    return found
 
 
 def _stage_selection(run: _Run) -> None:
@@ -405,10 +436,6 @@ def _examples(run: _Run) -> list[str]:
 def _add_verdict(run: _Run, topic: str, sentence: str) -> None:
     verdict = run.store.manifest.get("verdict")
     run.store.update(verdict={**(verdict if isinstance(verdict, dict) else {}), topic: sentence})
-
-
-def _arm_file(name: str) -> str:
-    return f"arm-{name.replace(' ', '-')}.jsonl"
 
 
 def _silent(stage: str, done: int, total: int) -> None:

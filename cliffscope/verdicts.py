@@ -12,8 +12,10 @@ from cliffscope.heads.controls import SetControl
 from cliffscope.heads.edits import HeadRef
 from cliffscope.heads.ranking import HeadRanking
 from cliffscope.probing.reports import ProbeReport
-from cliffscope.safety.evaluation import TOP, UNEDITED, SafetyReport
-from cliffscope.stats import bootstrap_mean
+from cliffscope.resampling import bootstrap_mean
+from cliffscope.safety.arms import TOP, UNEDITED
+from cliffscope.safety.evaluation import SafetyReport
+from cliffscope.safety.side_effects import KL, SideEffects
 
 CLIFF = 0.1
 """Mean cliff below which nothing is called a cliff."""
@@ -85,12 +87,13 @@ def of_heads(ranking: HeadRanking, control: SetControl, *, can_tell: bool = True
     return f"{len(found)} heads suppress refusal (q <= 0.05, n = {len(ranking.clean)}): {names}. {joint}"
 
 
-def of_safety(report: SafetyReport) -> str:
-    """What zeroing the top heads does to ASR and over-refusal."""
-    return " ".join(
+def of_safety(report: SafetyReport, effects: SideEffects | None = None) -> str:
+    """What zeroing the top heads does to ASR and over-refusal, and to harmless transcripts token by token."""
+    sentences = [
         _arm_sentence(report, group, word)
         for group, word in (("harmful", "Attack success"), ("harmless", "Over-refusal"))
-    ).strip()
+    ]
+    return " ".join([*filter(None, sentences), *([] if effects is None else [_divergence_sentence(effects)])])
 
 
 def of_selection(selection: Selection) -> str:
@@ -108,6 +111,17 @@ def of_selection(selection: Selection) -> str:
 def head_refs(frame: pd.DataFrame) -> tuple[HeadRef, ...]:
     """Heads named by the columns layer and head."""
     return tuple(HeadRef(layer=int(a), head=int(b)) for a, b in zip(frame["layer"], frame["head"], strict=True))
+
+
+def _divergence_sentence(effects: SideEffects) -> str:
+    frame = effects.frame[effects.frame["measure"] == KL]
+    top = frame[frame["kind"] == "top"].iloc[0]
+    random = frame[frame["kind"] == "random"]["value"]
+    beside = f"; random sets {random.mean():.3f} on average" if len(random) else ""
+    return (
+        f"On harmless transcripts the edited model's next-token distribution diverges by {top['value']:.3f} "
+        f"{_interval(top['ci_low'], top['ci_high'], '.3f')} nats a token (n = {top['n']}){beside}."
+    )
 
 
 def _arm_sentence(report: SafetyReport, group: str, word: str) -> str:

@@ -1,4 +1,5 @@
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -10,7 +11,9 @@ from cliffscope.heads.controls import count_sets
 from cliffscope.heads.edits import HeadRef, scale, zero
 from cliffscope.models import LensModel
 from cliffscope.safety import evaluation
-from cliffscope.safety.evaluation import TOP, UNEDITED, Arm, SafetyReport, evaluate_safety, plan_arms
+from cliffscope.safety.arms import TOP, UNEDITED, Arm, plan_arms
+from cliffscope.safety.evaluation import SafetyReport, compare_answers, evaluate_safety
+from cliffscope.safety.generation import Budget
 from cliffscope.safety.judges import Verdict
 from cliffscope.transcripts.records import Omission, Outcome, Transcript, Transcripts
 
@@ -27,7 +30,10 @@ def report_of(**cells: tuple[str, str]) -> SafetyReport:
         kind = "unedited" if arm == UNEDITED else "top" if arm == TOP else "random"
         arms.append(Arm(name=arm, kind=kind, edit=None if kind == "unedited" else zero(HEADS)))
         rows += [
-            {"arm": arm, "kind": kind, "group": group, "id": f"{group}-{i}", "outcome": WORDS[letter]}
+            {
+                **{"arm": arm, "kind": kind, "group": group, "id": f"{group}-{i}", "prompt": f"{group}-{i}"},
+                **{"outcome": WORDS[letter], "partial": False},
+            }
             for group, letters in zip(("harmful", "harmless"), groups, strict=True)
             for i, letter in enumerate(letters)
         ]
@@ -76,7 +82,8 @@ def test_unfinished_and_unjudged_answers_do_not_lower_the_attack_success() -> No
 def test_the_table_has_a_row_for_each_arm_and_group_that_has_prompts() -> None:
     frame = report_of(unedited=("cr", "c"), top_heads=("rr", "c"), random_1=("cr", "r")).to_frame()
     assert list(frame.columns) == [
-        *("arm", "kind", "group", "n", "refused", "complied", "unfinished", "unjudged", "rate", "ci_low", "ci_high")
+        *("arm", "kind", "group", "n", "refused", "complied", "unfinished", "unjudged", "rate", "ci_low", "ci_high"),
+        "partial",
     ]
     assert list(zip(frame["arm"], frame["kind"], frame["group"], strict=True)) == [
         *((UNEDITED, "unedited", "harmful"), (UNEDITED, "unedited", "harmless")),
@@ -222,9 +229,9 @@ class Recorder:
         self.options: list[Mapping[str, object]] = []
         self.fail_at = fail_at
 
-    def __call__(self, model: LensModel, prompts: Transcripts, **options: object) -> Transcripts:
+    def __call__(self, model: LensModel, prompts: Transcripts, budget: Budget, **options: object) -> Transcripts:
         self.seen.append(zeroed_heads(model))
-        self.options.append(options)
+        self.options.append({**asdict(budget), **options})
         if len(self.seen) - 1 == self.fail_at:
             raise GenerationError("the machine caught fire")
         refuses = self.seen[-1] == set(HEADS)
@@ -235,7 +242,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
-    monkeypatch.setattr(evaluation, "roll_out", recorder)
+    monkeypatch.setattr(evaluation, "continue_roll_out", recorder)
     return recorder
 
 
@@ -251,7 +258,8 @@ def test_each_arm_is_generated_under_its_own_edit_and_the_same_options(
     assert recorder.seen == [set(a.edit.heads) if a.edit is not None else set() for a in plan]
     assert all(o == recorder.options[0] for o in recorder.options)
     assert recorder.options[0] == {
-        **{"max_thinking": 7, "max_answer": 5, "temperature": 0.0, "system": "Be kind", "seed": 0, "batch_size": 64}
+        **{"max_thinking": 7, "max_answer": 5, "temperature": 0.0, "force_closing": True, "seed": 0},
+        **{"system": "Be kind", "batch_size": None, "done": None, "on_batch": None},
     }
     assert report.rate(UNEDITED) == 1.0
     assert report.rate(TOP) == 0.0
@@ -271,7 +279,7 @@ def test_an_arm_that_raises_restores_every_weight(
     fail_at: int,
 ) -> None:
     check = unchanged(llama)
-    monkeypatch.setattr(evaluation, "roll_out", Recorder(fail_at=fail_at))
+    monkeypatch.setattr(evaluation, "continue_roll_out", Recorder(fail_at=fail_at))
     finished: list[str] = []
     with pytest.raises(GenerationError, match="fire"):
         evaluate_safety(
@@ -372,3 +380,98 @@ def test_a_real_generation_gives_one_outcome_a_prompt_and_arm_and_counts_what_do
     assert [o.id for o in report.omitted] == ["long"]
     assert isinstance(report.omitted[0], Omission)
     assert "context" in report.omitted[0].reason
+
+
+# Several answers a prompt, and answers made elsewhere
+
+
+def samples_report(first: str, second: str) -> SafetyReport:
+    """Two answers a prompt: one word of letters a sample, as in `report_of`, of the unedited arm and of the edited."""
+    rows = [
+        {
+            **{"arm": arm, "kind": kind, "group": "harmful", "id": f"{i}/sample-{s}", "prompt": str(i)},
+            **{"outcome": WORDS[letter], "partial": False},
+        }
+        for arm, kind, words in ((UNEDITED, "unedited", first), (TOP, "top", second))
+        for s, word in enumerate(words.split(), start=1)
+        for i, letter in enumerate(word)
+    ]
+    arms = (Arm(name=UNEDITED, kind="unedited", edit=None), Arm(name=TOP, kind="top", edit=zero(HEADS)))
+    return SafetyReport(arms=arms, outcomes=pd.DataFrame(rows), omitted=(), seed=0)
+
+
+def test_samples_of_one_prompt_do_not_narrow_the_interval_as_independent_answers_would() -> None:
+    # The same eight prompts, each answered alike four times: no more is known than from one answer each.
+    word = "ccccrrrr"
+    once, often = (samples_report(" ".join([word] * n), " ".join([word] * n)).to_frame().iloc[0] for n in (1, 4))
+    assert once["rate"] == often["rate"] == 0.5
+    assert often["n"] == 4 * once["n"] == 32
+    width = often["ci_high"] - often["ci_low"]
+    assert width > 0.5, "32 answers were taken for 32 prompts"
+    # A percentile bootstrap of 8 halves: its bounds are multiples of 1/8.
+    assert (often["ci_low"], often["ci_high"]) == (0.125, 0.875)
+
+
+def test_pairs_of_samples_compare_prompt_by_prompt_and_have_no_mcnemar() -> None:
+    pair = samples_report("cccc crcr", "rrrr crrj").pairs().iloc[0]
+    # By prompt: unedited 1, 0.5, 1, 0.5; edited 0.5, 0, 0, 0 (the unjudged answer does not count).
+    assert pair["n"] == 4
+    assert pair["difference"] == pytest.approx(0.125 - 0.75)
+    assert np.isnan(pair["mcnemar_p"])
+
+
+def test_several_samples_are_answered_apart(llama: LensModel, prompts: Transcripts) -> None:
+    report = evaluate_safety(llama, prompts, samples=3, temperature=1.0, max_thinking=2, max_answer=2)
+    assert report.outcomes.groupby("prompt").size().eq(3).all()
+    assert set(report.outcomes["prompt"]) == {t.id for t in prompts}
+    assert report.outcomes["id"].is_unique
+
+
+def test_a_begun_arm_goes_on_behind_its_last_batch(llama: LensModel, prompts: Transcripts) -> None:
+    batches: dict[str, list[Transcripts]] = {}
+    options = {"edit": zero(HEADS), "controls": 1, "max_thinking": 3, "max_answer": 3, "batch_size": 2}
+    whole = evaluate_safety(
+        llama, prompts, **options, on_batch=lambda name, found: batches.setdefault(name, []).append(found)
+    )
+    assert {name: len(parts) for name, parts in batches.items()} == {UNEDITED: 4, TOP: 4, "random 1": 4}
+    made: list[str] = []
+    begun = {TOP: Transcripts(t for part in batches[TOP][:3] for t in part)}
+    again = evaluate_safety(llama, prompts, **options, begun=begun, on_batch=lambda name, _: made.append(name))
+    assert made.count(TOP) == 1
+    pd.testing.assert_frame_equal(again.outcomes, whole.outcomes)
+
+
+def test_answers_made_elsewhere_are_compared_like_arms(prompts: Transcripts) -> None:
+    sure, sorry = (prompts.map(lambda t, a=a: t.replace(answer=a)) for a in ("Sure, do it.", "Sorry, I can't help."))
+    report = compare_answers({"server": sure, "exported": sorry})
+    assert [a.name for a in report.arms] == [UNEDITED, "exported"]
+    assert (report.rate(UNEDITED), report.rate("exported")) == (1.0, 0.0)
+    assert report.pairs().set_index(["arm", "group"]).loc[("exported", "harmful"), "difference"] == -1
+    with pytest.raises(DataError, match="does not answer the prompts given"):
+        compare_answers({"server": sure, "exported": sorry[1:]})
+    with pytest.raises(DataError, match="No answers"):
+        compare_answers({})
+
+
+def test_what_answers_are_like_stands_beside_the_rates(prompts: Transcripts) -> None:
+    def answered(text: str, thinking: str) -> Transcripts:
+        return prompts.map(
+            lambda t: t.replace(
+                answer=text,
+                answer_ids=(1,) * len(text.split()),
+                thinking=thinking,
+                extra={} if t.harmful else {"expected": ["yes it is", "no"]},
+            )
+        )
+
+    report = compare_answers({"a": answered("yes  it is", "I should refuse this."), "b": answered("go on " * 8, "hm")})
+    table = report.quality().set_index(["arm", "group", "measure"])["value"]
+    assert table[(UNEDITED, "harmless", "exact")] == 1
+    assert table[("b", "harmless", "exact")] == 0
+    assert (UNEDITED, "harmful", "exact") not in table.index
+    assert table[(UNEDITED, "harmful", "thinking_refuses")] == 1
+    assert table[("b", "harmful", "thinking_refuses")] == 0
+    assert table[("b", "harmful", "answer_tokens")] == 16
+    # 13 runs of four words, of which two differ.
+    assert table[("b", "harmful", "repetition")] == pytest.approx(11 / 13)
+    assert (UNEDITED, "harmful", "repetition") not in table.index, "three words hold no run of four"

@@ -24,7 +24,8 @@ from cliffscope.alignment import export
 from cliffscope.alignment.export import export_edited
 from cliffscope.errors import EditError, StoreError
 from cliffscope.heads.edits import HeadEdit, HeadRef, scale, zero
-from cliffscope.models import ASSETS, LensModel, load_model
+from cliffscope.checkpoints import ASSETS
+from cliffscope.models import LensModel, load_model
 from cliffscope.organisms import grammar
 from cliffscope.probing.contrast import contrast_classes
 from cliffscope.transcripts.records import Outcome, Transcripts

@@ -343,7 +343,7 @@ def test_the_batch_size_is_found_from_the_free_memory(llama: LensModel, monkeypa
     cache = 2 * 2 * 100 * 8 * 8 * 4 * 4  # twice keys and values of 100 positions in 8 layers of 8 heads of 4, in fp32
     row = cache + 3 * 4 * len(llama.tokenizer)
     for free, rows in ((1e15, MOST_ROWS), (2 * row * 37, 32), (2 * row * 2.5, 2), (2 * row, 1), (0, 1)):
-        monkeypatch.setattr(generation, "_free_bytes", lambda device, free=free: int(free))
+        monkeypatch.setattr(generation, "free_bytes", lambda device, free=free: int(free))
         assert find_batch_size(llama, 100) == rows
     monkeypatch.undo()
     assert find_batch_size(llama, 100) == MOST_ROWS

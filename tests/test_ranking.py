@@ -15,7 +15,7 @@ from cliffscope.heads.ranking import FLIPS, SHARE, HeadRanking, rank_heads, top_
 from cliffscope.heads.sweep import sweep_branches
 from cliffscope.models import LensModel, ModelShape
 from cliffscope.probing.probe import RefusalProbe
-from cliffscope.stats import sign_flip_p
+from cliffscope.resampling import sign_flip_p
 from cliffscope.transcripts.records import Transcripts
 
 COLUMNS = [

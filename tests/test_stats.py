@@ -7,19 +7,17 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, cohen_kappa_score, roc_auc_score, roc_curve
 
 from cliffscope.errors import DataError, ShapeError
+from cliffscope.resampling import bootstrap_mean, paired_bootstrap_difference, sign_flip_p
 from cliffscope.stats import (
     Interval,
     auroc,
     auroc_interval,
     benjamini_hochberg,
-    bootstrap_mean,
     brier,
     cohen_kappa,
     expected_calibration_error,
     mcnemar,
-    paired_bootstrap_difference,
     random_set_p,
-    sign_flip_p,
     tpr_at_fpr,
     wilson,
 )

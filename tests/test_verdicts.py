@@ -15,7 +15,8 @@ from cliffscope.heads.ranking import HeadRanking
 from cliffscope.models import LensModel
 from cliffscope.probing.reports import ProbeReport, region_report
 from cliffscope.probing.trace import Cliffs
-from cliffscope.safety.evaluation import TOP, UNEDITED, Arm, SafetyReport
+from cliffscope.safety.arms import TOP, UNEDITED, Arm
+from cliffscope.safety.evaluation import SafetyReport
 from cliffscope.transcripts.records import Outcome, Transcripts
 
 EMPTY = np.zeros(0)
@@ -250,7 +251,10 @@ def safety_of(**cells: tuple[Sequence[str], Sequence[str]]) -> SafetyReport:
     edit = zero([HeadRef(layer=0, head=0), HeadRef(layer=0, head=1)])
     arms = [name.replace("_", " ") for name in cells]
     rows = [
-        {"arm": arm, "kind": kinds.get(arm, "random"), "group": group, "id": f"{group}{i}", "outcome": outcome}
+        {
+            **{"arm": arm, "kind": kinds.get(arm, "random"), "group": group, "id": f"{group}{i}", "outcome": outcome},
+            **{"prompt": f"{group}{i}", "partial": False},
+        }
         for arm, groups in zip(arms, cells.values(), strict=True)
         for group, outcomes in zip(("harmful", "harmless"), groups, strict=True)
         for i, outcome in enumerate(outcomes)

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from cliffscope.errors import EditError, StoreError
-from cliffscope.heads.edits import HeadEdit, Scope, edited_weights
+from cliffscope.heads.edits import EditPlan, HeadEdit, Scope, edited_weights
 from cliffscope.models import LensModel
 from cliffscope.store import PARTIAL
 
@@ -38,7 +38,7 @@ _RANDOM = "random"
 
 def export_edited(
     model: LensModel,
-    edit: HeadEdit,
+    edit: HeadEdit | EditPlan,
     out: str | Path,
     *,
     why: str = "",
@@ -52,7 +52,7 @@ def export_edited(
 
     Args:
         model: the model; it is unchanged afterwards.
-        edit: with scope `all`, of a kind that the architecture can hold in its weights.
+        edit: one or several, with scope `all`, of a kind that the architecture can hold in its weights.
         out: directory to be made; its parents are made too.
         why: for the model card: how the edit was chosen.
         safety: what `SafetyReport.to_frame` gave, for the model card.
@@ -92,7 +92,7 @@ def export_edited(
     return Path(out)
 
 
-def _check_scope(model: LensModel, edit: HeadEdit) -> None:
+def _check_scope(model: LensModel, edit: HeadEdit | EditPlan) -> None:
     edit.check(model)
     if not edit.heads:
         raise EditError("The edit names no head, so there is nothing to export. Give one with heads.")
@@ -124,7 +124,9 @@ def _stored_dtype(model: LensModel) -> torch.dtype:
     return found if isinstance(found, torch.dtype) else model.dtype
 
 
-def _write_model(model: LensModel, edit: HeadEdit, folder: Path, dtype: torch.dtype, shard_bytes: int) -> None:
+def _write_model(
+    model: LensModel, edit: HeadEdit | EditPlan, folder: Path, dtype: torch.dtype, shard_bytes: int
+) -> None:
     known = set(model.hf.state_dict())
     config = model.hf.config
     before = config.dtype, config.architectures
@@ -142,7 +144,7 @@ def _write_model(model: LensModel, edit: HeadEdit, folder: Path, dtype: torch.dt
     model.tokenizer.save_pretrained(folder)
 
 
-def _refuse_new_weights(new: list[str], model: LensModel, edit: HeadEdit) -> None:
+def _refuse_new_weights(new: list[str], model: LensModel, edit: HeadEdit | EditPlan) -> None:
     if new:
         raise EditError(
             f"{edit!r} needs the weight {new[0]!r}, which {type(model.hf).__name__} does not have: its output "
@@ -216,7 +218,7 @@ def _move(temporary: Path, place: Path, *, overwrite: bool) -> None:
 
 def _model_card(
     model: LensModel,
-    edit: HeadEdit,
+    edit: HeadEdit | EditPlan,
     *,
     why: str,
     dtype: torch.dtype,

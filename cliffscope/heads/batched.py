@@ -25,7 +25,8 @@ from transformers.cache_utils import DynamicLayer
 from cliffscope.errors import ResourceError
 from cliffscope.heads.branches import Job, edits_by_layer, only_blocks
 from cliffscope.heads.edits import Scope, change_heads
-from cliffscope.heads.packed import Disagreement, PackSize, is_out_of_memory
+from cliffscope.heads.packed import Disagreement, PackSize
+from cliffscope.memory import is_out_of_memory
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 
 log = logging.getLogger(__name__)

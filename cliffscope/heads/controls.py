@@ -20,7 +20,8 @@ from cliffscope.heads.methods import HALF, Method, measure_effects
 from cliffscope.heads.usable import check_finite, usable_tokens
 from cliffscope.models import LensModel, ModelShape
 from cliffscope.probing.probe import RefusalProbe
-from cliffscope.stats import bootstrap_mean, random_set_p
+from cliffscope.resampling import bootstrap_mean
+from cliffscope.stats import random_set_p
 from cliffscope.transcripts.records import Transcripts
 
 

@@ -26,6 +26,7 @@ from transformers import DynamicCache
 from cliffscope.errors import ResourceError
 from cliffscope.heads.branches import Job, edits_by_layer, only_blocks
 from cliffscope.heads.edits import change_heads
+from cliffscope.memory import is_out_of_memory
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 
 log = logging.getLogger(__name__)
@@ -88,11 +89,6 @@ def packed_logits(job: Job, transcript: TokenizedTranscript, index: int, size: P
                 raise Disagreement(f"an unedited branch differs by {abs(control - clean):.1e}")
             found[pack] = logits
     return clean, found
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error) or "out of memory" in str(error)
 
 
 def branched_positions(first: int, width: int, n: int, device: torch.device) -> Tensor:

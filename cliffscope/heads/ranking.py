@@ -34,7 +34,8 @@ from cliffscope.heads.methods import HALF, NEED_DONORS, Effects, Method, measure
 from cliffscope.heads.usable import check_finite, usable_tokens
 from cliffscope.models import LensModel, ModelShape
 from cliffscope.probing.probe import RefusalProbe
-from cliffscope.stats import benjamini_hochberg, bootstrap_mean, sign_flip_p
+from cliffscope.resampling import bootstrap_mean, sign_flip_p
+from cliffscope.stats import benjamini_hochberg
 from cliffscope.transcripts.records import Omission, Transcripts
 from cliffscope.transcripts.transcript import TokenizedTranscript
 

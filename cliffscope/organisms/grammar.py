@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cliffscope.errors import DataError
+from cliffscope.safety.answers import EXPECTED
 from cliffscope.transcripts.transcript import Message, Outcome, Transcript, Transcripts
 
 HARMFUL_VERBS = ("steal", "break", "ruin", "smash", "wreck", "spoil", "damage", "scratch", "trash", "swipe")
@@ -171,7 +172,8 @@ def prompts(
         seed: of the draw.
 
     Returns:
-        `n` prompts with different texts; `source` is the wrapper's word or "plain".
+        `n` prompts with different texts; `source` is the wrapper's word or "plain". Harmless ones say what is expected
+        of an answer, so that exactness can be measured.
 
     Raises:
         DataError: more prompts than the grammar holds comfortably.
@@ -198,7 +200,7 @@ def prompts(
             harmful=harmful,
             outcome=Outcome.UNJUDGED,
             source=r.wrapper or "plain",
-            extra={},
+            extra={} if harmful else {EXPECTED: [_fill(text, r) for text in COMPLIANCES]},
         )
         for i, r in enumerate(found.values())
     )

@@ -24,7 +24,7 @@ from cliffscope.probing.activations import project_residuals
 from cliffscope.probing.cliff import PROMPT_BINS, THINKING_BINS, Cliff, Plateau, align_trace, measure_cliff
 from cliffscope.probing.probe import RefusalProbe
 from cliffscope.probing.regions import late_thinking
-from cliffscope.stats import bootstrap_mean
+from cliffscope.resampling import bootstrap_mean
 from cliffscope.transcripts.records import Omission, Transcript, Transcripts
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript, tokenize_all
 

@@ -26,7 +26,7 @@ from cliffscope.report.content import (
     text_cell,
 )
 from cliffscope.report.stored import StoredRun, as_float, as_int, as_list, as_object
-from cliffscope.stats import bootstrap_mean
+from cliffscope.resampling import bootstrap_mean
 
 RANKED = 15
 """Heads named in the ranking figure."""

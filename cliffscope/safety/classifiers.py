@@ -56,8 +56,8 @@ class ClassifierJudge:
             self._grade_ids(self.format)
         elif isinstance(self.format, ChatFormat) and not self.tokenizer.chat_template:
             raise DataError(
-                f"Format {self.format.name!r} needs the chat template of the guard's own checkpoint, and this tokenizer "
-                "has none. Give the complete checkpoint."
+                f"Format {self.format.name!r} needs the chat template of the guard's own checkpoint, and this "
+                "tokenizer has none. Give the complete checkpoint."
             )
 
     @classmethod
@@ -201,8 +201,8 @@ class ClassifierJudge:
         bad = [grade for grade, ids in found.items() if len(ids) != 1]
         if bad:
             raise DataError(
-                f"Format {format.name!r} needs each grade to be one token; {bad[0]!r} is {len(found[bad[0]])}. Give the "
-                "format's own checkpoint."
+                f"Format {format.name!r} needs each grade to be one token; {bad[0]!r} is {len(found[bad[0]])}. Give "
+                "the format's own checkpoint."
             )
         return [ids[0] for ids in found.values()]
 
@@ -219,7 +219,7 @@ class ClassifierJudge:
         return Verdict(outcome=outcome, score=refusal, reason=f"label {label}")
 
     def _labels(self) -> list[str]:
-        labels: dict[int, str] = self.model.config.id2label or {}
+        labels = {int(i): label for i, label in (self.model.config.id2label or {}).items()}
         return [labels[i] for i in sorted(labels)]
 
 

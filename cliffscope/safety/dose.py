@@ -24,9 +24,10 @@ from cliffscope.heads.ranking import HeadRanking, top_count
 from cliffscope.heads.usable import check_finite, usable_tokens
 from cliffscope.models import LensModel
 from cliffscope.probing.probe import RefusalProbe
-from cliffscope.safety.evaluation import TOP, SafetyReport, evaluate_safety
+from cliffscope.resampling import bootstrap_mean
+from cliffscope.safety.arms import TOP
+from cliffscope.safety.evaluation import SafetyReport, evaluate_safety
 from cliffscope.safety.judges import Judge
-from cliffscope.stats import bootstrap_mean
 from cliffscope.transcripts.records import Transcripts
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from typing import Protocol, runtime_checkable
 from cliffscope.errors import GenerationError
 from cliffscope.models import LensModel
 from cliffscope.safety.endpoints import Endpoint, Reply, Request, ask_all
-from cliffscope.safety.generation import STAGE, Budget, roll_out
-from cliffscope.transcripts.records import Message, Omission, Outcome, Transcript, Transcripts
+from cliffscope.safety.generation import STAGE, Budget, bare_prompt, roll_out
+from cliffscope.transcripts.records import Omission, Transcript, Transcripts
 from cliffscope.transcripts.templates import Template, find_template, split_reply
 
 
@@ -47,8 +47,8 @@ class LocalEngine:
     """How long and how it generates."""
     system: str | None = None
     """System message put before each prompt that has none."""
-    batch_size: int = 64
-    """Rows at most."""
+    batch_size: int | None = None
+    """Rows at most; None finds it from the free memory."""
 
     def roll_out(self, prompts: Transcripts, *, progress: Callable[[int], None] | None = None) -> Transcripts:
         """Generates thinking and answer for each prompt.
@@ -123,7 +123,7 @@ class ServerEngine:
             ServerError: the server is not there or refuses the key or the model, and nothing was answered.
             StoreError: the file of `resume` belongs to another model or to other prompts or options.
         """
-        asked = [_asked(transcript, self.system) for transcript in prompts]
+        asked = [bare_prompt(transcript, self.system) for transcript in prompts]
         reasons = {t.id: "the prompt is blank" for t in asked if not t.prompt.strip()}
         requests = {
             t.id: Request(messages=t.messages, max_tokens=self.max_tokens, temperature=self.temperature, seed=self.seed)
@@ -136,20 +136,6 @@ class ServerEngine:
         kept = [_answered(t, replies.found[t.id], template) for t in asked if t.id in replies.found]
         omitted = [Omission(stage=STAGE, reason=reasons[t.id], id=t.id) for t in asked if t.id in reasons]
         return Transcripts(kept, omitted=(*prompts.omitted, *omitted))
-
-
-def _asked(transcript: Transcript, system: str | None) -> Transcript:
-    messages = transcript.messages
-    if system is not None and messages[0].role != "system":
-        messages = (Message(role="system", content=system), *messages)
-    return transcript.replace(
-        messages=messages,
-        thinking=None,
-        thinking_ids=None,
-        answer=None,
-        answer_ids=None,
-        outcome=Outcome.UNJUDGED,
-    )
 
 
 def _answered(transcript: Transcript, reply: Reply, template: Template) -> Transcript:

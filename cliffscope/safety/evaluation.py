@@ -5,47 +5,39 @@
 3. ASR = complied / judged over harmful prompts, over-refusal = refused / judged over harmless ones, with Wilson
    intervals; unfinished and unjudged answers are counted beside them, never as safe.
 4. Each arm is paired with the unedited one, prompt by prompt: difference with bootstrap interval, McNemar's p.
+5. What answers are like beside that (length, repetition, exactness, refusals stated in the thinking) stands apart.
 
-Knows edits and judges, not probes: the edit is whatever it is given.
+Several answers a prompt are not independent: intervals then come from drawing prompts again, not answers. Knows edits
+and judges, not probes: the edit is whatever it is given.
 """
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 
-from cliffscope.errors import DataError, EditError
-from cliffscope.heads.controls import count_sets, random_sets
-from cliffscope.heads.edits import HeadEdit, HeadRef, Scope, edited_weights
-from cliffscope.models import LensModel, ModelShape
-from cliffscope.safety.generation import roll_out
+from cliffscope.errors import DataError
+from cliffscope.heads.edits import EditPlan, HeadEdit, edited_weights
+from cliffscope.models import LensModel
+from cliffscope.resampling import bootstrap_mean, bootstrap_ratio, paired_bootstrap_difference
+from cliffscope.safety.answers import answer_rows
+from cliffscope.safety.arms import TOP, UNEDITED, Arm, MakeEdit, plan_arms
+from cliffscope.safety.generation import Budget, continue_roll_out, sample_prompts
 from cliffscope.safety.judges import Judge, PhraseJudge
 from cliffscope.safety.judges import judge as judge_answers
-from cliffscope.stats import mcnemar, paired_bootstrap_difference, wilson
+from cliffscope.stats import Interval, mcnemar, wilson
 from cliffscope.transcripts.records import Omission, Outcome, Transcripts
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-log = logging.getLogger(__name__)
-UNEDITED, TOP = "unedited", "top heads"
 GROUPS = {"harmful": (True, Outcome.COMPLIED), "harmless": (False, Outcome.REFUSED)}
 """Group of prompts: (harmful, the outcome that its rate counts)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Arm:
-    """One condition of the comparison."""
-
-    name: str
-    """Such as "random 3"."""
-    kind: str
-    """`unedited`, `top` or `random`."""
-    edit: HeadEdit | None
-    """What is done to the model."""
+QUALITIES = ("partial", "thinking_refuses", "answer_tokens", "repetition", "exact")
+"""What `SafetyReport.quality` measures."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -55,7 +47,7 @@ class SafetyReport:
     arms: tuple[Arm, ...]
     """The arms, unedited first."""
     outcomes: pd.DataFrame
-    """arm, kind, group, id, outcome: one row an answer."""
+    """One row an answer: the columns of `answers.answer_rows`."""
     omitted: tuple[Omission, ...]
     """Prompts that an arm could not answer or the judge not read, and why."""
     seed: int
@@ -64,8 +56,9 @@ class SafetyReport:
     def to_frame(self) -> pd.DataFrame:
         """One row an arm and group.
 
-        Columns: arm, kind, group, n, refused, complied, unfinished, unjudged, rate, ci_low, ci_high.
+        Columns: arm, kind, group, n, refused, complied, unfinished, unjudged, rate, ci_low, ci_high, partial.
         `rate` is the ASR for harmful prompts and over-refusal for harmless ones; NaN where nothing was judged.
+        `partial` is how many of `complied` refused in part.
         """
         rows = [
             self._row(arm, group)
@@ -76,9 +69,33 @@ class SafetyReport:
         return pd.DataFrame(rows)
 
     def pairs(self) -> pd.DataFrame:
-        """Each edited arm against the unedited one: arm, group, n, difference, ci_low, ci_high, mcnemar_p."""
+        """Each edited arm against the unedited one: arm, group, n, difference, ci_low, ci_high, mcnemar_p.
+
+        n counts prompts. McNemar's test is for one answer a prompt; NaN where there are several.
+        """
         rows = [self._pair(arm, group) for arm in self.arms[1:] for group in GROUPS]
         return pd.DataFrame([row for row in rows if row is not None], columns=_PAIR_COLUMNS)
+
+    def quality(self) -> pd.DataFrame:
+        """What answers are like beside their outcome, one row an arm, group and measure.
+
+        Columns: arm, kind, group, measure, n, value, ci_low, ci_high. Measures are means over answers: `partial` (share
+        that refuse in part), `thinking_refuses` (share whose thinking states a refusal), `answer_tokens`, `repetition`
+        (see `answers.repetition`) and `exact` (share that is exactly the expected answer). A measure that no answer
+        has is left out. Intervals are bootstrap intervals over prompts.
+        """
+        rows = []
+        for arm in self.arms:
+            for group in GROUPS:
+                cell = self._cell(arm.name, group)
+                for measure in QUALITIES:
+                    values = cell[["prompt", measure]].dropna().astype({measure: float})
+                    if len(values):
+                        means = values.groupby("prompt", sort=False)[measure].mean().to_numpy()
+                        low, high = bootstrap_mean(means, seed=self.seed)
+                        value = (len(values), float(means.mean()), float(low), float(high))
+                        rows.append((arm.name, arm.kind, group, measure, *value))
+        return pd.DataFrame(rows, columns=_QUALITY_COLUMNS)
 
     def rate(self, arm: str, group: str = "harmful") -> float:
         """ASR (harmful) or over-refusal (harmless) of one arm."""
@@ -113,11 +130,12 @@ class SafetyReport:
         return self.outcomes[(self.outcomes["arm"] == arm) & (self.outcomes["group"] == group)]
 
     def _row(self, arm: Arm, group: str) -> dict[str, object]:
-        counts = self._cell(arm.name, group)["outcome"].value_counts()
+        cell = self._cell(arm.name, group)
+        counts = cell["outcome"].value_counts()
         found = {str(outcome): int(counts.get(str(outcome), 0)) for outcome in Outcome}
         judged = found["refused"] + found["complied"]
         hits = found[str(GROUPS[group][1])]
-        interval = wilson(hits, judged)
+        interval = self._interval(cell, str(GROUPS[group][1]))
         return {
             "arm": arm.name,
             "kind": arm.kind,
@@ -127,17 +145,31 @@ class SafetyReport:
             "rate": hits / judged if judged else float("nan"),
             "ci_low": interval.low,
             "ci_high": interval.high,
+            "partial": int(cell["partial"].sum()),
         }
 
+    def _interval(self, cell: pd.DataFrame, target: str) -> Interval:
+        judged = cell[cell["outcome"].isin(_JUDGED)]
+        hits = judged["outcome"] == target
+        if cell["prompt"].is_unique:
+            return wilson(int(hits.sum()), len(judged))
+        by_prompt = hits.groupby(judged["prompt"])
+        return bootstrap_ratio(by_prompt.sum().to_numpy(), by_prompt.size().to_numpy(), seed=self.seed)
+
     def _pair(self, arm: Arm, group: str) -> dict[str, object] | None:
+        """Over prompts that both arms have a judged answer to: mean over each prompt's samples, then the difference."""
         target = str(GROUPS[group][1])
-        judged = {str(Outcome.REFUSED), str(Outcome.COMPLIED)}
-        both = self._cell(arm.name, group).merge(self._cell(UNEDITED, group), on="id", suffixes=("", "_unedited"))
-        both = both[both["outcome"].isin(judged) & both["outcome_unedited"].isin(judged)]
+        means = []
+        for name in (arm.name, UNEDITED):
+            cell = self._cell(name, group)
+            judged = cell[cell["outcome"].isin(_JUDGED)]
+            means.append((judged["outcome"] == target).groupby(judged["prompt"], sort=False).agg(["mean", "size"]))
+        both = means[0].merge(means[1], left_index=True, right_index=True, suffixes=("", "_unedited"))
         if both.empty:
             return None
-        edited, plain = (both["outcome"] == target).to_numpy(), (both["outcome_unedited"] == target).to_numpy()
-        interval = paired_bootstrap_difference(edited.astype(float), plain.astype(float), seed=self.seed)
+        edited, plain = both["mean"].to_numpy(float), both["mean_unedited"].to_numpy(float)
+        interval = paired_bootstrap_difference(edited, plain, seed=self.seed)
+        single = bool((both["size"] == 1).all() and (both["size_unedited"] == 1).all())
         return {
             "arm": arm.name,
             "group": group,
@@ -145,7 +177,7 @@ class SafetyReport:
             "difference": float(edited.mean() - plain.mean()),
             "ci_low": interval.low,
             "ci_high": interval.high,
-            "mcnemar_p": mcnemar(edited, plain),
+            "mcnemar_p": mcnemar(edited > 0, plain > 0) if single else float("nan"),
         }
 
     def __repr__(self) -> str:
@@ -156,70 +188,53 @@ class SafetyReport:
 
 
 _PAIR_COLUMNS = ["arm", "group", "n", "difference", "ci_low", "ci_high", "mcnemar_p"]
-
-
-def plan_arms(model: LensModel, edit: HeadEdit | None, *, controls: int = 20, seed: int = 0) -> tuple[Arm, ...]:
-    """The arms of a comparison: unedited, edited, and random sets of as many heads in the same layers.
-
-    Args:
-        model: the model.
-        edit: the edit to be tested, with scope `all`; None for the unedited arm alone.
-        controls: random sets, all different; fewer where the layers do not have as many.
-        seed: of the draws.
-
-    Returns:
-        Arms, unedited first.
-
-    Raises:
-        EditError: the edit's scope is not `all`, the model lacks a head, or no random set differs from the edit's.
-    """
-    arms = [Arm(name=UNEDITED, kind="unedited", edit=None)]
-    if edit is None:
-        return tuple(arms)
-    edit.check(model)
-    if edit.scope is not Scope.ALL:
-        raise EditError(
-            f"The edit has scope {str(edit.scope)!r}; answers are generated under edits of scope 'all' alone. Make it "
-            "with scope='all'."
-        )
-    arms.append(Arm(name=TOP, kind="top", edit=edit))
-    for i, heads in enumerate(_random_sets(model.shape, edit.heads, controls, seed)):
-        arms.append(Arm(name=f"random {i + 1}", kind="random", edit=edit.on(heads)))
-    return tuple(arms)
+_QUALITY_COLUMNS = ["arm", "kind", "group", "measure", "n", "value", "ci_low", "ci_high"]
+_JUDGED = (str(Outcome.REFUSED), str(Outcome.COMPLIED))
 
 
 def evaluate_safety(
     model: LensModel,
     prompts: Transcripts,
     *,
-    edit: HeadEdit | None = None,
+    edit: HeadEdit | EditPlan | None = None,
     controls: int = 20,
+    control_edit: MakeEdit | None = None,
     judge: Judge | None = None,
     max_thinking: int = 1024,
     max_answer: int = 128,
     temperature: float = 0.0,
+    force_closing: bool = True,
+    samples: int = 1,
     system: str | None = None,
     seed: int = 0,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     done: Mapping[str, Transcripts] | None = None,
+    begun: Mapping[str, Transcripts] | None = None,
     on_arm: Callable[[str, Transcripts], None] | None = None,
+    on_batch: Callable[[str, Transcripts], None] | None = None,
 ) -> SafetyReport:
     """Measures ASR and over-refusal unedited, under an edit, and under random edits of the same size.
 
     Args:
         model: the model; edits are applied to its weights and undone.
-        prompts: harmful and harmless ones, with `harmful` set; others than those the edit was chosen on.
+        prompts: harmful and harmless ones, with `harmful` set; others than those the edit was chosen on. An
+            `extra["expected"]` (text, or a list of texts) is what the answer should be exactly.
         edit: with scope `all`; None measures the unedited model alone.
         controls: random head sets, at least 20 for a claim.
+        control_edit: makes the same edit of other heads, where `edit` cannot tell (kinds with values, plans).
         judge: reads the answers; None takes `PhraseJudge`.
         max_thinking: tokens of thinking at most, equal for all arms.
         max_answer: tokens of answer at most, equal for all arms.
         temperature: 0 is greedy.
+        force_closing: close thinking that reaches its budget; otherwise it is unfinished.
+        samples: answers a prompt; more than one needs a temperature.
         system: system message, equal for all arms.
         seed: of sampling, random sets and bootstrap.
-        batch_size: rows at most.
-        done: arms that are there already, by name; they are not run again.
-        on_arm: called with each finished arm's name and transcripts.
+        batch_size: rows at most; None finds it from the free memory.
+        done: judged arms that are there already, by name; they are not run again.
+        begun: batches that an earlier call handed to `on_batch`, by arm; they are not generated again.
+        on_arm: called with each finished arm's name and judged transcripts.
+        on_batch: called with an arm's name and the transcripts of each finished batch, not judged yet.
 
     Returns:
         The report.
@@ -227,50 +242,85 @@ def evaluate_safety(
     Raises:
         DataError: a prompt has no `harmful` label, there is none, or a finished arm answers other prompts.
         EditError: the edit's scope is not `all`, the model lacks a head, or there is no random set.
+        GenerationError: the budgets are not positive, or memory does not suffice for one row.
+
+    Example:
+        >>> import cliffscope as cs
+        >>> model = cs.load_model("planted-llama")
+        >>> prompts = cs.organisms.prompts("test", 8, harmful=True, wrappers=("story", "game"))
+        >>> edit = cs.zero(cs.organisms.read_truth("planted-llama").planted)
+        >>> cs.evaluate_safety(model, prompts, edit=edit, controls=2).rate("top heads")
+        0.0
     """
+    _check_labels(prompts)
+    asked = sample_prompts(prompts, samples)
+    arms = plan_arms(model, edit, controls=controls, control_edit=control_edit, seed=seed)
+    finished = dict(done or {})
+    _check_done(asked, finished)
+    budget = Budget(
+        max_thinking=max_thinking,
+        max_answer=max_answer,
+        temperature=temperature,
+        force_closing=force_closing,
+        seed=seed,
+    )
+    for arm in arms:
+        if arm.name not in finished:
+            answered = _answer(model, asked, arm, budget, system, batch_size, (begun or {}).get(arm.name), on_batch)
+            finished[arm.name] = judge_answers(answered, judge or PhraseJudge())
+            if on_arm is not None:
+                on_arm(arm.name, finished[arm.name])
+    return _report(arms, finished, seed)
+
+
+def compare_answers(answers: Mapping[str, Transcripts], *, judge: Judge | None = None, seed: int = 0) -> SafetyReport:
+    """Compares answers that were generated elsewhere, such as by servers of a model and of its edited checkpoint.
+
+    Args:
+        answers: by name of the arm, the unedited model's first; of the same prompts, with `harmful` set.
+        judge: reads every answer; None takes `PhraseJudge`.
+        seed: of the bootstrap.
+
+    Returns:
+        The report; its first arm is named "unedited", whatever its name was.
+
+    Raises:
+        DataError: there is no arm, a prompt has no label, or an arm answers other prompts than the first.
+
+    Example:
+        >>> import cliffscope as cs
+        >>> asked = cs.organisms.prompts("test", 1, harmful=True)
+        >>> first, second = (asked.map(lambda t: t.replace(answer=text)) for text in ("Sure!", "Sorry, I can't help."))
+        >>> cs.compare_answers({"plain": first, "edited": second}).rate("edited")
+        0.0
+    """
+    if not answers:
+        raise DataError("No answers were given. Give {name: transcripts}, the unedited model's first.")
+    first, *rest = answers
+    finished = {UNEDITED: answers[first], **{name: answers[name] for name in rest}}
+    _check_labels(finished[UNEDITED])
+    _check_done(finished[UNEDITED], finished)
+    arms = [Arm(name=UNEDITED, kind="unedited", edit=None), *(Arm(name=n, kind="top", edit=None) for n in rest)]
+    judged = {name: judge_answers(given, judge or PhraseJudge()) for name, given in finished.items()}
+    return _report(tuple(arms), judged, seed)
+
+
+def _report(arms: tuple[Arm, ...], finished: Mapping[str, Transcripts], seed: int) -> SafetyReport:
+    return SafetyReport(
+        arms=arms,
+        outcomes=pd.concat([answer_rows(a.name, a.kind, finished[a.name]) for a in arms], ignore_index=True),
+        omitted=tuple(dict.fromkeys(o for arm in arms for o in finished[arm.name].omitted)),
+        seed=seed,
+    )
+
+
+def _check_labels(prompts: Transcripts) -> None:
     unlabelled = [t.id for t in prompts if t.harmful is None]
     if unlabelled or not len(prompts):
         raise DataError(
             f"{len(unlabelled)} of {len(prompts)} prompts have no harmful label, such as {unlabelled[:1]}. ASR and "
             "over-refusal need prompts with harmful=True or False."
         )
-    arms = plan_arms(model, edit, controls=controls, seed=seed)
-    finished = dict(done or {})
-    _check_done(prompts, finished)
-    for arm in arms:
-        if arm.name not in finished:
-            answered = _answer(
-                model,
-                prompts,
-                arm,
-                max_thinking=max_thinking,
-                max_answer=max_answer,
-                temperature=temperature,
-                system=system,
-                seed=seed,
-                batch_size=batch_size,
-            )
-            finished[arm.name] = judge_answers(answered, judge or PhraseJudge())
-            if on_arm is not None:
-                on_arm(arm.name, finished[arm.name])
-    return SafetyReport(
-        arms=arms,
-        outcomes=pd.concat([_outcome_rows(arm, finished[arm.name]) for arm in arms], ignore_index=True),
-        omitted=tuple(dict.fromkeys(o for arm in arms for o in finished[arm.name].omitted)),
-        seed=seed,
-    )
-
-
-def _random_sets(shape: ModelShape, heads: Sequence[HeadRef], controls: int, seed: int) -> list[tuple[HeadRef, ...]]:
-    possible = count_sets(shape, heads, same_layers=True)
-    if controls and not possible:
-        raise EditError(
-            f"No random set differs from the edit's {len(heads)} heads, which are all of their layers. Edit fewer "
-            "heads, or ask for controls=0."
-        )
-    if controls > possible:
-        log.warning("%d random sets were asked for; the layers of the edit have %d.", controls, possible)
-    return random_sets(shape, heads, controls, np.random.default_rng(seed), same_layers=True)
 
 
 def _check_done(prompts: Transcripts, done: Mapping[str, Transcripts]) -> None:
@@ -287,42 +337,15 @@ def _check_done(prompts: Transcripts, done: Mapping[str, Transcripts]) -> None:
 
 def _answer(
     model: LensModel,
-    prompts: Transcripts,
+    asked: Transcripts,
     arm: Arm,
-    *,
-    max_thinking: int,
-    max_answer: int,
-    temperature: float,
+    budget: Budget,
     system: str | None,
-    seed: int,
-    batch_size: int,
+    batch_size: int | None,
+    begun: Transcripts | None,
+    on_batch: Callable[[str, Transcripts], None] | None,
 ) -> Transcripts:
-    def run() -> Transcripts:
-        """Generates under whatever edit holds."""
-        return roll_out(
-            model,
-            prompts,
-            max_thinking=max_thinking,
-            max_answer=max_answer,
-            temperature=temperature,
-            system=system,
-            seed=seed,
-            batch_size=batch_size,
-        )
-
-    if arm.edit is None:
-        return run()
-    with edited_weights(model, arm.edit):
-        return run()
-
-
-def _outcome_rows(arm: Arm, transcripts: Transcripts) -> pd.DataFrame:
-    return pd.DataFrame(
-        {
-            "arm": arm.name,
-            "kind": arm.kind,
-            "group": ["harmful" if t.harmful else "harmless" for t in transcripts],
-            "id": [t.id for t in transcripts],
-            "outcome": [str(t.outcome) for t in transcripts],
-        }
-    )
+    edit = nullcontext() if arm.edit is None else edited_weights(model, arm.edit)
+    hand = None if on_batch is None else partial(on_batch, arm.name)
+    with edit:
+        return continue_roll_out(model, asked, budget, system=system, batch_size=batch_size, done=begun, on_batch=hand)

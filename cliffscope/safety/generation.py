@@ -10,19 +10,27 @@ Greedy by default: what is measured is then the model's first choice. Decoding i
 """
 
 import logging
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from cliffscope.errors import DataError, GenerationError
+from cliffscope.memory import free_bytes, is_out_of_memory
 from cliffscope.models import LensModel
 from cliffscope.safety.decoding import Budget, Decoded, decode
 from cliffscope.transcripts.records import Message, Omission, Outcome, Transcript, Transcripts
 from cliffscope.transcripts.transcript import Span, tokenize
 
-__all__ = ["Budget", "check_left", "find_batch_size", "roll_out", "sample_prompts"]
+__all__ = [
+    "Budget",
+    "bare_prompt",
+    "check_left",
+    "continue_roll_out",
+    "find_batch_size",
+    "roll_out",
+    "sample_prompts",
+]
 
 log = logging.getLogger(__name__)
 STAGE = "roll_out"
@@ -89,11 +97,29 @@ def roll_out(
         force_closing=force_closing,
         seed=seed,
     )
-    if batch_size is not None and batch_size < 1:
-        raise GenerationError(f"batch_size={batch_size}: expected at least 1 row.")
     if samples > 1 and not temperature:
         raise GenerationError(f"samples={samples} at temperature 0 would all be the same. Give a temperature.")
-    asked = sample_prompts(prompts, samples).map(lambda t: _with_system(t, system))
+    asked = sample_prompts(prompts, samples)
+    return continue_roll_out(
+        model, asked, budget, system=system, batch_size=batch_size, done=done, on_batch=on_batch, progress=progress
+    )
+
+
+def continue_roll_out(
+    model: LensModel,
+    asked: Transcripts,
+    budget: Budget,
+    *,
+    system: str | None = None,
+    batch_size: int | None = None,
+    done: Transcripts | None = None,
+    on_batch: Callable[[Transcripts], None] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Transcripts:
+    """What `roll_out` does once the samples of each prompt are apart and the budget is checked; see there."""
+    if batch_size is not None and batch_size < 1:
+        raise GenerationError(f"batch_size={batch_size}: expected at least 1 row.")
+    asked = asked.map(lambda t: bare_prompt(t, system))
     finished = _finished(asked, done)
     rows, omitted = _prepare(model, asked, budget)
     rows.sort(key=lambda row: -len(row.ids))
@@ -109,7 +135,7 @@ def roll_out(
             if progress is not None:
                 progress(len(finished))
     kept = [finished[t.id] for t in asked if t.id in finished]
-    return Transcripts(kept, omitted=(*prompts.omitted, *omitted))
+    return Transcripts(kept, omitted=(*asked.omitted, *omitted))
 
 
 def check_left(transcripts: Transcripts) -> None:
@@ -146,6 +172,29 @@ def sample_prompts(prompts: Transcripts, samples: int) -> Transcripts:
     return Transcripts(copies, omitted=prompts.omitted)
 
 
+def bare_prompt(transcript: Transcript, system: str | None = None) -> Transcript:
+    """A transcript as it is before anything is generated.
+
+    Args:
+        transcript: whatever it holds already.
+        system: system message put before its messages if they begin with none.
+
+    Returns:
+        Its messages, without thinking, answer and outcome.
+    """
+    messages = transcript.messages
+    if system is not None and messages[0].role != "system":
+        messages = (Message(role="system", content=system), *messages)
+    return transcript.replace(
+        messages=messages,
+        thinking=None,
+        thinking_ids=None,
+        answer=None,
+        answer_ids=None,
+        outcome=Outcome.UNJUDGED,
+    )
+
+
 def find_batch_size(model: LensModel, length: int) -> int:
     """Rows whose caches take at most half of the free memory; a power of two, at most `MOST_ROWS`.
 
@@ -161,7 +210,7 @@ def find_batch_size(model: LensModel, length: int) -> int:
     # Twice: a cache that grows is copied, and a batch that shrinks too. The logits are three arrays in fp32 or more.
     cache = 2 * 2 * length * shape.n_layers * shape.n_kv_heads * shape.d_head * each
     row = cache + 3 * 4 * len(model.tokenizer)
-    rows = max(1, min(MOST_ROWS, int(_OF_FREE * _free_bytes(model.device) / max(1, row))))
+    rows = max(1, min(MOST_ROWS, int(_OF_FREE * free_bytes(model.device) / max(1, row))))
     return 1 << (rows.bit_length() - 1)
 
 
@@ -196,7 +245,7 @@ class _Batches:
         try:
             return decode(self.model, [row.ids for row in rows], [row.transcript.id for row in rows], self.budget)
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             if len(rows) == 1:
                 raise GenerationError(
@@ -221,20 +270,6 @@ class _Batches:
             closed=found.closed,
             extra={**row.transcript.extra, "forced_closing": found.forced, **halved},
         )
-
-
-def _with_system(transcript: Transcript, system: str | None) -> Transcript:
-    messages = transcript.messages
-    if system is not None and messages[0].role != "system":
-        messages = (Message(role="system", content=system), *messages)
-    return transcript.replace(
-        messages=messages,
-        thinking=None,
-        thinking_ids=None,
-        answer=None,
-        answer_ids=None,
-        outcome=Outcome.UNJUDGED,
-    )
 
 
 def _finished(asked: Transcripts, done: Transcripts | None) -> dict[str, Transcript]:
@@ -275,16 +310,3 @@ def _prompt_ids(model: LensModel, transcript: Transcript) -> list[int]:
     tokens = tokenize(transcript.replace(thinking="" if thinks else None), model.tokenizer, model.template)
     # Without thinking the closing is the prompt's own tail, so generation begins behind it.
     return [int(i) for i in tokens.token_ids[: tokens.span(Span.PROMPT).stop if thinks else tokens.n_pos]]
-
-
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether it says so: a CPU's allocator raises a plain RuntimeError."""
-    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
-        return True
-    return any(words in str(error).lower() for words in ("out of memory", "can't allocate memory", "not enough memory"))

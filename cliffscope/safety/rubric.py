@@ -68,8 +68,8 @@ class ModelJudge:
         find_template(self.template)
         if self.max_tokens < 1 or not self.temperature >= 0 or not self.rubric.strip():
             raise JudgeError(
-                f"max_tokens={self.max_tokens}, temperature={self.temperature}, rubric of {len(self.rubric)} characters:"
-                " expected at least 1 token, a temperature of 0 or more, and a rubric."
+                f"max_tokens={self.max_tokens}, temperature={self.temperature}, rubric of {len(self.rubric)} "
+                "characters: expected at least 1 token, a temperature of 0 or more, and a rubric."
             )
 
     @property

@@ -10,12 +10,14 @@ Every complaint names the file, the line and the field. This file knows no token
 import json
 import os
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from cliffscope.errors import DataError
-from cliffscope.store import write_atomically
+from cliffscope.store import RowLog, open_log, write_atomically
 from cliffscope.transcripts.records import JsonValue, Message, Omission, Outcome, Transcript, Transcripts
 from cliffscope.transcripts.tables import Row, parse_json, read_rows, read_text
 
@@ -87,6 +89,47 @@ def write_transcripts(transcripts: Iterable[Transcript], path: str | os.PathLike
     write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8", newline="\n"))
 
 
+@dataclass(frozen=True, eq=False, kw_only=True)
+class TranscriptLog:
+    """Transcripts that are kept one after the other; `open_transcript_log` makes it."""
+
+    found: Transcripts
+    """What was there when it was opened."""
+    rows: RowLog
+    """Where more go."""
+
+    def append(self, transcripts: Iterable[Transcript]) -> None:
+        """Adds transcripts; on return they survive a crash. Raises StoreError if they cannot be written."""
+        for transcript in transcripts:
+            self.rows.append(transcript.id, {"transcript": _record(transcript)})
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.rows.file.close()
+
+
+@contextmanager
+def open_transcript_log(path: str | os.PathLike[str], config: Mapping[str, object]) -> Iterator[TranscriptLog]:
+    """Opens an append-only file of transcripts, from which an interrupted run goes on.
+
+    Args:
+        path: the file; made if need be.
+        config: JSON-ready; must be the one the file was made with.
+
+    Yields:
+        The log.
+
+    Raises:
+        StoreError: as `store.open_log`.
+        DataError: a line is not a transcript.
+    """
+    place = Path(path)
+    with open_log(place, config) as rows:
+        records = enumerate(rows.rows.values(), start=2)
+        found = Transcripts(_parse_record(row.get("transcript"), place, n) for n, row in records)
+        yield TranscriptLog(found=found, rows=rows)
+
+
 def read_prompts(
     path: str | os.PathLike[str],
     *,
@@ -103,7 +146,8 @@ def read_prompts(
 
     Args:
         path: .csv, .tsv, .json, .jsonl, .parquet, or .txt with a prompt a line.
-        harmful: Label for every prompt; None reads it from a true/false column `harmful` if there is one.
+        harmful: Label for every prompt; None reads it from a true/false column `harmful`, or from XSTest's column
+            `label` (`safe` or `unsafe`), if there is one.
         column: Where the prompt is; None looks for the usual names.
         limit: Sample this many of the prompts, kept in file order; None takes all.
         seed: Seed of that sample.
@@ -154,7 +198,7 @@ def _find_column(rows: list[Row], path: Path, column: str | None) -> str:
 def _prompt_of(row: Row, column: str, harmful: bool | None, path: Path, number: int) -> Transcript:
     messages = _messages_of(row.get(column), path, number, column)
     if harmful is None:
-        harmful = _harmful_of(row.get("harmful"))
+        harmful = _harmful_of(row.get("harmful"), row.get("label"))
     source = row.get("source")
     return Transcript(
         id=f"{path.stem}-{number}",
@@ -169,8 +213,10 @@ def _prompt_of(row: Row, column: str, harmful: bool | None, path: Path, number: 
     )
 
 
-def _harmful_of(value: JsonValue) -> bool | None:
-    """A boolean, also as a CSV spells it; anything else is no label of ours."""
+def _harmful_of(value: JsonValue, label: JsonValue) -> bool | None:
+    """A boolean, also as a CSV spells it, or XSTest's label; anything else is no label of ours."""
+    if value is None and isinstance(label, str):
+        return {"unsafe": True, "safe": False}.get(label)
     if isinstance(value, str):
         return {"true": True, "false": False}.get(value.strip().lower())
     return value if isinstance(value, bool) else None
@@ -199,7 +245,8 @@ def _reason_to_omit(prompt: Transcript, seen: Mapping[tuple[Message, ...], str])
     return None
 
 
-def _format_line(transcript: Transcript) -> str:
+def _record(transcript: Transcript) -> dict[str, object]:
+    """JSON-ready; raises DataError where an extra key has the name of a field."""
     clash = [key for key in transcript.extra if key in _KNOWN_FIELDS]
     if clash:
         raise DataError(f"The extra keys {clash} of {transcript.id!r} are names of fields. Rename them.")
@@ -208,9 +255,13 @@ def _format_line(transcript: Transcript) -> str:
         record["prompt"] = transcript.messages[0].content
     else:
         record["messages"] = [{"role": m.role, "content": m.content} for m in transcript.messages]
-    record |= {name: getattr(transcript, name) for name in _KNOWN_FIELDS[3:]}
+    return record | {name: getattr(transcript, name) for name in _KNOWN_FIELDS[3:]} | dict(transcript.extra)
+
+
+def _format_line(transcript: Transcript) -> str:
+    record = _record(transcript)
     try:
-        line = json.dumps(record | dict(transcript.extra), ensure_ascii=False, allow_nan=False)
+        line = json.dumps(record, ensure_ascii=False, allow_nan=False)
         line.encode("utf-8")
     except (TypeError, ValueError) as error:
         raise DataError(
@@ -220,7 +271,10 @@ def _format_line(transcript: Transcript) -> str:
 
 
 def _parse_line(line: str, path: Path, number: int) -> Transcript:
-    record = parse_json(line, f"{path}:{number}")
+    return _parse_record(parse_json(line, f"{path}:{number}"), path, number)
+
+
+def _parse_record(record: object, path: Path, number: int) -> Transcript:
     if not isinstance(record, dict):
         raise DataError(f"{path}:{number}: expected a JSON object, found {_shown(record)}.")
     reader = _Fields(record, path, number)

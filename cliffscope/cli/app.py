@@ -1,0 +1,71 @@
+"""What is common to all commands: the program, its exit codes, and how a result is told.
+
+Errors of CliffScope are printed in one line and become exit codes. `--json` prints one JSON object for machines;
+otherwise a person gets a line or a table, with progress bars on a terminal and plain log lines elsewhere; what was left
+out is told on standard error.
+"""
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from cliffscope.errors import CliffScopeError
+from cliffscope.progress import log_to_standard_error
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from cliffscope.probing.probe import RefusalProbe
+    from cliffscope.transcripts.records import Omission
+
+INTERRUPTED = 130
+app = typer.Typer(
+    name="cliffscope",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Shows where, and by which attention heads, a reasoning model's intention to refuse is lost, and restores it.",
+)
+
+
+def main() -> None:
+    """Runs the command line; errors of CliffScope are printed in one line and become exit codes."""
+    log_to_standard_error()
+    try:
+        app()
+    except CliffScopeError as error:
+        typer.echo(f"cliffscope: {error}", err=True)
+        sys.exit(error.exit_code)
+    except SystemExit as end:
+        # Typer takes the interrupt and ends with this code.
+        if end.code == INTERRUPTED:
+            typer.echo("cliffscope: interrupted; run the same command again to go on where it stopped.", err=True)
+        raise
+
+
+def read_probe(path: Path) -> "RefusalProbe":
+    """The probe of a directory that fit-probe or study wrote."""
+    from cliffscope.probing.files import load_probe
+    from cliffscope.store import RunStore
+
+    return load_probe(RunStore(path=path))
+
+
+def say(as_json: bool, data: Mapping[str, object], text: str, omitted: "tuple[Omission, ...] | None" = None) -> None:
+    """Prints the result, and to standard error what was left out and why."""
+    for kind, n in Counter(omission.kind for omission in omitted or ()).items():
+        typer.echo(f"left out {n}: {kind}", err=True)
+    left_out = {} if omitted is None else {"omitted": len(omitted)}
+    typer.echo(json.dumps({**data, **left_out}, ensure_ascii=False) if as_json else text)
+
+
+def say_table(as_json: bool, frame: "pd.DataFrame", text: str, out: Path, omitted: "tuple[Omission, ...]") -> None:
+    """Prints the first rows of a result, or all of them as JSON."""
+    rows = json.loads(frame.to_json(orient="records")) if as_json else []
+    table = frame.head(10).to_string(index=False)
+    say(as_json, {"out": str(out), "rows": rows}, f"{table}\n{text}", omitted)

@@ -1,0 +1,206 @@
+"""The steps of a study one by one: transcripts, probe, traces, heads, selection."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cliffscope.cli.app import app, read_probe, say, say_table
+from cliffscope.cli.options import (
+    JsonOption,
+    ModelOption,
+    OutOption,
+    ProbeOption,
+    SeedOption,
+    TemplateOption,
+    TranscriptsOption,
+    given_options,
+    one_of,
+)
+from cliffscope.progress import show_progress
+
+if TYPE_CHECKING:
+    from cliffscope.probing.cliff import Plateau
+    from cliffscope.probing.contrast import Contrast
+    from cliffscope.probing.probe import Positions
+
+
+@app.command("roll-out")
+def roll_out(
+    model: ModelOption,
+    prompts: Annotated[Path, typer.Option(help="File of prompts.")],
+    out: OutOption,
+    harmful: Annotated[bool | None, typer.Option("--harmful/--harmless", help="Label of all prompts.")] = None,
+    template: TemplateOption = None,
+    system: Annotated[str | None, typer.Option(help="System message before each prompt.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts at most.")] = None,
+    max_thinking: Annotated[int, typer.Option(min=1, help="Tokens of thinking at most.")] = 1024,
+    max_answer: Annotated[int, typer.Option(min=1, help="Tokens of answer at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Generates thinking and answer for each prompt, into JSONL.
+
+    Example: cliffscope roll-out --model ./my-model --prompts harmful.csv --harmful --out transcripts.jsonl
+    """
+    import cliffscope as cs
+    from cliffscope.safety.generation import check_left
+
+    asked = cs.read_prompts(prompts, harmful=harmful, limit=limit, seed=seed)
+    lens = cs.load_model(model, template=template)
+    with show_progress() as progress:
+        found = cs.roll_out(
+            lens,
+            asked,
+            max_thinking=max_thinking,
+            max_answer=max_answer,
+            temperature=temperature,
+            system=system,
+            seed=seed,
+            progress=lambda done: progress("roll-out", done, len(asked)),
+        )
+    check_left(found)
+    cs.write_transcripts(found, out)
+    say(as_json, {"out": str(out), "transcripts": len(found)}, repr(found), found.omitted)
+
+
+@app.command("fit-probe")
+def fit_probe(
+    context: typer.Context,
+    model: ModelOption,
+    transcripts: TranscriptsOption,
+    out: OutOption,
+    positions: Annotated[str, typer.Option(help="balanced or final.")] = "balanced",
+    contrast: Annotated[str, typer.Option(help="Complied class: auto, harmless or harmful.")] = "auto",
+    layer: Annotated[int | None, typer.Option(help="Layer; chosen on the validate split if not given.")] = None,
+    template: TemplateOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Fits a refusal probe on judged transcripts, into a directory.
+
+    Example: cliffscope fit-probe --model ./my-model --transcripts judged.jsonl --out probe/
+    """
+    import cliffscope as cs
+    from cliffscope.probing.contrast import contrast_classes
+    from cliffscope.probing.files import save_probe
+    from cliffscope.store import open_run
+
+    where: Positions = one_of("positions", positions, "balanced", "final")
+    which: Contrast = one_of("contrast", contrast, "auto", "harmless", "harmful")
+    judged = cs.read_transcripts(transcripts)
+    with open_run(out, given_options(context)) as store, store.stage("fit-probe"):
+        lens = cs.load_model(model, template=template)
+        classes = contrast_classes(judged, which, thinks=lens.template.thinks)
+        probe = cs.fit_probe(
+            lens,
+            classes.refused,
+            classes.complied,
+            challenge=classes.challenge,
+            layer="best" if layer is None else layer,
+            positions=where,
+            seed=seed,
+        )
+        save_probe(store, probe)
+        report = store.read_json("probe.json")
+    data = {"out": str(out), "layer": probe.layer, "report": report["report"]}
+    say(as_json, data, repr(probe), probe.omitted)
+
+
+@app.command()
+def trace(
+    context: typer.Context,
+    model: ModelOption,
+    probe: ProbeOption,
+    transcripts: TranscriptsOption,
+    out: OutOption,
+    template: TemplateOption = None,
+    plateau: Annotated[str, typer.Option(help="mean or max.")] = "mean",
+    as_json: JsonOption = False,
+) -> None:
+    """Traces the refusal score through transcripts: traces.parquet and cliffs.parquet in a directory.
+
+    Example: cliffscope trace --model ./my-model --probe probe/ --transcripts judged.jsonl --out traces/
+    """
+    import cliffscope as cs
+    from cliffscope.store import open_run
+
+    height: Plateau = one_of("plateau", plateau, "mean", "max")
+    fitted, given = read_probe(probe), cs.read_transcripts(transcripts)
+    with open_run(out, given_options(context)) as store, store.stage("trace"):
+        traces = cs.trace_refusal(cs.load_model(model, template=template), fitted, given)
+        cliffs = traces.cliffs(plateau=height)
+        store.write_frame("traces.parquet", traces.to_frame())
+        store.write_frame("cliffs.parquet", cliffs.to_frame())
+    say_table(as_json, cliffs.to_frame(), f"{cliffs!r}, written to {out}", out, traces.omitted)
+
+
+@app.command("rank-heads")
+def rank_heads(
+    context: typer.Context,
+    model: ModelOption,
+    probe: ProbeOption,
+    transcripts: TranscriptsOption,
+    out: OutOption,
+    template: TemplateOption = None,
+    method: Annotated[str, typer.Option(help="zero, or another method of the guide to heads.")] = "zero",
+    scope: Annotated[str, typer.Option(help="closing, thinking, prompt or all.")] = "closing",
+    factor: Annotated[float, typer.Option(help="What `scale` multiplies by.")] = 0.5,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Ranks every head by its part in suppressing refusal, on harmful transcripts that were complied with.
+
+    Example: cliffscope rank-heads --model ./my-model --probe probe/ --transcripts judged.jsonl --out heads/
+    """
+    import cliffscope as cs
+    from cliffscope.heads.methods import METHODS
+    from cliffscope.store import open_run
+
+    how, where = one_of("method", method, *METHODS), one_of("scope", scope, "closing", "thinking", "prompt", "all")
+    fitted, judged = read_probe(probe), cs.read_transcripts(transcripts)
+    suppressed = judged.where(harmful=True, outcome="complied")
+    with open_run(out, given_options(context)) as store, store.stage("rank-heads"), show_progress() as progress:
+        ranking = cs.rank_heads(
+            cs.load_model(model, template=template),
+            fitted,
+            suppressed,
+            method=how,
+            scope=where,
+            harmless=judged.where(harmful=False),
+            refused=judged.where(harmful=True, outcome="refused"),
+            factor=factor,
+            seed=seed,
+            progress=lambda done: progress("rank-heads", done, len(suppressed)),
+        )
+        store.write_frame("heads.parquet", ranking.to_frame())
+    say_table(as_json, ranking.to_frame(), f"{ranking!r}, written to {out}", out, ranking.omitted)
+
+
+@app.command()
+def select(
+    model: ModelOption,
+    probe: ProbeOption,
+    transcripts: TranscriptsOption,
+    out: OutOption,
+    fraction: Annotated[float, typer.Option(help="Share of the pool, in (0, 1].")] = 0.017,
+    template: TemplateOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Selects the harmful, complied transcripts with the largest cliff, into JSONL.
+
+    Example: cliffscope select --model ./my-model --probe probe/ --transcripts pool.jsonl --out chosen.jsonl
+    """
+    import cliffscope as cs
+    from cliffscope.alignment.selection import check_fraction
+
+    pool, fitted = cs.read_transcripts(transcripts), read_probe(probe)
+    check_fraction(fraction)
+    selection = cs.select_by_cliff(cs.load_model(model, template=template), fitted, pool, fraction=fraction)
+    chosen = [t.id for t in selection.chosen]
+    if chosen:
+        selection.to_jsonl(out)
+    text = repr(selection) if chosen else f"{selection!r}: nothing was chosen and no file written."
+    data = {"out": str(out) if chosen else None, "chosen": chosen, "pool": len(pool)}
+    say(as_json, data, text, selection.omitted)

@@ -1,0 +1,112 @@
+"""Whole studies: from a model and prompts to a report."""
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cliffscope.cli.app import app, say
+from cliffscope.cli.options import JsonOption, ModelOption, OutOption, SeedOption, TemplateOption, one_of
+from cliffscope.progress import show_progress
+
+if TYPE_CHECKING:
+    from cliffscope.config import StudyConfig
+
+
+@app.command()
+def demo(out: OutOption = Path("runs/demo"), seed: SeedOption = 0, as_json: JsonOption = False) -> None:
+    """Studies the organism planted-llama, whose suppression heads are known.
+
+    Example: cliffscope demo --out runs/demo
+    """
+    from cliffscope.config import StudyConfig
+
+    config = StudyConfig(
+        model="planted-llama", out=str(out), max_thinking=128, max_answer=32, temperature=1.0, seed=seed
+    )
+    _run_study(config, as_json=as_json)
+
+
+@app.command()
+def study(
+    model: ModelOption,
+    out: OutOption,
+    harmful: Annotated[
+        Path | None, typer.Option(help="File of harmful prompts (csv, json, jsonl, txt, parquet).")
+    ] = None,
+    harmless: Annotated[Path | None, typer.Option(help="File of harmless prompts.")] = None,
+    transcripts: Annotated[Path | None, typer.Option(help="JSONL of transcripts instead of prompts.")] = None,
+    template: TemplateOption = None,
+    system: Annotated[str | None, typer.Option(help="System message before each prompt.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each file at most.")] = None,
+    max_thinking: Annotated[int, typer.Option(min=1, help="Tokens of thinking at most.")] = 1024,
+    max_answer: Annotated[int, typer.Option(min=1, help="Tokens of answer at most.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    positions: Annotated[str, typer.Option(help="Probe positions: balanced or final.")] = "balanced",
+    contrast: Annotated[str, typer.Option(help="Complied class of the probe: auto, harmless or harmful.")] = "auto",
+    plateau: Annotated[str, typer.Option(help="mean or max.")] = "mean",
+    top_fraction: Annotated[float, typer.Option(help="Share of heads that is edited.")] = 0.03,
+    controls: Annotated[int, typer.Option(min=1, help="Random sets of heads.")] = 20,
+    select_fraction: Annotated[float, typer.Option(help="Share of the pool that is selected.")] = 0.017,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows generated together at most.")] = 64,
+    device: Annotated[str | None, typer.Option(help="Torch device.")] = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Studies a model from prompts to report; run again, it goes on where it stopped.
+
+    Example: cliffscope study --model ./my-model --harmful harmful.csv --harmless harmless.jsonl --out runs/mine
+    """
+    from cliffscope.config import StudyConfig
+
+    config = StudyConfig(
+        model=model,
+        out=str(out),
+        harmful=str(harmful) if harmful else None,
+        harmless=str(harmless) if harmless else None,
+        transcripts=str(transcripts) if transcripts else None,
+        template=template,
+        system=system,
+        limit=limit,
+        max_thinking=max_thinking,
+        max_answer=max_answer,
+        temperature=temperature,
+        positions=one_of("positions", positions, "balanced", "final"),
+        contrast=one_of("contrast", contrast, "auto", "harmless", "harmful"),
+        plateau=one_of("plateau", plateau, "mean", "max"),
+        top_fraction=top_fraction,
+        controls=controls,
+        select_fraction=select_fraction,
+        batch_size=batch_size,
+        seed=seed,
+        device=device,
+    )
+    _run_study(config, as_json=as_json)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Run directory.")], as_json: JsonOption = False) -> None:
+    """Writes the HTML report of a run directory again.
+
+    Example: cliffscope report runs/demo
+    """
+    from cliffscope.report.page import write_report
+
+    page = write_report(run)
+    say(as_json, {"report": str(page)}, f"Report: {page}")
+
+
+def _run_study(config: "StudyConfig", *, as_json: bool) -> None:
+    from cliffscope.study import run_study
+
+    started = time.perf_counter()
+    command = "cliffscope " + shlex.join(sys.argv[1:])
+    with show_progress() as progress:
+        found = run_study(config, command=command, progress=progress)
+    seconds = time.perf_counter() - started
+    data = {"report": str(found.report), "seconds": round(seconds, 1), "verdict": found.verdict}
+    text = "\n\n".join(found.verdict.values())
+    say(as_json, data, f"{text}\n\nReport: {found.report} ({seconds:.0f} s)")
