@@ -36,7 +36,7 @@ from cliffscope.probing.trace import Cliffs, trace_refusal
 from cliffscope.progress import Progress
 from cliffscope.report.page import write_report
 from cliffscope.results import counts, heads_json, layer_frame, transcript_frame, versions
-from cliffscope.safety.arms import TOP, UNEDITED
+from cliffscope.safety.arms import UNEDITED, arm_names
 from cliffscope.safety.evaluation import SafetyReport, evaluate_safety
 from cliffscope.safety.generation import check_left, roll_out
 from cliffscope.safety.judges import judge
@@ -348,9 +348,9 @@ def _stage_safety(run: _Run) -> None:
 
 
 def _compare_arms(run: _Run, labelled: Transcripts, edit: HeadEdit, controls: int) -> SafetyReport:
-    names = [UNEDITED, TOP, *[f"random {i + 1}" for i in range(controls)]]
+    names = arm_names(controls)
     with open_answers(run.store) as kept:
-        done = {name: found for name in names if (found := kept.finished(name)) is not None}
+        done = kept.finished_arms(names)
         if run.config.transcripts is None:
             done[UNEDITED] = labelled
         count = len(done)
@@ -373,7 +373,7 @@ def _compare_arms(run: _Run, labelled: Transcripts, edit: HeadEdit, controls: in
             seed=run.config.seed,
             batch_size=run.config.batch_size,
             done=done,
-            begun={name: kept.begun(name) for name in names if name not in done},
+            begun=kept.begun_arms(name for name in names if name not in done),
             on_arm=keep,
             on_batch=kept.keep_batch,
         )

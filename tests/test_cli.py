@@ -17,13 +17,26 @@ from conftest import MakeCheckpoint, written
 import cliffscope
 from cliffscope import cli
 from cliffscope.checkpoints import ASSETS
+from cliffscope.cli import program
 from cliffscope.errors import CliffScopeError, MissingExtraError
 from cliffscope.store import open_run
 from cliffscope.transcripts.datasets import read_transcripts, write_transcripts
 from cliffscope.transcripts.records import Outcome, Transcripts
 
 COMMANDS = (
-    *("demo", "study", "roll-out", "judge", "fit-probe", "trace", "rank-heads", "evaluate", "select", "report"),
+    *(
+        "demo",
+        "study",
+        "report",
+        "roll-out",
+        "fit-probe",
+        "trace",
+        "rank-heads",
+        "select",
+        "judge",
+        "evaluate",
+        "export",
+    ),
     *("organisms", "organisms list", "organisms grow"),
 )
 GROWN = (ASSETS / "planted-llama" / "truth.json").is_file()
@@ -154,13 +167,13 @@ def test_options_have_the_librarys_defaults() -> None:
     import inspect
     from dataclasses import MISSING, fields
 
-    given = {p.name: p.default for p in inspect.signature(cli.study).parameters.values()}
+    given = {p.name: p.default for p in inspect.signature(cli.studies.study).parameters.values()}
     for f in fields(cliffscope.StudyConfig):
         if f.default is not MISSING:
             assert given[f.name] == f.default, f.name
     roll_out = inspect.signature(cliffscope.roll_out).parameters
     for name in ("max_thinking", "max_answer", "temperature", "seed"):
-        assert inspect.signature(cli.roll_out).parameters[name].default == roll_out[name].default, name
+        assert inspect.signature(cli.steps.roll_out).parameters[name].default == roll_out[name].default, name
 
 
 # Exit codes
@@ -365,9 +378,9 @@ def test_errors_of_the_package_alone_become_messages(shell: Shell, monkeypatch: 
     def fail() -> None:
         raise CliffScopeError("Something is wrong.")
 
-    monkeypatch.setattr(cli, "app", fail)
+    monkeypatch.setattr(program, "app", fail)
     assert shell.fails(1) == "cliffscope: Something is wrong."
-    monkeypatch.setattr(cli, "app", lambda: 1 / 0)
+    monkeypatch.setattr(program, "app", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         cli.main()
 

@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import cliffscope as cs
 from cliffscope.alignment import export
 from cliffscope.alignment.export import export_edited
+from cliffscope.checkpoints import ASSETS
 from cliffscope.errors import EditError, StoreError
 from cliffscope.heads.edits import HeadEdit, HeadRef, scale, zero
-from cliffscope.checkpoints import ASSETS
 from cliffscope.models import LensModel, load_model
 from cliffscope.organisms import grammar
 from cliffscope.probing.contrast import contrast_classes

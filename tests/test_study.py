@@ -28,7 +28,8 @@ FILES = {
     *("manifest.json", "transcripts.jsonl", "transcripts.parquet", "omitted.parquet", "report.html"),
     *("probe.json", "probe.safetensors", "probe_layers.parquet"),
     *("traces.parquet", "layer_traces.parquet", "aligned.parquet", "cliffs.parquet"),
-    *("heads.parquet", "heads.json", "safety.parquet", "safety_pairs.parquet"),
+    *("heads.parquet", "heads.json", "safety.parquet", "safety_pairs.parquet", "safety_quality.parquet"),
+    *("side_effects.parquet", "arms.json"),
     *("arm-top-heads.jsonl", "arm-random-1.jsonl", "arm-random-2.jsonl", "arm-random-3.jsonl"),
     *("selection.parquet", "selection.jsonl"),
 }
@@ -132,10 +133,26 @@ def after_the_first_random_arm(path: Path) -> bool:
     return (path / "arm-random-1.jsonl").is_file()
 
 
+def inside_an_arm(path: Path) -> bool:
+    """A batch of the edited arm is in its log, and the arm is not finished."""
+    log = path / "arm-top-heads.log"
+    return log.is_file() and log.read_bytes().count(b"\n") > 1
+
+
+def inside_the_first_roll_out(path: Path) -> bool:
+    log = path / "arm-unedited.log"
+    return log.is_file() and log.read_bytes().count(b"\n") > 1
+
+
 @pytest.mark.parametrize(
     ("reached", "finished"),
-    [(after_stage("probe"), STAGES[:2]), (after_the_first_random_arm, STAGES[:4])],
-    ids=["after the probe", "inside safety"],
+    [
+        (inside_the_first_roll_out, ()),
+        (after_stage("probe"), STAGES[:2]),
+        (inside_an_arm, STAGES[:4]),
+        (after_the_first_random_arm, STAGES[:4]),
+    ],
+    ids=["inside transcripts", "after the probe", "inside an arm", "inside safety"],
 )
 def test_a_killed_study_goes_on_where_it_stopped_and_ends_with_the_same_results(
     whole: Study, tmp_path: Path, reached: Callable[[Path], bool], finished: tuple[str, ...]
@@ -159,7 +176,8 @@ def test_a_killed_study_goes_on_where_it_stopped_and_ends_with_the_same_results(
     kept = dict(stages_of(path))
     assert tuple(kept)[: len(finished)] == finished
     assert "safety" not in kept
-    written = {p.name: p.stat().st_mtime_ns for p in path.iterdir() if p.name.startswith(("transcripts", "arm"))}
+    ours = ("transcripts", "arm-")
+    written = {p.name: p.stat().st_mtime_ns for p in path.glob("*.jsonl") if p.name.startswith(ours)}
     run_study(config)
     assert list(stages_of(path)) == list(STAGES)
     assert {name: stages_of(path)[name] for name in kept} == kept
@@ -174,7 +192,7 @@ def test_the_unedited_arm_is_kept_too_where_transcripts_are_given(
     """With transcripts of somebody else's making, the unedited arm is generated like the others."""
     from cliffscope.safety import evaluation
 
-    generate, ran = evaluation.roll_out, list[int]()
+    generate, ran = evaluation.continue_roll_out, list[int]()
 
     def fail_at_the_third(*args: object, **options: object) -> object:
         ran.append(1)
@@ -183,7 +201,7 @@ def test_the_unedited_arm_is_kept_too_where_transcripts_are_given(
         return generate(*args, **options)
 
     config = config_of(tmp_path / "run", transcripts=str(whole.path / "transcripts.jsonl"), limit=None, controls=1)
-    monkeypatch.setattr(evaluation, "roll_out", fail_at_the_third)
+    monkeypatch.setattr(evaluation, "continue_roll_out", fail_at_the_third)
     with pytest.raises(CliffScopeError, match="fire"):
         run_study(config)
     assert {"arm-unedited.jsonl", "arm-top-heads.jsonl"} <= files_of(Path(config.out))

@@ -5,6 +5,6 @@ unsupported model, 5 run directory, 6 missing extra, 7 memory or server, 130 int
 """
 
 from cliffscope.cli import studies, steps, answers, organisms  # noqa: F401, I001 - registering, in the order of --help
-from cliffscope.cli.app import app, main
+from cliffscope.cli.program import app, main
 
 __all__ = ["app", "main"]

@@ -1,11 +1,11 @@
 """What answers are worth: judging them, comparing edited and unedited ones, and keeping an edited model."""
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cliffscope.cli.app import app, say, say_table
 from cliffscope.cli.options import (
     JsonOption,
     ModelOption,
@@ -15,17 +15,41 @@ from cliffscope.cli.options import (
     TranscriptsOption,
     given_options,
 )
+from cliffscope.cli.program import app, say, say_table
+from cliffscope.errors import DataError, EditError
+from cliffscope.progress import show_progress
+
+if TYPE_CHECKING:
+    import cliffscope as cs
+    from cliffscope.heads.edits import EditPlan
+    from cliffscope.safety.judges import Judge
+
+JudgeOption = Annotated[
+    str, typer.Option("--judge", help="phrases, a guard's format (such as wildguard), or the name of a served model.")
+]
+ClassifierOption = Annotated[str | None, typer.Option(help="Directory or hub name of the guard.")]
+UrlOption = Annotated[str | None, typer.Option(help="OpenAI-compatible server of the judging model.")]
+HeadsOption = Annotated[str, typer.Option("--heads", help="Heads to edit, such as L12H5,L14H0.")]
+FactorOption = Annotated[float, typer.Option(help="What the heads are multiplied by; 0 zeroes them.")]
+EditOption = Annotated[Path | None, typer.Option("--edit", help="JSON of an edit, instead of --heads.")]
 
 
 @app.command()
-def judge(transcripts: TranscriptsOption, out: OutOption, as_json: JsonOption = False) -> None:
-    """Judges the answers of transcripts by phrases, into JSONL.
+def judge(
+    transcripts: TranscriptsOption,
+    out: OutOption,
+    judge: JudgeOption = "phrases",
+    classifier: ClassifierOption = None,
+    url: UrlOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Judges the answers of transcripts, into JSONL.
 
     Example: cliffscope judge --transcripts transcripts.jsonl --out judged.jsonl
     """
     import cliffscope as cs
 
-    found = cs.judge(cs.read_transcripts(transcripts))
+    found = cs.judge(cs.read_transcripts(transcripts), _judge(judge, classifier, url))
     cs.write_transcripts(found, out)
     counts = {str(k): int(v) for k, v in found.to_frame()["outcome"].value_counts().items()}
     say(as_json, {"out": str(out), **counts}, repr(found), found.omitted)
@@ -35,39 +59,147 @@ def judge(transcripts: TranscriptsOption, out: OutOption, as_json: JsonOption = 
 def evaluate(
     context: typer.Context,
     model: ModelOption,
-    prompts: Annotated[Path, typer.Option(help="JSONL of prompts with `harmful` set.")],
+    prompts: Annotated[Path, typer.Option(help="JSONL with `harmful` set, or a prompt file with labels (XSTest's).")],
     out: OutOption,
-    heads: Annotated[str, typer.Option(help="Heads to zero, such as L12H5,L14H0; none measures the model alone.")] = "",
+    heads: HeadsOption = "",
+    factor: FactorOption = 0.0,
+    edit: EditOption = None,
     controls: Annotated[int, typer.Option(min=0, help="Random sets of heads.")] = 20,
+    judge: JudgeOption = "phrases",
+    classifier: ClassifierOption = None,
+    url: UrlOption = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts at most.")] = None,
     max_thinking: Annotated[int, typer.Option(min=1, help="Tokens of thinking at most.")] = 1024,
     max_answer: Annotated[int, typer.Option(min=1, help="Tokens of answer at most.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    samples: Annotated[int, typer.Option(min=1, help="Answers a prompt.")] = 1,
     template: TemplateOption = None,
     system: Annotated[str | None, typer.Option(help="System message before each prompt.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows generated together at most.")] = 64,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Measures ASR and over-refusal unedited, with heads zeroed, and with random sets zeroed.
+    """Measures ASR and over-refusal unedited, edited, and with random sets edited; run again, it goes on.
 
     Example: cliffscope evaluate --model ./my-model --prompts prompts.jsonl --heads L12H5,L14H0 --out safety/
     """
     import cliffscope as cs
+    from cliffscope.safety.arms import UNEDITED, arm_names
+    from cliffscope.safety.kept import open_answers
     from cliffscope.store import open_run
 
-    refs = [cs.HeadRef.parse(text.strip()) for text in heads.split(",") if text.strip()]
-    edit, asked = cs.zero(refs) if refs else None, cs.read_transcripts(prompts)
-    with open_run(out, given_options(context)) as store, store.stage("evaluate"):
+    change, reader = _edit(heads, factor, edit), _judge(judge, classifier, url)
+    jsonl = prompts.suffix == ".jsonl" and limit is None
+    asked = cs.read_transcripts(prompts) if jsonl else cs.read_prompts(prompts, limit=limit, seed=seed)
+    with (
+        open_run(out, given_options(context)) as store,
+        store.stage("evaluate"),
+        open_answers(store) as kept,
+        show_progress() as progress,
+    ):
+        lens = cs.load_model(model, template=template)
+        names = arm_names(controls) if change else [UNEDITED]
+        done = kept.finished_arms(names)
+        finished = set(done)
+
+        def keep(name: str, answers: "cs.Transcripts") -> None:
+            kept.keep(name, answers)
+            finished.add(name)
+            progress("evaluate", len(finished), len(names))
+
         report = cs.evaluate_safety(
-            cs.load_model(model, template=template),
+            lens,
             asked,
-            edit=edit,
+            edit=change,
             controls=controls,
+            judge=reader,
             max_thinking=max_thinking,
             max_answer=max_answer,
             temperature=temperature,
+            samples=samples,
             system=system,
             seed=seed,
+            batch_size=batch_size,
+            done=done,
+            begun=kept.begun_arms(names),
+            on_arm=keep,
+            on_batch=kept.keep_batch,
         )
         store.write_frame("safety.parquet", report.to_frame())
         store.write_frame("safety_pairs.parquet", report.pairs())
+        store.write_frame("safety_quality.parquet", report.quality())
     say_table(as_json, report.to_frame(), f"{report!r}, written to {out}", out, report.omitted)
+
+
+@app.command()
+def export(
+    model: ModelOption,
+    out: OutOption,
+    heads: HeadsOption = "",
+    factor: FactorOption = 0.0,
+    edit: EditOption = None,
+    why: Annotated[str, typer.Option(help="For the model card: how the edit was chosen.")] = "",
+    measured: Annotated[Path | None, typer.Option(help="Run directory of study or evaluate, for the card.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
+    template: TemplateOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Writes the edited model as a checkpoint that plain transformers loads.
+
+    Example: cliffscope export --model ./my-model --heads L12H5,L14H0 --measured safety/ --out edited/
+    """
+    import cliffscope as cs
+    from cliffscope.store import RunStore
+
+    change = _edit(heads, factor, edit)
+    if change is None:
+        raise EditError("Nothing to export: no edit was given. Give --heads or --edit.")
+    run = None if measured is None else RunStore(path=measured)
+    if run is not None and not run.has("safety.parquet"):
+        raise DataError(f"{measured} holds no safety.parquet. Give a run directory of study or evaluate.")
+    folder = cs.export_edited(
+        cs.load_model(model, template=template),
+        change,
+        out,
+        why=why,
+        safety=None if run is None else run.read_frame("safety.parquet"),
+        side_effects=run.read_frame("side_effects.parquet") if run and run.has("side_effects.parquet") else None,
+        overwrite=overwrite,
+    )
+    say(as_json, {"out": str(folder), "edit": repr(change)}, f"{change!r} of {model}, written to {folder}")
+
+
+def _edit(heads: str, factor: float, path: Path | None) -> "cs.HeadEdit | EditPlan | None":
+    """The edit that the options describe; None where they describe none."""
+    import cliffscope as cs
+    from cliffscope.heads.edits import EditPlan
+
+    refs = [cs.HeadRef.parse(text.strip()) for text in heads.split(",") if text.strip()]
+    if path is None:
+        return None if not refs else cs.scale(refs, factor) if factor else cs.zero(refs)
+    if refs:
+        raise EditError("Both --heads and --edit were given. Give one of them.")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise EditError(
+            f"No edit can be read from {path}: {error}. Give JSON as HeadEdit.to_dict writes it."
+        ) from error
+    if not isinstance(data, dict):
+        raise EditError(f"{path} holds {type(data).__name__}, not an edit. Give JSON as HeadEdit.to_dict writes it.")
+    plan = EditPlan.from_dict(data)
+    return plan.edits[0] if len(plan.edits) == 1 else plan
+
+
+def _judge(name: str, classifier: str | None, url: str | None) -> "Judge":
+    import cliffscope as cs
+
+    if classifier is not None and url is not None:
+        raise DataError("Both --classifier and --url were given. A judge is one or the other.")
+    if url is not None:
+        return cs.ModelJudge(endpoint=cs.Endpoint(url=url, model=name))
+    if classifier is not None:
+        return cs.ClassifierJudge.load(classifier, format=name)
+    if name != "phrases":
+        raise DataError(f"--judge {name}: give --classifier for a guard, or --url for a served model, too.")
+    return cs.PhraseJudge()

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from cliffscope.cli.app import app, say
 from cliffscope.cli.options import JsonOption, OutOption
+from cliffscope.cli.program import app, say
 from cliffscope.progress import show_progress
 
 organisms_app = typer.Typer(no_args_is_help=True, help="Small models whose suppression heads are known.")

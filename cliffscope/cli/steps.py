@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cliffscope.cli.app import app, read_probe, say, say_table
 from cliffscope.cli.options import (
     JsonOption,
     ModelOption,
@@ -17,6 +16,7 @@ from cliffscope.cli.options import (
     given_options,
     one_of,
 )
+from cliffscope.cli.program import app, read_probe, say, say_table
 from cliffscope.progress import show_progress
 
 if TYPE_CHECKING:

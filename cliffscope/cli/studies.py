@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cliffscope.cli.app import app, say
 from cliffscope.cli.options import JsonOption, ModelOption, OutOption, SeedOption, TemplateOption, one_of
+from cliffscope.cli.program import app, say
 from cliffscope.progress import show_progress
 
 if TYPE_CHECKING:

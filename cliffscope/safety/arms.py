@@ -34,6 +34,11 @@ class Arm:
     """What is done to the model."""
 
 
+def arm_names(controls: int) -> list[str]:
+    """Names of the arms of a comparison with so many random sets, or more than it turns out to have."""
+    return [UNEDITED, TOP, *(f"random {i + 1}" for i in range(controls))]
+
+
 def plan_arms(
     model: LensModel,
     edit: HeadEdit | EditPlan | None,

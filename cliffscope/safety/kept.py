@@ -7,7 +7,7 @@
 A batch that was being generated is generated again, with the same batch-mates and draws. Knows files and transcripts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,6 +39,14 @@ class KeptAnswers:
         left_out = self._omitted().get(name, [])
         omitted = [Omission(**row) for row in left_out] if isinstance(left_out, list) else []
         return Transcripts(read_transcripts(self.store.path / arm_file(name)), omitted=omitted)
+
+    def finished_arms(self, names: Iterable[str]) -> dict[str, Transcripts]:
+        """Those arms that are finished."""
+        return {name: found for name in names if (found := self.finished(name)) is not None}
+
+    def begun_arms(self, names: Iterable[str]) -> dict[str, Transcripts]:
+        """What is in the logs of those that are not."""
+        return {name: self.begun(name) for name in names if not self.store.has(arm_file(name))}
 
     def begun(self, name: str) -> Transcripts:
         """The answers that are in an arm's log."""
