@@ -14,7 +14,8 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -128,20 +129,35 @@ def _write_model(
     model: LensModel, edit: HeadEdit | EditPlan, folder: Path, dtype: torch.dtype, shard_bytes: int
 ) -> None:
     known = set(model.hf.state_dict())
-    config = model.hf.config
-    before = config.dtype, config.architectures
-    with edited_weights(model, edit):
+    with edited_weights(model, edit), _as_plain(model):
         state = model.hf.state_dict()
         _refuse_new_weights(sorted(set(state) - known), model, edit)
-        try:
-            # Saving notes dtype and class in the config; the model in memory keeps its own.
-            model.hf.save_pretrained(
-                folder, state_dict=_cast(state, dtype), max_shard_size=shard_bytes, is_main_process=True
-            )
-        finally:
-            config.dtype, config.architectures = before
+        model.hf.save_pretrained(
+            folder, state_dict=_cast(state, dtype), max_shard_size=shard_bytes, is_main_process=True
+        )
     _note_dtype(folder / "config.json", dtype)
     model.tokenizer.save_pretrained(folder)
+
+
+@contextmanager
+def _as_plain(model: LensModel) -> Iterator[None]:
+    """Saving notes dtype and class in the config, which the model in memory keeps as they were.
+
+    A GGUF's weights are dequantised as they are loaded, and yet transformers marks such a model as quantised and will
+    not save it: the marks are taken off meanwhile.
+    """
+    hf, config = model.hf, model.hf.config
+    before = config.dtype, config.architectures
+    marks = ((hf, "hf_quantizer"), (config, "quantization_config"))
+    kept = [(place, name, getattr(place, name)) for place, name in marks if getattr(place, name, None) is not None]
+    for place, name, _ in kept:
+        delattr(place, name)
+    try:
+        yield
+    finally:
+        config.dtype, config.architectures = before
+        for place, name, value in kept:
+            setattr(place, name, value)
 
 
 def _refuse_new_weights(new: list[str], model: LensModel, edit: HeadEdit | EditPlan) -> None:
