@@ -21,7 +21,9 @@ from cliffscope.figures import (
     random_sets,
     token_trace,
 )
+from cliffscope.figures.dose import Panel, agreement, dose_response
 from cliffscope.figures.safety import MOST_POINTS
+from cliffscope.figures.sources import source_bars
 from cliffscope.figures.theme import DIVERGING, INK, TEMPLATE, label
 
 LABELS = ["prompt 1/2", "prompt 2/2", "thinking 1/2", "thinking 2/2", "\n", "</think>"]
@@ -223,3 +225,53 @@ def test_every_axis_names_its_unit():
         plateau_final(np.zeros(1), np.zeros(1)),
     ]
     assert all(fig.layout.xaxis.title.text and fig.layout.yaxis.title.text for fig in figures)
+
+
+def panel(**changes):
+    values = {
+        "name": "ASR",
+        "top": np.array([0.8, 0.1]),
+        "low": np.array([0.7, 0.0]),
+        "high": np.array([0.9, 0.2]),
+        "random": np.array([[0.85, 0.9], [0.8, np.nan]]),
+        "unedited": 0.9,
+    }
+    return Panel(**{**values, **changes})
+
+
+def test_doses_are_labelled_with_their_heads_and_keep_every_random_set():
+    fig = dose_response([1, 8], [panel(), panel(name="refusal score")], n=31)
+    assert list(fig.layout.xaxis.ticktext) == ["1", "8"]
+    assert [axis.title.text for axis in (fig.layout.yaxis, fig.layout.yaxis2)] == ["ASR", "refusal score"]
+    random = next(trace for trace in fig.data if trace.name == "random sets")
+    assert sorted(random.y) == [0.8, 0.85, 0.9], "a set that was not run has no point"
+    assert {round(x) for x in random.x} == {0, 1}
+    chosen = next(trace for trace in fig.data if trace.name == "chosen heads")
+    assert list(chosen.y) == [0.8, 0.1]
+    assert "n=31" in fig.layout.title.text
+    assert [shape.y0 for shape in fig.layout.shapes] == [0.9, 0.9], "the unedited level is drawn in each panel"
+
+
+def test_a_quantity_that_was_not_measured_has_no_panel():
+    nothing = np.full(2, np.nan)
+    fig = dose_response([1, 8], [panel(), panel(name="over-refusal", top=nothing)], n=3)
+    assert sum(trace.name == "chosen heads" for trace in fig.data) == 1
+    assert texts(dose_response([1, 8], [panel(top=nothing)], n=3)) == ["No dose was measured."]
+
+
+def test_agreement_is_symmetric_and_crosses_out_what_was_not_compared():
+    fig = agreement(["zero", "patch"], np.array([[1.0, np.nan], [np.nan, 1.0]]))
+    assert (fig.data[0].zmin, fig.data[0].zmax) == (-1, 1)
+    assert texts(agreement(["zero"], np.ones((1, 1)))) == ["Fewer than two methods were compared."]
+
+
+def test_source_bars_add_up_with_those_that_are_not_shown():
+    against = np.array([0.5, -0.25, 0.1, 0.05, -0.02])
+    fig = source_bars(["a", "<b>", "c", "d", "e"], ["prompt"] * 5, np.full(5, 0.2), against, most=2)
+    bars = fig.data[0]
+    assert list(bars.x) == pytest.approx([0.5, -0.25, 0.13])
+    assert sum(bars.x) == pytest.approx(against.sum())
+    assert bars.y[2] == "3 others"
+    assert "<b>" not in bars.y[1]
+    assert bars.marker.color[0] != bars.marker.color[1], "writing against refusal and for it look alike"
+    assert texts(source_bars([], [], np.zeros(0), np.zeros(0))) == ["No source token was measured."]

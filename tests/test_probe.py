@@ -268,6 +268,38 @@ def test_a_harmful_challenge_is_held_out_and_counts_in_the_choice(
     assert np.isnan(plain.report.within_harmful.auroc)
 
 
+def test_all_of_the_challenge_but_its_test_part_helps_to_choose(
+    llama: LensModel, refused: Transcripts, complied: Transcripts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cliffscope.probing import probe as module
+
+    chosen_on: list[Counter[str]] = []
+    real = module._best_layer
+
+    def watch(scored: list[module._Scored], labelled: module._Labelled) -> int:
+        chosen_on.append(Counter(s.kind for s in scored))
+        return real(scored, labelled)
+
+    monkeypatch.setattr(module, "_best_layer", watch)
+    challenge = written(20, harmful=True, outcome=Outcome.COMPLIED, wrapper="story")
+    splits = {t.id: ("fit", "fit", "validate", "test")[i % 4] for part in (refused, complied, challenge)
+              for i, t in enumerate(part)}  # fmt: skip
+    found = fit_probe(llama, refused, complied, challenge=challenge, splits=splits)
+    assert chosen_on[0]["challenge"] == 15
+    assert chosen_on[0]["refused"] == sum(splits[t.id] == "validate" for t in refused)
+    assert found.report.within_harmful.n_complied == 5
+
+
+def test_one_odd_challenge_transcript_chooses_nothing(
+    llama: LensModel, refused: Transcripts, complied: Transcripts
+) -> None:
+    plain = fit_probe(llama, refused, complied)
+    odd = written(3, harmful=True, outcome=Outcome.COMPLIED, wrapper="story")
+    found = fit_probe(llama, refused, complied, challenge=odd)
+    assert found.layer == plain.layer
+    np.testing.assert_array_equal(found.layer_weights, plain.layer_weights)
+
+
 def test_harmful_transcripts_among_the_complied_are_the_challenge_by_default(
     llama: LensModel, refused: Transcripts, complied: Transcripts
 ) -> None:
