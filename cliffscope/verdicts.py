@@ -117,10 +117,10 @@ def _divergence_sentence(effects: SideEffects) -> str:
     frame = effects.frame[effects.frame["measure"] == KL]
     top = frame[frame["kind"] == "top"].iloc[0]
     random = frame[frame["kind"] == "random"]["value"]
-    beside = f"; random sets {random.mean():.3f} on average" if len(random) else ""
+    beside = f"; random sets {random.mean():.2g} on average" if len(random) else ""
     return (
-        f"On harmless transcripts the edited model's next-token distribution diverges by {top['value']:.3f} "
-        f"{_interval(top['ci_low'], top['ci_high'], '.3f')} nats a token (n = {top['n']}){beside}."
+        f"On harmless transcripts the edited model's next-token distribution diverges by {top['value']:.2g} "
+        f"{_interval(top['ci_low'], top['ci_high'], '.2g')} nats a token (n = {top['n']}){beside}."
     )
 
 

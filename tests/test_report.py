@@ -134,7 +134,22 @@ def safety_tables(rng):
             rows.append({"arm": name, "kind": kind, "group": group, **counts, **bounds})
     bounds = {"difference": -0.32, "ci_low": -0.42, "ci_high": -0.23, "mcnemar_p": 1e-6}
     pairs = pd.DataFrame([{"arm": "top heads", "group": "harmful", **bounds}])
-    return {"safety": pd.DataFrame(rows), "safety_pairs": pairs}
+    spread = {"n": 40, "ci_low": 0.001, "ci_high": 0.003}
+    effects = [
+        {"arm": name, "kind": kind, "measure": "kl", "value": 0.002, "unit": "nats a token", **spread}
+        for name, kind in (("top heads", "top"), ("random 1", "random"), ("random 2", "random"))
+    ]
+    quality = [
+        {"arm": name, "kind": kind, "group": "harmful", "measure": measure, "value": value, **spread}
+        for name, kind, value in (("top heads", "top", 0.5), ("random 1", "random", 0.1), ("random 2", "random", 0.2))
+        for measure in ("partial", "answer_tokens")
+    ]
+    return {
+        "safety": pd.DataFrame(rows),
+        "safety_pairs": pairs,
+        "side_effects": pd.DataFrame(effects),
+        "safety_quality": pd.DataFrame(quality),
+    }
 
 
 def selection_table(rng):
@@ -445,3 +460,12 @@ def test_a_browser_draws_every_figure_and_runs_nothing_else(run_dir, tmp_path):
     assert 'data-drawn="yes"' in done.stdout
     assert done.stdout.count('class="plot js-plotly-plot"') == 12
     assert "CONSOLE" not in done.stderr
+
+
+def test_side_effects_and_answers_stand_in_the_intervention_with_random_arms_as_one(run_dir):
+    page = write_report(run_dir).read_text()
+    section = page[page.index('id="intervention"') :]
+    assert "KL divergence (nats a token)" in section
+    assert "0.002" in section
+    assert "random, mean of 2" in section
+    assert "0.150" in section, "the mean over random arms"

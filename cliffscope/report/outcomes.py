@@ -52,6 +52,16 @@ MODEL_FACTS = {
     "device": "device",
     "fingerprint": "fingerprint",
 }
+MEASURES = {
+    "kl": "KL divergence (nats a token)",
+    "perplexity": "perplexity",
+    "partial": "refuses in part (share)",
+    "thinking_refuses": "thinking states a refusal (share)",
+    "answer_tokens": "answer length (tokens)",
+    "repetition": "repeated runs of four words (share)",
+    "exact": "exactly as expected (share)",
+}
+"""Measures as a reader knows them."""
 
 
 def run_section(run: StoredRun) -> Section:
@@ -88,6 +98,10 @@ def safety_section(run: StoredRun) -> Section:
         parts += [plot("arms", arms(_arms(frame)), note), _arm_table(frame)]
     if len(paired):
         parts.append(_pair_table(paired))
+    if len(run.tables["side_effects"]):
+        parts.append(_effect_table(run.tables["side_effects"]))
+    if len(run.tables["safety_quality"]):
+        parts.append(_quality_table(run.tables["safety_quality"]))
     return Section(
         id="intervention",
         title="The intervention",
@@ -231,6 +245,32 @@ def _pair_table(frame: pd.DataFrame) -> Table:
         rows.append([*names, *values, p_cell(_number(row["mcnemar_p"]))])
     heads = columns("arm", "prompts", "difference (points)|number", "95% interval|number", "p (McNemar)|number")
     return Table(caption="Difference from the unedited arm, paired by prompt", columns=heads, rows=rows)
+
+
+def _effect_table(frame: pd.DataFrame) -> Table:
+    """Divergence of each edited arm on harmless transcripts."""
+    rows = []
+    for row in frame.to_dict("records"):
+        low, high = _number(row["ci_low"]), _number(row["ci_high"])
+        n = int(np.nan_to_num(_number(row["n"])))
+        names = [text_cell(row["arm"], 80), text_cell(MEASURES.get(str(row["measure"]), row["measure"]), 60)]
+        rows.append([*names, count_cell(n), number_cell(_number(row["value"]), 6), interval_cell(low, high, n, 6)])
+    heads = columns("arm", "measure", "n|number", "value|number", "95% interval|number")
+    return Table(caption="Side effects on harmless transcripts, edited against unedited", columns=heads, rows=rows)
+
+
+def _quality_table(frame: pd.DataFrame) -> Table:
+    """What answers are like, the random arms as one."""
+    rows = []
+    keys = ["kind", "group", "measure"]
+    for (kind, group, measure), part in frame.groupby(keys, sort=False):
+        values = pd.to_numeric(part["value"], errors="coerce")
+        name = str(part["arm"].iloc[0]) if len(part) == 1 else f"{kind}, mean of {len(part)}"
+        n = int(pd.to_numeric(part["n"], errors="coerce").sum())
+        shown = [text_cell(name, 80), text_cell(group, 40), text_cell(MEASURES.get(str(measure), measure), 60)]
+        rows.append([*shown, count_cell(n), number_cell(float(values.mean()), 3)])
+    heads = columns("arm", "prompts", "measure", "answers|number", "mean|number")
+    return Table(caption="What the answers are like", columns=heads, rows=rows)
 
 
 def _selection_means(frame: pd.DataFrame, chosen: np.ndarray) -> Table:

@@ -37,6 +37,8 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
         *("rate", "ci_low", "ci_high"),
     ),
     "safety_pairs": ("arm", "group", "difference", "ci_low", "ci_high", "mcnemar_p"),
+    "safety_quality": ("arm", "kind", "group", "measure", "n", "value", "ci_low", "ci_high"),
+    "side_effects": ("arm", "kind", "measure", "n", "value", "ci_low", "ci_high", "unit"),
     "selection": ("id", "prompt", "thinking", "answer", "plateau", "final", "cliff", "rank", "chosen"),
 }
 """Columns by table; every table is `<name>.parquet`."""
