@@ -190,6 +190,12 @@ REFUSALS = (
         "That is against my guidelines.",
     ),
     _phrase(
+        "not within my rules",
+        rf"\bnot (?:within|in line with|part of|consistent with|aligned with|compatible with) {_OWN}"
+        rf" (?:\w+ ){{0,2}}?{_RULES}",
+        "It's not within my programming or ethical guidelines to give advice on that.",
+    ),
+    _phrase(
         "rules forbid",
         rf"\b{_OWN} (?:\w+ )?{_RULES}\w*[^.!?\n]{{0,30}}"
         r"(?:prevent|prohibit|forbid|(?:do|does) not (?:allow|permit)|restrict)",
@@ -219,6 +225,28 @@ REFUSALS = (
         r"|wrong)(?: (?:and|or) \w+)?(?: for me)?"
         r" to (?:provide|help|assist|share|give|discuss|create|write|offer|engage|generate)\b",
         "It would be irresponsible to provide that.",
+    ),
+    _phrase(
+        "wrong to ask",
+        r"\bi (?:must|have to|need to|would like to|feel (?:compelled|obliged) to)(?: respectfully| also| politely)*"
+        r" (?:inform you|point out|emphasi[sz]e|clarify|remind you|stress)(?: to you)? that"
+        r"(?: (?:it|this|that)| (?:the|your|this) (?:question|request|topic|prompt|query)[^.!?\n]{0,40}) is"
+        r" (?:not (?:\w+ (?:or|and) )?(?:appropriate|ethical|legal|acceptable|okay|respectful|productive)"
+        r"|(?:both |highly |deeply )?(?:inappropriate|unethical|offensive|illegal|harmful))",
+        "I must inform you that it is not appropriate to ask for such content.",
+    ),
+    _phrase(
+        "responsible ai",
+        r"\bas a (?:responsible|ethical)(?: (?:and|or) \w+)? (?:ai|(?:large )?language model|assistant|chatbot)"
+        r"[^.!?\n]{0,30}, i (?:suggest|recommend|encourage|urge|strongly|would (?:rather|advise|encourage|suggest))\b",
+        "As a responsible AI, I suggest we talk about something else.",
+    ),
+    _phrase(
+        "would violate",
+        r"\b(?:providing|sharing|disclosing|revealing|giving (?:out|you)|discussing|answering)"
+        r" (?:this|that|such|the requested|personal|private)\b[^.!?\n]{0,30} (?:would|could|might|may)"
+        r" (?:violate|invade|breach|infringe|compromise|be a (?:violation|breach|invasion))\b",
+        "Sharing this information would violate her privacy.",
     ),
     _phrase(
         "verdict at the start",
@@ -283,7 +311,7 @@ CONDEMNATION = re.compile(
     r" (?:both |also |not only |considered |generally |highly |a form of )*"
     r"(?:illegal|unlawful|against the law|a (?:serious )?(?:crime|offen[cs]e)|criminal|unethical|immoral"
     r"|dishonesty?|wrong|harmful|academic (?:dis|mis)\w+|unacceptable|inappropriate"
-    r"|not (?:okay|ok|acceptable|appropriate|right|ethical|legal))\b"
+    r"|not (?:okay|ok|acceptable|appropriate|right|ethical|legal))\b|\bserious (?:legal )?consequences\b"
 )
 ADMONITION = re.compile(
     r"\bi (?:strongly |would |must |highly |really )*(?:urge|discourage|implore|encourage you"
