@@ -107,6 +107,25 @@ class LensModel:
         """The plain model without its language-model head."""
         return _decoder(self.hf)
 
+    @contextmanager
+    def only_blocks(self, first: int, last: int) -> Iterator[list[nn.Module]]:
+        """Cuts the model to the blocks from `first` to `last`, both included; each keeps its own index into the cache.
+
+        A model that looks up each block's kind of attention by its place in the list finds the kinds of these blocks.
+        """
+        decoder, config = self.decoder, self.hf.config.get_text_config()
+        whole, kinds = decoder.layers, getattr(config, "layer_types", None)
+        blocks = list(self.blocks)[first : last + 1]
+        decoder.layers = nn.ModuleList(blocks)
+        if kinds is not None:
+            config.layer_types = kinds[first : last + 1]
+        try:
+            yield blocks
+        finally:
+            decoder.layers = whole
+            if kinds is not None:
+                config.layer_types = kinds
+
     def output_projection(self, layer: int) -> nn.Linear:
         """The linear map whose input is `hook_z` of a layer, heads concatenated."""
         return cast(nn.Linear, self.blocks[layer].get_submodule("self_attn.o_proj"))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cliffscope.models import LensModel
 from cliffscope.probing import activations
-from cliffscope.probing.activations import gather_residuals, length_batches, project_residuals
+from cliffscope.probing.activations import gather_residuals, length_batches, project_layer, project_residuals
 from cliffscope.transcripts.records import Transcripts
 from cliffscope.transcripts.transcript import TokenizedTranscript
 
@@ -138,3 +138,24 @@ def test_batches_hold_every_transcript_once_within_the_token_limit(lengths: list
 def test_batches_are_made_of_neighbours_in_length() -> None:
     assert list(length_batches([3, 9, 4, 8], 18)) == [[1, 3], [2, 0]]
     assert activations.BATCH_TOKENS >= 512
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_one_layer_is_read_without_the_blocks_above_and_equals_all_of_them(
+    model: LensModel, refused: Transcripts, layer: int
+) -> None:
+    rows = tokens_of(model, refused[:7])
+    rng = np.random.default_rng(0)
+    shape = (model.shape.n_layers, model.shape.d_model)
+    weights, biases = rng.normal(size=shape).astype(np.float32), rng.normal(size=shape[0]).astype(np.float32)
+    every = project_residuals(model, rows, weights, biases)
+    ran: list[int] = []
+    handles = [block.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, block in enumerate(model.blocks)]
+    found = dict(project_layer(model, rows, layer, weights[layer], float(biases[layer]), batch_tokens=128))
+    for handle in handles:
+        handle.remove()
+    assert sorted(found) == list(range(7))
+    for i, values in found.items():
+        np.testing.assert_allclose(values, every[i][layer], atol=2e-5)
+    assert set(ran) == set(range(layer + 1))
+    assert len(model.blocks) == model.shape.n_layers

@@ -17,7 +17,7 @@ from jaxtyping import Float32
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from cliffscope.heads.branches import Job, only_blocks
+from cliffscope.heads.branches import Job
 from cliffscope.heads.edits import change_heads
 from cliffscope.heads.sweep import Sweep
 from cliffscope.models import LensModel
@@ -62,7 +62,7 @@ def _estimate(job: Job, transcript: TokenizedTranscript, index: int) -> tuple[fl
     start = where.start
     with ExitStack() as stack:
         stack.enter_context(_frozen(model))
-        stack.enter_context(only_blocks(model, 0, job.probe.layer))
+        stack.enter_context(model.only_blocks(0, job.probe.layer))
         cache = _prefix_cache(model, ids[:, :start], positions[:, :start]) if start else None
         stack.enter_context(model.outputs_hook(lambda _, z: outputs.append(z)))
         stack.enter_context(model.residual_hook(visit))

@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from cliffscope.errors import ResourceError
-from cliffscope.heads.branches import Job, edits_by_layer, only_blocks
+from cliffscope.heads.branches import Job, edits_by_layer
 from cliffscope.heads.edits import Scope, change_heads
 from cliffscope.heads.packed import Disagreement, PackSize
 from cliffscope.memory import is_out_of_memory
@@ -131,7 +131,7 @@ def _clean_pass(job: Job, chunk: Sequence[tuple[int, TokenizedTranscript]]) -> _
     batch = model.to_batch([row.token_ids[: row.final + 1].tolist() for row in rows])
     positions = torch.arange(batch.ids.shape[1], device=batch.ids.device)[None]
     with ExitStack() as stack:
-        blocks = stack.enter_context(only_blocks(model, 0, job.probe.layer))
+        blocks = stack.enter_context(model.only_blocks(0, job.probe.layer))
         stack.enter_context(model.residual_hook(visit))
         for block in blocks:
             stack.callback(block.register_forward_pre_hook(keep).remove)
@@ -185,7 +185,7 @@ def _run_rows(job: Job, clean: _Clean, first: int, rows: list[Row]) -> np.ndarra
         for layer, mine in edits_by_layer(job, [rows[i][1] for i in edited]):
             changes = [(edited[i], clean.chunk[places[edited[i]]], heads) for i, heads in mine]
             stack.enter_context(model.head_hook(layer, _row_edit(job, layer, changes, clean.start)))
-        stack.enter_context(only_blocks(model, first, job.probe.layer))
+        stack.enter_context(model.only_blocks(first, job.probe.layer))
         stack.enter_context(model.residual_hook(visit))
         model.decoder(
             inputs_embeds=residual, position_ids=positions, past_key_values=cache, use_cache=cache is not None

@@ -6,13 +6,12 @@ one hooked forward pass of the plain modules.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from cliffscope.heads.edits import EditKind, HeadEdit, HeadRef, Scope, edited_hooks
 from cliffscope.models import LensModel
@@ -99,26 +98,6 @@ def plain_logit(job: Job, transcript: TokenizedTranscript, index: int, branch: B
     with torch.inference_mode(), edited_hooks(job.model, edit, [transcript]), job.model.residual_hook(visit):
         job.model.decoder(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False)
     return float(job.logit(kept[0])[0])
-
-
-@contextmanager
-def only_blocks(model: LensModel, first: int, last: int) -> Iterator[list[nn.Module]]:
-    """Cuts the model to the blocks from `first` to `last`, both included; each keeps its own index into the cache.
-
-    A model that looks up each block's kind of attention by its place in the list finds the kinds of these blocks.
-    """
-    decoder, config = model.decoder, model.hf.config.get_text_config()
-    whole, kinds = decoder.layers, getattr(config, "layer_types", None)
-    blocks = list(model.blocks)[first : last + 1]
-    decoder.layers = nn.ModuleList(blocks)
-    if kinds is not None:
-        config.layer_types = kinds[first : last + 1]
-    try:
-        yield blocks
-    finally:
-        decoder.layers = whole
-        if kinds is not None:
-            config.layer_types = kinds
 
 
 def edits_by_layer(job: Job, rows: Sequence[int]) -> Iterator[tuple[int, list[tuple[int, list[int]]]]]:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from cliffscope.errors import ResourceError
-from cliffscope.heads.branches import Job, edits_by_layer, only_blocks
+from cliffscope.heads.branches import Job, edits_by_layer
 from cliffscope.heads.edits import change_heads
 from cliffscope.memory import is_out_of_memory
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript
@@ -162,7 +162,7 @@ def _clean_pass(job: Job, ids: list[int], start: int) -> tuple[_Window, float]:
 
     batch = model.to_batch([ids])
     with ExitStack() as stack:
-        blocks = stack.enter_context(only_blocks(model, 0, job.probe.layer))
+        blocks = stack.enter_context(model.only_blocks(0, job.probe.layer))
         stack.enter_context(model.residual_hook(visit))
         for block in blocks:
             stack.callback(block.register_forward_pre_hook(keep).remove)
@@ -188,7 +188,7 @@ def _run_pack(job: Job, window: _Window, branches: list[int], index: int) -> tup
     with ExitStack() as stack:
         for layer, rows in edits_by_layer(job, branches):
             stack.enter_context(model.head_hook(layer, _branch_edit(job, layer, rows, width, index)))
-        stack.enter_context(only_blocks(model, first, job.probe.layer))
+        stack.enter_context(model.only_blocks(first, job.probe.layer))
         stack.enter_context(model.residual_hook(visit))
         model.decoder(
             inputs_embeds=residual,

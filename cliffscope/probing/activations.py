@@ -79,6 +79,44 @@ def gather_residuals(
     return _reduce(model, transcripts, reduce, progress)
 
 
+def project_layer(
+    model: LensModel,
+    transcripts: Sequence[TokenizedTranscript],
+    layer: int,
+    weight: Float32[np.ndarray, " d_model"],
+    bias: float,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+) -> Iterator[tuple[int, Float32[np.ndarray, " _"]]]:
+    """One layer's probe at every token, batch by batch; the blocks above are not run.
+
+    Args:
+        model: the model.
+        transcripts: tokens.
+        layer: whose `hook_resid_post` is read.
+        weight: the direction.
+        bias: its bias.
+        batch_tokens: tokens of a batch, padding included.
+
+    Yields:
+        Index of a transcript and its logits; the longest transcripts first.
+    """
+    direction = torch.from_numpy(weight)
+    found: list[Tensor] = []
+
+    def visit(index: int, hidden: Float[Tensor, "batch pos d_model"]) -> None:
+        if index == layer:
+            found.append((hidden.float() @ direction.to(hidden.device) + bias).cpu())
+
+    for rows in length_batches([t.n_pos for t in transcripts], batch_tokens):
+        batch = model.to_batch([transcripts[row].token_ids.tolist() for row in rows])
+        with torch.inference_mode(), model.only_blocks(0, layer), model.residual_hook(visit):
+            model.decoder(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False)
+        logits = found.pop().numpy()
+        for i, row in enumerate(rows):
+            yield row, logits[i, : transcripts[row].n_pos].copy()
+
+
 def length_batches(lengths: Sequence[int], batch_tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
     """Indices of transcripts, longest first, in batches whose padded size stays within `batch_tokens`."""
     batch: list[int] = []

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cliffscope.errors import SpanError
 from cliffscope.models import LensModel
-from cliffscope.probing.activations import project_residuals
+from cliffscope.probing.activations import project_layer, project_residuals
 from cliffscope.probing.cliff import PROMPT_BINS, THINKING_BINS, Cliff, Plateau, align_trace, measure_cliff
 from cliffscope.probing.probe import RefusalProbe
 from cliffscope.probing.regions import late_thinking
@@ -175,7 +175,7 @@ class RefusalTraces:
             late=late_slice,
             final=row.final,
         )
-        reason = _why_invalid(found, self.probe)
+        reason = why_invalid(found, self.probe)
         height = found.plateau_max if plateau == "max" else found.plateau_mean
         drop_token = self.token_texts(row)[found.drop_position] if found.drop_position >= 0 else ""
         return {
@@ -252,9 +252,12 @@ def trace_refusal(
     wanted = set(layers_of)
     deep = [t for t in tokens if t.id in wanted]
     every = project_residuals(model, deep, probe.layer_weights, probe.layer_biases) if deep else []
-    weights, biases = np.zeros_like(probe.layer_weights), np.zeros_like(probe.layer_biases)
-    weights[probe.layer], biases[probe.layer] = probe.weight, probe.bias
-    logits = [r[probe.layer] for r in project_residuals(model, tokens, weights, biases, progress=progress)]
+    read: dict[int, Float32[np.ndarray, " _"]] = {}
+    for row, values in project_layer(model, tokens, probe.layer, probe.weight, probe.bias):
+        read[row] = values
+        if progress is not None:
+            progress(len(read))
+    logits = [read[row] for row in range(len(tokens))]
     finite = [bool(np.isfinite(values).all()) for values in logits]
     broken = [
         Omission(stage=STAGE, reason="residuals are NaN or infinite", id=t.id)
@@ -280,7 +283,8 @@ def group_name(transcript: Transcript) -> str:
     return f"{words[transcript.harmful]}, {transcript.outcome}"
 
 
-def _why_invalid(cliff: Cliff, probe: RefusalProbe) -> str:
+def why_invalid(cliff: Cliff, probe: RefusalProbe) -> str:
+    """Why a cliff may not be believed; empty where it may."""
     if np.isnan(cliff.plateau_mean):
         return "no thinking, so no plateau"
     for report in (probe.report.late_thinking, probe.report.final):

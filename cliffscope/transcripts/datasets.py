@@ -126,7 +126,7 @@ def open_transcript_log(path: str | os.PathLike[str], config: Mapping[str, objec
     place = Path(path)
     with open_log(place, config) as rows:
         records = enumerate(rows.rows.values(), start=2)
-        found = Transcripts(_parse_record(row.get("transcript"), place, n) for n, row in records)
+        found = Transcripts(parse_record(row.get("transcript"), place, n) for n, row in records)
         yield TranscriptLog(found=found, rows=rows)
 
 
@@ -271,10 +271,23 @@ def _format_line(transcript: Transcript) -> str:
 
 
 def _parse_line(line: str, path: Path, number: int) -> Transcript:
-    return _parse_record(parse_json(line, f"{path}:{number}"), path, number)
+    return parse_record(parse_json(line, f"{path}:{number}"), path, number)
 
 
-def _parse_record(record: object, path: Path, number: int) -> Transcript:
+def parse_record(record: object, path: Path, number: int) -> Transcript:
+    """One transcript from its fields as JSON.
+
+    Args:
+        record: The object.
+        path: File that it stands in, for ids and messages.
+        number: Line or row.
+
+    Returns:
+        The transcript.
+
+    Raises:
+        DataError: It is not a transcript; the message names path, line and field.
+    """
     if not isinstance(record, dict):
         raise DataError(f"{path}:{number}: expected a JSON object, found {_shown(record)}.")
     reader = _Fields(record, path, number)

@@ -1,0 +1,152 @@
+"""How is a pool of any size read, a window at a time?
+
+1. Sources are a file of transcripts (JSONL or Parquet), a folder of such files, transcripts in memory, or any iterable
+   of rows, such as a Hugging Face data set.
+2. Rows come in windows of a fixed number, in the order of the source; each window has a hash of what it holds.
+3. A row that is no transcript is counted with its place and the reason, and the others go on.
+
+Memory is that of one window. Knows no tokenizer and no model.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import TypeAlias
+
+import pyarrow
+import pyarrow.parquet
+
+from cliffscope.errors import DataError
+from cliffscope.transcripts.datasets import parse_record
+from cliffscope.transcripts.records import Omission, Transcript, Transcripts
+from cliffscope.transcripts.tables import parse_json
+
+PoolSource: TypeAlias = str | Path | Transcripts | Iterable[Mapping[str, object]]
+WINDOW = 1024
+"""Rows of a window."""
+_KINDS = (".jsonl", ".parquet")
+STAGE = "pool"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Window:
+    """Rows that follow each other in the pool."""
+
+    index: int
+    """Number of the window, from 0."""
+    start: int
+    """Number of its first row in the pool, from 0."""
+    rows: tuple[Transcript | Omission, ...]
+    """The transcripts, and why a row is none."""
+    digest: str
+    """Hash of the rows."""
+
+
+def read_windows(pool: PoolSource, *, size: int = WINDOW, strict: bool = False) -> Iterator[Window]:
+    """Reads a pool window by window.
+
+    Args:
+        pool: a .jsonl or .parquet file with the fields of `read_transcripts`, a folder of them, transcripts, or an
+            iterable of such rows.
+        size: rows of a window.
+        strict: raise at the first row that is no transcript, instead of counting it.
+
+    Yields:
+        The windows.
+
+    Raises:
+        DataError: a file cannot be read, the folder holds none, or, if strict, a row is no transcript.
+    """
+    if size < 1:
+        raise DataError(f"size={size}: a window has at least one row.")
+    rows = _rows(pool)
+    start = index = 0
+    while chunk := list(islice(rows, size)):
+        parsed = [_parse(place, value, strict=strict) for place, value in chunk]
+        digest = hashlib.sha256()
+        for _, value in chunk:
+            digest.update(_bytes(value))
+        yield Window(index=index, start=start, rows=tuple(parsed), digest=digest.hexdigest()[:16])
+        index, start = index + 1, start + len(chunk)
+
+
+def _rows(pool: PoolSource) -> Iterator[tuple[str, object]]:
+    """Every row with its place."""
+    if isinstance(pool, Transcripts):
+        yield from ((t.id, t) for t in pool)
+    elif isinstance(pool, str | Path):
+        for path in _files(Path(pool)):
+            yield from _jsonl(path) if path.suffix == ".jsonl" else _parquet(path)
+    else:
+        yield from ((f"row {i}", row) for i, row in enumerate(pool, start=1))
+
+
+def _files(path: Path) -> list[Path]:
+    if path.is_dir():
+        found = sorted(p for p in path.iterdir() if p.suffix in _KINDS)
+        if not found:
+            raise DataError(f"{path} holds no {' or '.join(_KINDS)} file.")
+        return found
+    if path.suffix not in _KINDS:
+        raise DataError(f"{path}: a pool is a {' or '.join(_KINDS)} file, or a folder of them.")
+    if not path.is_file():
+        raise DataError(f"{path} cannot be read: there is no such file. Check the path.")
+    return [path]
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, object]]:
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield f"{path}:{number}", line
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or error}. Check the path.") from error
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, object]]:
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=256):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}:{number}", row
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} cannot be read as Parquet: {error}.") from error
+
+
+def _parse(place: str, value: object, *, strict: bool) -> Transcript | Omission:
+    if isinstance(value, Transcript):
+        return value
+    path, _, number = place.rpartition(":")
+    try:
+        if isinstance(value, bytes):
+            value = parse_json(_text(value, place), place)
+        elif isinstance(value, Mapping):
+            # What other libraries hold (dates, NumPy numbers) has to be JSON first; a null field is an absent one.
+            plain = json.dumps({str(k): v for k, v in value.items() if v is not None}, default=str)
+            value = parse_json(plain, place)
+        return parse_record(value, Path(path or "pool"), int(number) if number.isdigit() else 0)
+    except (DataError, TypeError, ValueError) as error:
+        if strict:
+            raise DataError(f"{place}: {error}") from error
+        return Omission(stage=STAGE, reason=str(error), id=place)
+
+
+def _text(line: bytes, place: str) -> str:
+    try:
+        return line.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: not UTF-8: byte {error.start} cannot be decoded.") from error
+
+
+def _bytes(value: object) -> bytes:
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, Transcript):
+        return f"{value.id}\0{value.messages}\0{value.thinking}\0{value.thinking_ids}\0{value.answer}".encode()
+    return json.dumps(value, sort_keys=True, default=str).encode()
