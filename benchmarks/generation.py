@@ -1,7 +1,8 @@
 """Does an edit slow generation down, and what do 22 arms cost?
 
 1. Throughput under a weight edit against unedited, in pairs that alternate, so that a machine's slow minutes fall on
-   both; the same prompts, and a budget that every row uses up, so that both write as many tokens.
+   both. The edit multiplies heads by 1, so that both write the same tokens: an edit that changes the answers changes
+   their lengths, and with them how full the batches are.
 2. Our decoding against `transformers.generate`, greedy, the same prompts and number of tokens.
 3. All arms of an organism's comparison: unedited, planted heads, 20 random sets; thinking and answers generated.
 
@@ -28,7 +29,7 @@ def main() -> None:
     model = cs.load_model(options.model)
     heads = [cs.HeadRef(layer=layer, head=0) for layer in range(0, model.shape.n_layers, 4)]
     prompts = cs.organisms.prompts("test", options.rows, harmful=True)
-    pairs = [edited_pair(model, prompts, cs.zero(heads), options) for _ in range(options.repeats)]
+    pairs = [edited_pair(model, prompts, cs.scale(heads, 1.0), options) for _ in range(options.repeats)]
     ratios = [plain / edited for plain, edited in pairs]
     generate = [generate_pair(model, prompts, options) for _ in range(options.repeats)]
     faster = statistics.median(theirs / ours for theirs, ours in generate)

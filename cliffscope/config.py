@@ -7,7 +7,7 @@ the prompts or transcripts that it names. Knows no stage.
 import random
 from dataclasses import dataclass
 
-from cliffscope.alignment.selection import check_fraction
+from cliffscope.alignment.criteria import check_fraction
 from cliffscope.errors import DataError
 from cliffscope.heads.ranking import top_count
 from cliffscope.organisms import is_organism, study_prompts

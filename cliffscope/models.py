@@ -97,6 +97,11 @@ class LensModel:
             digest.update(f"{name}{tuple(weight.shape)}".encode() + sums.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
+    def copy_network(self) -> PreTrainedModel:
+        """The plain model with weights of its own, to be trained."""
+        network = copy.deepcopy(self.hf)
+        return network.requires_grad_(True)
+
     @property
     def blocks(self) -> nn.ModuleList:
         """The plain model's blocks, first to last."""

@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from cliffscope.errors import EditError, StoreError
 from cliffscope.heads.edits import EditPlan, HeadEdit, Scope, edited_weights
@@ -80,7 +80,7 @@ def export_edited(
     """
     _check_scope(model, edit)
     place = Path(out).absolute()
-    _check_place(place, model, overwrite=overwrite)
+    check_place(place, model, overwrite=overwrite)
     stored = dtype or _stored_dtype(model)
     card = _model_card(model, edit, why=why, dtype=stored, safety=safety, side_effects=side_effects)
 
@@ -90,6 +90,36 @@ def export_edited(
         (folder / CARD).write_text(card, encoding="utf-8")
 
     _write_folder(place, write, overwrite=overwrite)
+    return Path(out)
+
+
+def write_checkpoint(
+    network: PreTrainedModel, model: LensModel, out: str | Path, *, card: str, shard_bytes: int = SHARD_BYTES
+) -> Path:
+    """Writes a trained network beside the model's own tokenizer, whole or not at all.
+
+    Args:
+        network: what is written.
+        model: the model that it comes from.
+        out: directory to be made.
+        card: its README.
+        shard_bytes: size of one safetensors file at most.
+
+    Returns:
+        The directory.
+
+    Raises:
+        StoreError: the directory exists or cannot be written.
+    """
+    place = Path(out).absolute()
+    check_place(place, model, overwrite=False)
+
+    def write(folder: Path) -> None:
+        network.save_pretrained(folder, max_shard_size=shard_bytes)
+        model.tokenizer.save_pretrained(folder)
+        (folder / CARD).write_text(card, encoding="utf-8")
+
+    _write_folder(place, write, overwrite=False)
     return Path(out)
 
 
@@ -104,7 +134,8 @@ def _check_scope(model: LensModel, edit: HeadEdit | EditPlan) -> None:
         )
 
 
-def _check_place(place: Path, model: LensModel, *, overwrite: bool) -> None:
+def check_place(place: Path, model: LensModel, *, overwrite: bool) -> None:
+    """Raises StoreError unless a checkpoint may be written to a place."""
     if not os.path.lexists(place):
         return
     if not overwrite:

@@ -18,6 +18,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import expit
 
+from cliffscope.alignment.criteria import prompt_key
 from cliffscope.errors import StoreError
 from cliffscope.models import LensModel
 from cliffscope.probing.activations import BATCH_TOKENS, project_layer
@@ -25,17 +26,20 @@ from cliffscope.probing.cliff import measure_cliff
 from cliffscope.probing.probe import RefusalProbe
 from cliffscope.probing.regions import late_thinking
 from cliffscope.probing.trace import why_invalid
+from cliffscope.safety.thinking import states_refusal
 from cliffscope.store import RunStore, open_run
 from cliffscope.transcripts.pools import WINDOW, PoolSource, Window, read_windows
 from cliffscope.transcripts.records import Omission, Transcript
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript, tokenize_all
 
 COLUMNS = (
-    *("row", "id", "harmful", "outcome", "n_tokens", "n_thinking", "plateau_max", "plateau_mean", "plateau_late"),
-    *("final", "drop_position", "drop", "valid", "reason"),
+    *("row", "id", "source", "harmful", "outcome", "prompt_key", "n_tokens", "n_thinking", "thinking_refuses"),
+    *("judge_refusal", "plateau_max", "plateau_mean", "plateau_late", "final", "drop_position", "drop"),
+    *("valid", "reason"),
 )
 _NOTHING: Mapping[str, object] = {
-    **{"harmful": None, "outcome": "", "n_tokens": 0, "n_thinking": 0, "drop_position": -1},
+    **{"source": "", "harmful": None, "outcome": "", "prompt_key": "", "thinking_refuses": False},
+    **{"judge_refusal": float("nan"), "n_tokens": 0, "n_thinking": 0, "drop_position": -1},
     **dict.fromkeys(("plateau_max", "plateau_mean", "plateau_late", "final", "drop"), float("nan")),
 }
 
@@ -45,8 +49,7 @@ class PoolScores:
     """One row an example of a pool."""
 
     frame: pd.DataFrame
-    """row, id, harmful, outcome, n_tokens, n_thinking, plateau_max, plateau_mean, plateau_late, final, drop_position,
-    drop, valid, reason: every row of the pool; scores in [0, 1], NaN where `reason` says why there are none."""
+    """`COLUMNS`: every row of the pool; scores in [0, 1], NaN where `reason` says why there are none."""
     resumed: int
     """Rows that were there already."""
 
@@ -166,10 +169,28 @@ def score_window(
         rows[first[tokens[t].id]] = _measured(tokens[t], logits, probe)
     table = []
     for i, row in enumerate(window.rows):
-        known = {"harmful": row.harmful, "outcome": str(row.outcome)} if isinstance(row, Transcript) else {}
+        known = _labels(row) if isinstance(row, Transcript) else {}
         reason = {"reason": reasons[i].reason, "valid": False} if i in reasons else {}
         table.append({"row": window.start + i, "id": row.id, **_NOTHING, **known, **rows.get(i, {}), **reason})
     return pd.DataFrame(table, columns=list(COLUMNS)).astype({"harmful": object})
+
+
+def judge_refusal(transcript: Transcript) -> float:
+    """The probability of a refusal that a judge gave the answer; NaN where none did."""
+    verdict = transcript.extra.get("verdict")
+    score = verdict.get("score") if isinstance(verdict, dict) else None
+    return float(score) if isinstance(score, int | float) else float("nan")
+
+
+def _labels(transcript: Transcript) -> dict[str, object]:
+    return {
+        "source": transcript.source,
+        "harmful": transcript.harmful,
+        "outcome": str(transcript.outcome),
+        "prompt_key": prompt_key(transcript.prompt),
+        "thinking_refuses": states_refusal(transcript.thinking or ""),
+        "judge_refusal": judge_refusal(transcript),
+    }
 
 
 def _measured(tokens: TokenizedTranscript, logits: np.ndarray, probe: RefusalProbe) -> dict[str, object]:

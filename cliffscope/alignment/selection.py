@@ -1,30 +1,40 @@
 """Which few examples of a safety pool matter most?
 
-1. Harmful transcripts that were complied with are traced; those known to be harmless, refused or unfinished are counted
-   and left out, those without a label are taken as the pool's owner gave them.
-2. They are ranked by cliff = plateau - final; ties are broken by id.
-3. The first fraction is chosen. Transcripts whose cliff is not valid (no thinking, or a probe that cannot tell there)
-   are counted and never chosen.
+1. Harmful transcripts that were complied with are candidates; those known to be harmless, refused or unfinished are
+   counted and left out, those without a label are taken as the pool's owner gave them.
+2. They are ranked by a criterion, the cliff by default (criteria.py), and the first fraction is chosen.
+3. Transcripts whose cliff is not valid (no thinking, or a probe that cannot tell there) are counted and never chosen by
+   it.
+
+A pool that fits into memory goes through `select_by_cliff`; one that does not is scored first (scoring.py), and
+`select_from_pool` reads it once more for the chosen rows alone.
 
 Source: Cliff-as-a-Judge, arXiv 2510.06036, section 5 (top 1.7%).
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from cliffscope.alignment.criteria import Criterion, check_choice, choose, prompt_key
+from cliffscope.alignment.scoring import PoolScores, judge_refusal
 from cliffscope.errors import DataError
 from cliffscope.models import LensModel
 from cliffscope.probing.cliff import Plateau
 from cliffscope.probing.probe import RefusalProbe
 from cliffscope.probing.trace import Cliffs, trace_refusal
+from cliffscope.safety.thinking import states_refusal
 from cliffscope.transcripts.datasets import write_transcripts
+from cliffscope.transcripts.pools import PoolSource, read_windows
 from cliffscope.transcripts.records import Omission, Outcome, Transcript, Transcripts
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
+
+STAGE = "select"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -32,16 +42,19 @@ class Selection:
     """The chosen examples of a pool."""
 
     chosen: Transcripts
-    """The chosen transcripts, largest cliff first."""
+    """The chosen transcripts, the first in rank first."""
     frame: pd.DataFrame
-    """id, prompt, thinking, answer, plateau, final, cliff, rank, chosen: every valid transcript of the pool."""
+    """id, prompt, thinking, answer, plateau, final, cliff, rank, chosen: every ranked transcript of the pool; texts of
+    the chosen ones alone where the pool is read from files."""
     pool: int
     """Transcripts that could be chosen from."""
     omitted: tuple[Omission, ...]
     """Transcripts that could not be chosen, and why."""
+    criterion: Criterion = "cliff"
+    """What they are ranked by."""
 
     def to_frame(self) -> pd.DataFrame:
-        """A copy of the table, largest cliff first."""
+        """A copy of the table, in the order of rank."""
         return self.frame.copy()
 
     def to_jsonl(self, path: str | Path) -> None:
@@ -53,12 +66,15 @@ class Selection:
         from cliffscope.figures.safety import plateau_final
 
         return plateau_final(
-            self.frame["plateau"].to_numpy(), self.frame["final"].to_numpy(), self.frame["chosen"].to_numpy(dtype=bool)
+            self.frame["plateau"].to_numpy(float),
+            self.frame["final"].to_numpy(float),
+            self.frame["chosen"].to_numpy(dtype=bool),
         )
 
     def __repr__(self) -> str:
         """One line: how many of how many."""
-        return f"Selection({len(self.chosen)} of {self.pool}, left out {len(self.omitted)})"
+        by = "" if self.criterion == "cliff" else f" by {self.criterion}"
+        return f"Selection({len(self.chosen)} of {self.pool}{by}, left out {len(self.omitted)})"
 
 
 def select_by_cliff(
@@ -67,78 +83,203 @@ def select_by_cliff(
     pool: Transcripts,
     *,
     fraction: float = 0.017,
+    number: int | None = None,
+    criterion: Criterion = "cliff",
     plateau: Plateau = "mean",
+    deduplicate: bool = True,
+    balance: bool = False,
+    seed: int = 0,
 ) -> Selection:
-    """Chooses the transcripts with the largest cliff.
+    """Chooses the transcripts with the largest cliff, or by another criterion.
 
     Args:
         model: the model.
         probe: fitted on this model.
         pool: transcripts with thinking. Those known to be harmless or not complied with are left out.
         fraction: of the others, in (0, 1]; rounded, at least one. The default is the paper's 1.7%.
-        plateau: "mean" or "max", the paper's.
+        number: of examples, instead of a fraction.
+        criterion: `cliff`, `misalignment` (the paper's), `final`, or a baseline: `random`, `rule`, `length`, `judge`.
+        plateau: "mean" or "max", the paper's; of `cliff`.
+        deduplicate: of prompts equal but for case and spaces, keep the first in rank.
+        balance: let the transcripts' sources take turns.
+        seed: of `random`.
 
     Returns:
         The selection.
 
     Raises:
-        DataError: a fraction outside (0, 1], or a pool in which nothing is harmful and complied with.
+        DataError: a fraction outside (0, 1], an unknown criterion, or a pool in which nothing is harmful and complied
+            with.
         ProbeError: the probe does not fit the model.
         SpanError: nothing in the pool can be traced.
     """
-    check_fraction(fraction)
-    left_out = {t.id: why for t in pool if (why := _reason_to_omit(t)) is not None}
+    check_choice(fraction, number, criterion)
+    left_out = {t.id: why for t in pool if (why := _reason_to_omit(t.harmful, t.outcome)) is not None}
     wanted = Transcripts(t for t in pool if t.id not in left_out)
     if not len(wanted):
         raise DataError(
             f"None of the {len(pool)} transcripts of the pool is harmful and complied with. Give such ones, judged."
         )
     traces = trace_refusal(model, probe, wanted)
-    omitted = [Omission(stage="select", reason=why, id=name) for name, why in left_out.items()]
+    omitted = [Omission(stage=STAGE, reason=why, id=name) for name, why in left_out.items()]
     return select_from_cliffs(
-        traces.cliffs(plateau=plateau), wanted, fraction=fraction, omitted=(*omitted, *traces.omitted)
+        traces.cliffs(plateau=plateau),
+        wanted,
+        fraction=fraction,
+        number=number,
+        criterion=criterion,
+        deduplicate=deduplicate,
+        balance=balance,
+        seed=seed,
+        omitted=(*omitted, *traces.omitted),
     )
 
 
 def select_from_cliffs(
-    cliffs: Cliffs, pool: Transcripts, *, fraction: float = 0.017, omitted: tuple[Omission, ...] = ()
+    cliffs: Cliffs,
+    pool: Transcripts,
+    *,
+    fraction: float = 0.017,
+    number: int | None = None,
+    criterion: Criterion = "cliff",
+    deduplicate: bool = True,
+    balance: bool = False,
+    seed: int = 0,
+    omitted: tuple[Omission, ...] = (),
 ) -> Selection:
     """Chooses from cliffs that have been measured already; see `select_by_cliff`."""
-    check_fraction(fraction)
+    check_choice(fraction, number, criterion)
     known = {t.id: t for t in pool}
     frame = cliffs.frame[cliffs.frame["id"].isin(known)]
-    invalid = frame[~frame["valid"].astype(bool)]
-    valid = frame[frame["valid"].astype(bool)].sort_values(["cliff", "id"], ascending=[False, True], ignore_index=True)
-    height = "plateau_max" if cliffs.plateau == "max" else "plateau_mean"
-    wanted = max(1, round(fraction * len(known)))
+    texts = [known[i] for i in frame["id"]]
+    candidates = frame.assign(
+        source=[t.source for t in texts],
+        prompt_key=[prompt_key(t.prompt) for t in texts],
+        n_thinking=[len(t.thinking or "") for t in texts],
+        thinking_refuses=[states_refusal(t.thinking or "") for t in texts],
+        judge_refusal=[judge_refusal(t) for t in texts],
+    )
+    ranked, left_out = choose(
+        candidates,
+        wanted=number or max(1, round(fraction * len(known))),
+        criterion=criterion,
+        plateau=cliffs.plateau,
+        deduplicate=deduplicate,
+        balance=balance,
+        seed=seed,
+    )
+    return _selection(ranked, left_out, known, len(known), criterion, omitted)
+
+
+def select_from_pool(
+    scores: PoolScores,
+    pool: PoolSource,
+    *,
+    fraction: float = 0.017,
+    number: int | None = None,
+    criterion: Criterion = "cliff",
+    plateau: Plateau = "mean",
+    deduplicate: bool = True,
+    balance: bool = False,
+    seed: int = 0,
+) -> Selection:
+    """Chooses from a pool that has been scored; see `select_by_cliff`.
+
+    Args:
+        scores: what `score_pool` gave.
+        pool: what it was given; read once more, for the chosen rows alone.
+        fraction: of the rows that are harmful and complied with, or without a label.
+        number: of examples, instead of a fraction.
+        criterion: what to rank by.
+        plateau: of `cliff`.
+        deduplicate: keep the first of equal prompts.
+        balance: let sources take turns.
+        seed: of `random`.
+
+    Returns:
+        The selection; its table holds the texts of the chosen rows.
+
+    Raises:
+        DataError: nothing in the pool is harmful and complied with, or the pool is not the one that was scored.
+    """
+    check_choice(fraction, number, criterion)
+    table = scores.frame
+    unread = table["outcome"] == ""
+    why = [
+        str(reason) if broken else _reason_to_omit(harmful, outcome)
+        for reason, broken, harmful, outcome in zip(
+            table["reason"], unread, table["harmful"], table["outcome"], strict=True
+        )
+    ]
+    out = pd.Series([w is not None for w in why], index=table.index)
+    omitted = tuple(
+        Omission(stage=STAGE, reason=str(w), id=str(i)) for i, w in zip(table["id"], why, strict=True) if w is not None
+    )
+    candidates = table[~out]
+    if candidates.empty:
+        raise DataError(f"None of the {len(table)} rows of the pool is harmful and complied with. Give such ones.")
+    duplicates = candidates["reason"] == "duplicate id"
+    ranked, left_out = choose(
+        candidates[~duplicates],
+        wanted=number or max(1, round(fraction * int((~duplicates).sum()))),
+        criterion=criterion,
+        plateau=plateau,
+        deduplicate=deduplicate,
+        balance=balance,
+        seed=seed,
+    )
+    left_out = pd.concat([candidates[duplicates], left_out], ignore_index=True)
+    known = _fetch(pool, ranked.loc[ranked["chosen"], ["row", "id"]])
+    return _selection(ranked, left_out, known, int((~duplicates).sum()), criterion, omitted)
+
+
+def _fetch(pool: PoolSource, wanted: pd.DataFrame) -> dict[str, Transcript]:
+    """The transcripts of some rows."""
+    names = {int(row): str(name) for row, name in zip(wanted["row"], wanted["id"], strict=True)}
+    found: dict[str, Transcript] = {}
+    for window in read_windows(pool):
+        for offset, row in enumerate(window.rows):
+            name = names.get(window.start + offset)
+            if name is not None and isinstance(row, Transcript) and row.id == name:
+                found[name] = row
+    missing = sorted(set(names.values()) - set(found))
+    if missing:
+        raise DataError(
+            f"{len(missing)} chosen rows, such as {missing[0]!r}, are not where they were in the pool when it was "
+            "scored. Give the same pool (an iterable that can be read again), or score it anew."
+        )
+    return found
+
+
+def _selection(
+    ranked: pd.DataFrame,
+    left_out: pd.DataFrame,
+    known: dict[str, Transcript],
+    pool: int,
+    criterion: Criterion,
+    omitted: Iterable[Omission],
+) -> Selection:
+    texts = [known.get(i) for i in ranked["id"]]
     table = pd.DataFrame(
         {
-            "id": valid["id"],
-            "prompt": [known[i].prompt for i in valid["id"]],
-            "thinking": [known[i].thinking for i in valid["id"]],
-            "answer": [known[i].answer for i in valid["id"]],
-            "plateau": valid[height],
-            "final": valid["final"],
-            "cliff": valid["cliff"],
-            "rank": range(1, len(valid) + 1),
-            "chosen": [i < wanted for i in range(len(valid))],
+            "id": ranked["id"],
+            "prompt": [None if t is None else t.prompt for t in texts],
+            "thinking": [None if t is None else t.thinking for t in texts],
+            "answer": [None if t is None else t.answer for t in texts],
+            **{name: ranked[name] for name in ("plateau", "final", "cliff", "rank", "chosen")},
         }
     )
-    left_out = [
-        Omission(stage="select", reason=str(reason), id=str(i))
-        for i, reason in zip(invalid["id"], invalid["reason"], strict=True)
+    chosen = [known[i] for i in ranked["id"][ranked["chosen"].astype(bool)]]
+    reasons = [
+        Omission(stage=STAGE, reason=str(reason), id=str(i))
+        for i, reason in zip(left_out["id"], left_out["reason"], strict=True)
     ]
-    chosen = [known[i] for i in table["id"][table["chosen"].astype(bool)]]
-    return Selection(chosen=Transcripts(chosen), frame=table, pool=len(known), omitted=(*omitted, *left_out))
+    return Selection(
+        chosen=Transcripts(chosen), frame=table, pool=pool, omitted=(*omitted, *reasons), criterion=criterion
+    )
 
 
-def check_fraction(fraction: float) -> None:
-    """Raises DataError unless a fraction is a share of the pool."""
-    if not 0 < fraction <= 1:
-        raise DataError(f"fraction={fraction}: expected a share of the pool in (0, 1], such as 0.017.")
-
-
-def _reason_to_omit(transcript: Transcript) -> str | None:
-    if transcript.harmful is False:
+def _reason_to_omit(harmful: object, outcome: object) -> str | None:
+    if harmful is False:
         return "harmless"
-    return None if transcript.outcome in (Outcome.COMPLIED, Outcome.UNJUDGED) else str(transcript.outcome)
+    return None if outcome in (Outcome.COMPLIED, Outcome.UNJUDGED, "complied", "unjudged") else str(outcome)

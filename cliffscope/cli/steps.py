@@ -193,7 +193,7 @@ def select(
     Example: cliffscope select --model ./my-model --probe probe/ --transcripts pool.jsonl --out chosen.jsonl
     """
     import cliffscope as cs
-    from cliffscope.alignment.selection import check_fraction
+    from cliffscope.alignment.criteria import check_fraction
 
     pool, fitted = cs.read_transcripts(transcripts), read_probe(probe)
     check_fraction(fraction)

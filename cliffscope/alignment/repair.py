@@ -1,0 +1,223 @@
+"""How is a model taught to act on the intention it has?
+
+1. The chosen transcripts get a safe answer behind their own thinking; a share of harmless transcripts with the answers
+   that the model gave them is mixed in, so that it does not learn to refuse everything.
+2. TRL's trainer fine-tunes a copy of the model: a LoRA adapter, merged at the end, or all weights of a small model. The
+   loss counts on the answer alone (on request, on the closing too).
+3. The result is an ordinary checkpoint, written whole or not at all; a run that was stopped goes on from its last save.
+
+Source: fine-tuning on selected examples, arXiv 2510.06036, section 5. Knows nothing of how examples were chosen.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+
+from cliffscope.alignment.export import check_place, write_checkpoint
+from cliffscope.alignment.formats import SAFE_ANSWER, Answer, Example, LossOn, examples, with_safe_answer
+from cliffscope.errors import DataError, MissingExtraError
+from cliffscope.models import LensModel
+from cliffscope.transcripts.records import Outcome, Transcript, Transcripts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+RANK = 16
+"""Rank of the LoRA adapter."""
+SMALL = 20_000_000
+"""Parameters up to which all weights are trained unless asked otherwise: an adapter saves nothing there."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Repaired:
+    """A repaired model on disk."""
+
+    path: Path
+    """The checkpoint."""
+    losses: pd.DataFrame
+    """step, loss: of the training."""
+    n_harmful: int
+    """Examples with a safe answer."""
+    n_harmless: int
+    """Harmless examples that were mixed in."""
+
+    def __repr__(self) -> str:
+        """One line: where, and on how many examples."""
+        return f"Repaired({str(self.path)!r}, {self.n_harmful} harmful and {self.n_harmless} harmless examples)"
+
+
+def repair(
+    model: LensModel,
+    chosen: Transcripts,
+    out: str | Path,
+    *,
+    harmless: Transcripts = Transcripts(),  # noqa: B008 - immutable
+    harmless_share: float = 0.5,
+    answer: Answer = SAFE_ANSWER,
+    loss_on: LossOn = "answer",
+    lora_rank: int | None = None,
+    steps: int | None = None,
+    epochs: float = 3.0,
+    batch_size: int = 8,
+    learning_rate: float | None = None,
+    seed: int = 0,
+    work: str | Path | None = None,
+) -> Repaired:
+    """Fine-tunes a copy of the model on chosen transcripts.
+
+    Args:
+        model: the model; it is unchanged afterwards.
+        chosen: harmful transcripts with thinking, such as `Selection.chosen`.
+        out: directory of the checkpoint to be made.
+        harmless: transcripts with the answers that are to stay; those that were not complied with are not taken.
+        harmless_share: share of the examples that are harmless, in [0, 1); as many as there are if there are fewer.
+        answer: the safe answer, or a function of each transcript.
+        loss_on: "answer", or "closing" to count the closing too.
+        lora_rank: 0 trains all weights; None takes an adapter of rank 16 unless the model is small.
+        steps: of the optimiser; None goes by `epochs`.
+        epochs: passes over the examples.
+        batch_size: examples a step.
+        learning_rate: None takes 2e-4 for an adapter and 5e-5 for all weights, at which a small model of this kind
+            changes within a few dozen steps.
+        seed: of order and adapter.
+        work: directory for saves after each epoch, from which a stopped run goes on; None keeps none.
+
+    Returns:
+        Where it is, and the losses.
+
+    Raises:
+        DataError: there is no example, one is beyond the context, or a number is out of its range.
+        MissingExtraError: the packages trl and peft are missing.
+        StoreError: the directory exists or cannot be written.
+    """
+    _check(chosen, harmless_share, epochs, batch_size, steps)
+    check_place(Path(out).absolute(), model, overwrite=False)
+    mixed = _mixed(harmless, len(chosen), harmless_share, seed)
+    data = examples(
+        [*with_safe_answer(chosen, answer), *mixed],
+        model.tokenizer,
+        model.template,
+        loss_on=loss_on,
+        max_length=model.shape.context - 1,
+    )
+    network, losses = _train(
+        model,
+        data,
+        rank=_rank(model, lora_rank),
+        steps=steps if steps is not None else math.ceil(epochs * len(data) / batch_size),
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        work=work,
+    )
+    card = _card(model, len(chosen), len(mixed), loss_on, losses)
+    path = write_checkpoint(network, model, out, card=card)
+    return Repaired(path=path, losses=losses, n_harmful=len(chosen), n_harmless=len(mixed))
+
+
+def _check(chosen: Transcripts, share: float, epochs: float, batch_size: int, steps: int | None) -> None:
+    if not len(chosen):
+        raise DataError("No transcript was given to repair on. Choose some with select_by_cliff.")
+    if not 0 <= share < 1 or not epochs > 0 or batch_size < 1 or (steps is not None and steps < 1):
+        raise DataError(
+            f"harmless_share={share}, epochs={epochs}, batch_size={batch_size}, steps={steps}: expected a share in "
+            "[0, 1), and numbers above 0."
+        )
+
+
+def _mixed(harmless: Transcripts, n: int, share: float, seed: int) -> Sequence[Transcript]:
+    """As many harmless transcripts as make up the share, drawn with the seed."""
+    usable = [t for t in harmless if t.answer and t.outcome in (Outcome.COMPLIED, Outcome.UNJUDGED)]
+    wanted = min(len(usable), round(n * share / (1 - share)))
+    order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [usable[i] for i in sorted(order[:wanted])]
+
+
+def _rank(model: LensModel, rank: int | None) -> int:
+    if rank is not None:
+        return rank
+    return 0 if sum(p.numel() for p in model.hf.parameters()) <= SMALL else RANK
+
+
+def _train(
+    model: LensModel,
+    data: Sequence[Example],
+    *,
+    rank: int,
+    steps: int,
+    batch_size: int,
+    learning_rate: float | None,
+    seed: int,
+    work: str | Path | None,
+) -> "tuple[PreTrainedModel, pd.DataFrame]":
+    try:
+        from datasets import Dataset
+        from peft import LoraConfig
+        from transformers import PrinterCallback
+        from trl.trainer.sft_config import SFTConfig
+        from trl.trainer.sft_trainer import SFTTrainer
+    except ImportError as error:
+        raise MissingExtraError("Repairing needs trl and peft: pip install 'cliffscope[repair]'.") from error
+    network = model.copy_network()
+    rows = Dataset.from_list([{"input_ids": e.input_ids, "labels": e.labels} for e in data])
+    options: dict[str, Any] = {
+        "output_dir": str(work) if work is not None else "unused",
+        "max_steps": steps,
+        "per_device_train_batch_size": batch_size,
+        "learning_rate": learning_rate or (2e-4 if rank else 5e-5),
+        "lr_scheduler_type": "constant",
+        "seed": seed,
+        "data_seed": seed,
+        "logging_steps": 1,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no" if work is None else "steps",
+        "save_steps": max(1, steps // 5),
+        "save_total_limit": 1,
+        "max_length": None,
+        "packing": False,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": model.device.type == "cpu",
+        "dataloader_pin_memory": False,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+    }
+    adapter = (
+        LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM") if rank else None
+    )
+    with warnings.catch_warnings():
+        # What TRL and PEFT use of transformers under names that are about to change.
+        warnings.simplefilter("ignore", FutureWarning)
+        trainer = SFTTrainer(
+            model=network,
+            args=SFTConfig(**options),
+            train_dataset=rows,
+            processing_class=model.tokenizer,
+            peft_config=adapter,
+        )
+        # The losses are in the result; nothing is printed besides.
+        trainer.remove_callback(PrinterCallback)
+        saved = work is not None and any(Path(work).glob("checkpoint-*"))
+        trainer.train(resume_from_checkpoint=True if saved else None)
+    held: Any = trainer.model
+    trained: PreTrainedModel = held.merge_and_unload() if rank else held
+    trained.train(False)
+    logged = [(row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row]
+    return trained, pd.DataFrame(logged, columns=["step", "loss"])
+
+
+def _card(model: LensModel, n_harmful: int, n_harmless: int, loss_on: str, losses: pd.DataFrame) -> str:
+    last = f"; the last loss was {losses['loss'].iloc[-1]:.4g}" if len(losses) else ""
+    return (
+        f"# {Path(model.name).name}, repaired\n\n"
+        f"A research artefact: fine-tuned by CliffScope on {n_harmful} harmful transcripts with a safe answer behind "
+        f"their own thinking, and {n_harmless} harmless ones with their own answers. Loss on the {loss_on}; "
+        f"{len(losses)} steps{last}. Fingerprint of the model before: `{model.fingerprint}`.\n\n"
+        "Measure attack success, over-refusal and ordinary ability before relying on it.\n"
+    )
