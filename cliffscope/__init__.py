@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from cliffscope import organisms
     from cliffscope.alignment.export import export_edited
+    from cliffscope.alignment.repair import Repaired, repair
+    from cliffscope.alignment.scoring import PoolScores, score_pool
     from cliffscope.alignment.selection import Selection, select_by_cliff
     from cliffscope.config import StudyConfig
     from cliffscope.errors import CliffScopeError
@@ -46,8 +48,10 @@ _HOMES = {
     "LensModel": "models",
     "ModelJudge": "safety.rubric",
     "PhraseJudge": "safety.judges",
+    "PoolScores": "alignment.scoring",
     "RefusalProbe": "probing.probe",
     "RefusalTraces": "probing.trace",
+    "Repaired": "alignment.repair",
     "SafetyReport": "safety.evaluation",
     "Selection": "alignment.selection",
     "ServerEngine": "safety.engines",
@@ -75,9 +79,11 @@ _HOMES = {
     "rank_heads": "heads.ranking",
     "read_prompts": "transcripts.datasets",
     "read_transcripts": "transcripts.datasets",
+    "repair": "alignment.repair",
     "roll_out": "safety.generation",
     "run_study": "study",
     "scale": "heads.edits",
+    "score_pool": "alignment.scoring",
     "select_by_cliff": "alignment.selection",
     "split_half": "heads.agreement",
     "trace_refusal": "probing.trace",
@@ -99,8 +105,10 @@ __all__ = [
     "LensModel",
     "ModelJudge",
     "PhraseJudge",
+    "PoolScores",
     "RefusalProbe",
     "RefusalTraces",
+    "Repaired",
     "SafetyReport",
     "Selection",
     "ServerEngine",
@@ -128,9 +136,11 @@ __all__ = [
     "rank_heads",
     "read_prompts",
     "read_transcripts",
+    "repair",
     "roll_out",
     "run_study",
     "scale",
+    "score_pool",
     "select_by_cliff",
     "split_half",
     "trace_refusal",

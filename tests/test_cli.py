@@ -24,19 +24,8 @@ from cliffscope.transcripts.datasets import read_transcripts, write_transcripts
 from cliffscope.transcripts.records import Outcome, Transcripts
 
 COMMANDS = (
-    *(
-        "demo",
-        "study",
-        "report",
-        "roll-out",
-        "fit-probe",
-        "trace",
-        "rank-heads",
-        "select",
-        "judge",
-        "evaluate",
-        "export",
-    ),
+    *("demo", "study", "report", "roll-out", "fit-probe", "trace", "rank-heads"),
+    *("judge", "evaluate", "export", "score-pool", "select", "export-examples", "repair"),
     *("organisms", "organisms list", "organisms grow"),
 )
 GROWN = (ASSETS / "planted-llama" / "truth.json").is_file()
@@ -666,3 +655,72 @@ def test_a_killed_study_goes_on_and_keeps_what_was_finished(
         pd.testing.assert_frame_equal(pd.read_parquet(out / name), pd.read_parquet(whole / name))
     for name in ("transcripts.jsonl", "selection.jsonl", "probe.json", "probe.safetensors"):
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+# Judging, editing and training
+
+
+def test_a_judge_is_phrases_or_a_guard_or_a_served_model(shell: Shell, files: Path, tmp_path: Path) -> None:
+    given = ("judge", "--transcripts", files / "judged.jsonl", "--out", tmp_path / "x.jsonl")
+    assert "give --classifier for a guard" in shell.fails(3, *given, "--judge", "wildguard")
+    assert "one or the other" in shell.fails(3, *given, "--classifier", "x", "--url", "http://127.0.0.1:9/v1")
+    assert "No classifier could be loaded" in shell.fails(3, *given, "--judge", "wildguard", "--classifier", tmp_path)
+    nowhere = ("--judge", "m", "--url", "http://127.0.0.1:9/v1")
+    pytest.importorskip("openai", reason="the extra serve is not installed")
+    assert "cannot be used" in shell.fails(7, *given, *nowhere)
+    assert not (tmp_path / "x.jsonl").exists()
+
+
+def test_an_edited_model_is_exported_with_what_was_measured(
+    shell: Shell, files: Path, model: Path, tmp_path: Path
+) -> None:
+    edit = tmp_path / "edit.json"
+    edit.write_text(json.dumps(cliffscope.scale([cliffscope.HeadRef(layer=1, head=2)], 0.5).to_dict()))
+    small = ("--max-thinking", 2, "--max-answer", 2)
+    given = ("evaluate", "--model", model, "--prompts", files / "judged.jsonl", "--out", tmp_path / "run", *small)
+    first = shell(*given, "--edit", edit, "--controls", 1, "--json")
+    assert first.code == 0, first.err
+    arms = {row["arm"] for row in first.json["rows"]}
+    assert arms == {"unedited", "top heads", "random 1"}
+    before = (tmp_path / "run" / "arm-top-heads.jsonl").stat().st_mtime_ns
+    again = shell(*given, "--edit", edit, "--controls", 1, "--json")
+    assert again.json["rows"] == first.json["rows"]
+    assert (tmp_path / "run" / "arm-top-heads.jsonl").stat().st_mtime_ns == before, "a finished arm was run again"
+    words = ("export", "--model", model, "--out", tmp_path / "edited", "--why", "A test.")
+    found = shell(*words, "--edit", edit, "--measured", tmp_path / "run", "--json")
+    assert found.code == 0, found.err
+    card = (tmp_path / "edited" / "README.md").read_text()
+    assert "scale by 0.5, 1 heads" in card
+    assert "random, mean of 1" in card
+    assert "exists already" in shell.fails(5, *words, "--edit", edit)
+    assert "no edit was given" in shell.fails(3, *words[:-1], "x")
+    assert "Give one of them" in shell.fails(3, *words, "--edit", edit, "--heads", "L1H2")
+    edit.write_text("[]")
+    assert "not an edit" in shell.fails(3, *words, "--edit", edit)
+    assert "holds no safety.parquet" in shell.fails(3, *words, "--heads", "L1H2", "--measured", tmp_path)
+
+
+def test_a_pool_is_scored_selected_from_and_repaired_on(
+    shell: Shell, files: Path, model: Path, probe: Path, tmp_path: Path
+) -> None:
+    pool = files / "judged.jsonl"
+    given = ("--model", model, "--probe", probe)
+    scored = shell("score-pool", *given, "--pool", pool, "--out", tmp_path / "scores", "--json")
+    assert scored.code == 0, scored.err
+    assert len(scored.json["rows"]) == len(read_transcripts(pool))
+    select = ("select", *given, "--transcripts", pool, "--number", 3, "--criterion", "random")
+    one, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    assert shell(*select, "--out", one).code == 0
+    assert shell(*select, "--scores", tmp_path / "scores", "--out", other).code == 0
+    assert one.read_text() == other.read_text()
+    assert len(read_transcripts(one)) == 3
+    assert "expected one of" in shell(*select[:-1], "best", "--out", one).err
+    words = ("--model", model, "--transcripts", one)
+    found = shell("export-examples", *words, "--format", "sharegpt", "--answer", "no .", "--out", tmp_path / "x.json")
+    assert found.code == 0, found.err
+    assert len(json.loads((tmp_path / "x.json").read_text())) == 3
+    pytest.importorskip("trl", reason="the extra repair is not installed")
+    repaired = shell("repair", *words, "--out", tmp_path / "repaired", "--answer", "no .", "--steps", 2, "--json")
+    assert repaired.code == 0, repaired.err
+    assert repaired.json["harmful"] == 3
+    assert (tmp_path / "repaired" / "config.json").is_file()

@@ -42,7 +42,7 @@ def mean_loss(network: torch.nn.Module, model: LensModel, transcripts: Transcrip
     return float(np.mean(losses))
 
 
-@pytest.mark.parametrize("rank", [0, 4], ids=["all weights", "adapter"])
+@pytest.mark.parametrize(("rank", "rate"), [(0, 5e-3), (4, 2e-2)], ids=["all weights", "adapter"])
 def test_the_copy_learns_the_safe_answer_and_the_model_stays_as_it_was(
     llama: LensModel,
     chosen: Transcripts,
@@ -50,6 +50,7 @@ def test_the_copy_learns_the_safe_answer_and_the_model_stays_as_it_was(
     tmp_path: Path,
     unchanged: Callable[[LensModel], Callable[[], None]],
     rank: int,
+    rate: float,
 ) -> None:
     check = unchanged(llama)
     safe = with_safe_answer(chosen, SAFE)
@@ -62,7 +63,7 @@ def test_the_copy_learns_the_safe_answer_and_the_model_stays_as_it_was(
         answer=SAFE,
         lora_rank=rank,
         steps=12,
-        learning_rate=5e-3,
+        learning_rate=rate,
     )
     check()
     assert (found.n_harmful, found.n_harmless) == (6, 6)

@@ -1,4 +1,4 @@
-"""The steps of a study one by one: transcripts, probe, traces, heads, selection."""
+"""The steps of a study one by one: transcripts, probe, traces, heads."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -176,31 +176,3 @@ def rank_heads(
         )
         store.write_frame("heads.parquet", ranking.to_frame())
     say_table(as_json, ranking.to_frame(), f"{ranking!r}, written to {out}", out, ranking.omitted)
-
-
-@app.command()
-def select(
-    model: ModelOption,
-    probe: ProbeOption,
-    transcripts: TranscriptsOption,
-    out: OutOption,
-    fraction: Annotated[float, typer.Option(help="Share of the pool, in (0, 1].")] = 0.017,
-    template: TemplateOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Selects the harmful, complied transcripts with the largest cliff, into JSONL.
-
-    Example: cliffscope select --model ./my-model --probe probe/ --transcripts pool.jsonl --out chosen.jsonl
-    """
-    import cliffscope as cs
-    from cliffscope.alignment.criteria import check_fraction
-
-    pool, fitted = cs.read_transcripts(transcripts), read_probe(probe)
-    check_fraction(fraction)
-    selection = cs.select_by_cliff(cs.load_model(model, template=template), fitted, pool, fraction=fraction)
-    chosen = [t.id for t in selection.chosen]
-    if chosen:
-        selection.to_jsonl(out)
-    text = repr(selection) if chosen else f"{selection!r}: nothing was chosen and no file written."
-    data = {"out": str(out) if chosen else None, "chosen": chosen, "pool": len(pool)}
-    say(as_json, data, text, selection.omitted)

@@ -1,0 +1,199 @@
+"""Which examples to train on, and the training: scoring a pool, selecting from it, repairing the model."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cliffscope.cli.options import (
+    JsonOption,
+    ModelOption,
+    OutOption,
+    ProbeOption,
+    SeedOption,
+    TemplateOption,
+    TranscriptsOption,
+    one_of,
+)
+from cliffscope.cli.program import app, read_probe, say, say_table
+from cliffscope.progress import show_progress
+
+if TYPE_CHECKING:
+    from cliffscope.alignment.criteria import Criterion
+    from cliffscope.alignment.formats import Format, LossOn
+    from cliffscope.probing.cliff import Plateau
+
+PoolOption = Annotated[Path, typer.Option("--pool", help="JSONL or Parquet of transcripts, or a folder of them.")]
+CRITERIA: "tuple[Criterion, ...]" = ("cliff", "misalignment", "final", "random", "rule", "length", "judge")
+
+
+@app.command("score-pool")
+def score_pool(
+    model: ModelOption,
+    probe: ProbeOption,
+    pool: PoolOption,
+    out: OutOption,
+    template: TemplateOption = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first broken row.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Scores every example of a pool of any size, into shards; run again, it goes on.
+
+    Example: cliffscope score-pool --model ./my-model --probe probe/ --pool pool.jsonl --out scores/
+    """
+    import cliffscope as cs
+
+    fitted = read_probe(probe)
+    with show_progress() as progress:
+        found = cs.score_pool(
+            cs.load_model(model, template=template),
+            fitted,
+            pool,
+            out=out,
+            strict=strict,
+            progress=lambda done: progress("score-pool", done, done),
+        )
+    say_table(as_json, found.to_frame(), f"{found!r}, written to {out}", out, found.omitted)
+
+
+@app.command()
+def select(
+    model: ModelOption,
+    probe: ProbeOption,
+    transcripts: TranscriptsOption,
+    out: OutOption,
+    fraction: Annotated[float, typer.Option(help="Share of the pool, in (0, 1].")] = 0.017,
+    number: Annotated[int | None, typer.Option(min=1, help="Examples, instead of a share.")] = None,
+    criterion: Annotated[str, typer.Option(help=f"{', '.join(CRITERIA)}.")] = "cliff",
+    plateau: Annotated[str, typer.Option(help="mean or max.")] = "mean",
+    deduplicate: Annotated[bool, typer.Option(help="Of equal prompts, keep the first in rank.")] = True,
+    balance: Annotated[bool, typer.Option(help="Let the transcripts' sources take turns.")] = False,
+    scores: Annotated[
+        Path | None, typer.Option(help="Directory of score-pool, for a pool that does not fit into memory.")
+    ] = None,
+    template: TemplateOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Selects the harmful, complied transcripts with the largest cliff, into JSONL.
+
+    Example: cliffscope select --model ./my-model --probe probe/ --transcripts pool.jsonl --out chosen.jsonl
+    """
+    import cliffscope as cs
+    from cliffscope.alignment.criteria import check_choice
+    from cliffscope.alignment.selection import select_from_pool
+
+    how: Criterion = one_of("criterion", criterion, *CRITERIA)
+    height: Plateau = one_of("plateau", plateau, "mean", "max")
+    check_choice(fraction, number, how)
+    if scores is None:
+        pool, fitted = cs.read_transcripts(transcripts), read_probe(probe)
+        size = len(pool)
+        selection = cs.select_by_cliff(
+            cs.load_model(model, template=template),
+            fitted,
+            pool,
+            fraction=fraction,
+            number=number,
+            criterion=how,
+            plateau=height,
+            deduplicate=deduplicate,
+            balance=balance,
+            seed=seed,
+        )
+    else:
+        scored = cs.score_pool(cs.load_model(model, template=template), read_probe(probe), transcripts, out=scores)
+        size = len(scored.frame)
+        selection = select_from_pool(
+            scored,
+            transcripts,
+            fraction=fraction,
+            number=number,
+            criterion=how,
+            plateau=height,
+            deduplicate=deduplicate,
+            balance=balance,
+            seed=seed,
+        )
+    chosen = [t.id for t in selection.chosen]
+    if chosen:
+        selection.to_jsonl(out)
+    text = repr(selection) if chosen else f"{selection!r}: nothing was chosen and no file written."
+    data = {"out": str(out) if chosen else None, "chosen": chosen, "pool": size}
+    say(as_json, data, text, selection.omitted)
+
+
+@app.command("export-examples")
+def export_examples(
+    model: ModelOption,
+    transcripts: TranscriptsOption,
+    out: OutOption,
+    format: Annotated[  # noqa: A002 - the option's name
+        str, typer.Option("--format", help="chat, prompt-completion, alpaca or sharegpt.")
+    ] = "prompt-completion",
+    answer: Annotated[str | None, typer.Option(help="The safe answer; the transcripts' own if not given.")] = None,
+    template: TemplateOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Writes transcripts as training data for TRL or LLaMA-Factory, their thinking kept.
+
+    Example: cliffscope export-examples --model ./my-model --transcripts chosen.jsonl --answer "I can't." --out x.jsonl
+    """
+    import cliffscope as cs
+    from cliffscope.alignment.formats import with_safe_answer, write_examples
+
+    form: Format = one_of("format", format, "chat", "prompt-completion", "alpaca", "sharegpt")
+    given = cs.read_transcripts(transcripts)
+    lens = cs.load_model(model, template=template)
+    asked = given if answer is None else with_safe_answer(given, answer)
+    write_examples(asked, out, format=form, tokenizer=lens.tokenizer, template=lens.template)
+    say(as_json, {"out": str(out), "examples": len(asked)}, f"{len(asked)} examples, written to {out}")
+
+
+@app.command()
+def repair(
+    model: ModelOption,
+    transcripts: TranscriptsOption,
+    out: OutOption,
+    harmless: Annotated[Path | None, typer.Option(help="JSONL of harmless transcripts to mix in.")] = None,
+    harmless_share: Annotated[float, typer.Option(help="Share of the examples that is harmless.")] = 0.5,
+    answer: Annotated[str, typer.Option(help="The safe answer.")] = "I'm sorry, but I can't help with that.",
+    loss_on: Annotated[str, typer.Option(help="answer, or closing to count the closing too.")] = "answer",
+    lora_rank: Annotated[int | None, typer.Option(min=0, help="Of the adapter; 0 trains all weights.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Of the optimiser, instead of epochs.")] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 3.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples a step.")] = 8,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the optimiser.")] = None,
+    work: Annotated[Path | None, typer.Option(help="Directory for saves, to go on from after a stop.")] = None,
+    template: TemplateOption = None,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Fine-tunes the model on chosen transcripts with a safe answer, into a checkpoint.
+
+    Example: cliffscope repair --model ./my-model --transcripts chosen.jsonl --harmless harmless.jsonl --out repaired/
+    """
+    import cliffscope as cs
+
+    where: LossOn = one_of("loss-on", loss_on, "answer", "closing")
+    chosen = cs.read_transcripts(transcripts)
+    mixed = cs.Transcripts() if harmless is None else cs.read_transcripts(harmless)
+    found = cs.repair(
+        cs.load_model(model, template=template),
+        chosen,
+        out,
+        harmless=mixed,
+        harmless_share=harmless_share,
+        answer=answer,
+        loss_on=where,
+        lora_rank=lora_rank,
+        steps=steps,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        seed=seed,
+        work=work,
+    )
+    last = float(found.losses["loss"].iloc[-1])
+    data = {"out": str(found.path), "harmful": found.n_harmful, "harmless": found.n_harmless, "loss": last}
+    say(as_json, data, f"{found!r}, last loss {last:.4g}")
