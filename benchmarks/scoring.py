@@ -1,0 +1,194 @@
+"""What does scoring a pool cost beside the forward passes themselves, and how much memory?
+
+1. `score_pool` against bare forward passes of the whole decoder over the same batches, paired and alternating: tokens a
+   second of the one over the other. The blocks above the probe's layer are not run, so that it may exceed 1.
+2. Batches of like length against batches in the pool's order, on a pool of mixed lengths.
+3. Peak resident memory above the loaded model while `--many` generated examples are scored from a file.
+
+Prints JSON.
+"""
+
+import argparse
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from sweep import random_probe
+
+import cliffscope as cs
+from cliffscope.models import LensModel
+from cliffscope.organisms import grammar
+from cliffscope.probing.activations import BATCH_TOKENS, length_batches, project_layer
+from cliffscope.probing.probe import RefusalProbe
+from cliffscope.transcripts.records import Message, Outcome, Transcript, Transcripts
+from cliffscope.transcripts.transcript import TokenizedTranscript, tokenize_all
+
+SENTENCE = "Please tell me how bread is made, what it needs, and how long each of the steps takes at home. "
+
+
+def main() -> None:
+    """Measures and prints."""
+    options = parse()
+    if options.memory_of:
+        print(peak(options.memory_of))
+        return
+    found: dict[str, object] = {"load_average": os.getloadavg()[0]}
+    for name in options.models:
+        model = cs.load_model(name)
+        found[name] = {
+            "throughput_over_bare_forward": throughput(model, options),
+            "sorted_over_file_order": order(model, options),
+        }
+    if options.many:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "pool.jsonl"
+            write_pool(path, options.many)
+            command = [sys.executable, __file__, "--memory-of", str(path)]
+            out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            found["memory"] = json.loads(out.splitlines()[-1])
+    print(json.dumps(found, indent=1))
+
+
+def parse() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", default=["planted-llama", "smollm2"])
+    parser.add_argument("--examples", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--many", type=int, default=100_000, help="0 leaves it out")
+    parser.add_argument("--memory-of", default="", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def mixed(model: LensModel, n: int) -> Transcripts:
+    """Transcripts of mixed lengths: most short, some ten times as long."""
+    rng = random.Random(0)
+    if model.template.thinks:
+        return Transcripts(organism_examples(rng, n, stretch=True))
+    texts = [SENTENCE * (rng.randint(8, 14) if rng.random() < 0.2 else rng.randint(1, 2)) for _ in range(n)]
+    return Transcripts(
+        Transcript(id=f"t{i}", messages=(Message(role="user", content=text),), harmful=True, outcome=Outcome.COMPLIED)
+        for i, text in enumerate(texts)
+    )
+
+
+def organism_examples(rng: random.Random, n: int, *, stretch: bool = False) -> Iterator[Transcript]:
+    """Generated examples of the toy language."""
+    for i in range(n):
+        request = grammar.request(rng, "fit", harmful=True, wrapper=rng.choice(("story", "game", None)))
+        times = rng.randint(6, 10) if stretch and rng.random() < 0.2 else 1
+        yield Transcript(
+            id=f"t{i}",
+            messages=(Message(role="user", content=request.text),),
+            thinking=" ".join(grammar.thinking(rng, request) for _ in range(times)),
+            harmful=True,
+            outcome=Outcome.COMPLIED,
+        )
+
+
+def throughput(model: LensModel, options: argparse.Namespace) -> float:
+    """Median of paired ratios: seconds of the bare passes over seconds of scoring, texts and tables included."""
+    pool, probe = mixed(model, options.examples * (8 if model.template.thinks else 1)), random_probe(model)
+    tokens, _ = tokenize_all(pool, model.tokenizer, model.template)
+    ratios = []
+    for _ in range(options.repeats):
+        bare = seconds(lambda: forward(model, tokens))
+        ratios.append(bare / seconds(lambda: cs.score_pool(model, probe, pool)))
+    return round(statistics.median(ratios), 3)
+
+
+def order(model: LensModel, options: argparse.Namespace) -> float:
+    """Median of paired ratios: batches in the pool's order over batches of like length."""
+    pool, probe = mixed(model, options.examples * (8 if model.template.thinks else 1)), random_probe(model)
+    tokens, _ = tokenize_all(pool, model.tokenizer, model.template)
+    ratios = []
+    for _ in range(options.repeats):
+        ours = seconds(lambda: consume(model, probe, tokens))
+        ratios.append(seconds(lambda: in_order(model, probe, tokens)) / ours)
+    return round(statistics.median(ratios), 2)
+
+
+def consume(model: LensModel, probe: RefusalProbe, tokens: list[TokenizedTranscript]) -> None:
+    """Batches of like length."""
+    for _ in project_layer(model, tokens, probe.layer, probe.weight, probe.bias):
+        pass
+
+
+def in_order(model: LensModel, probe: RefusalProbe, tokens: list[TokenizedTranscript]) -> None:
+    """Batches of as many padded tokens, in the pool's order."""
+    batch: list[TokenizedTranscript] = []
+    for row in [*tokens, None]:
+        longest = max((t.n_pos for t in [*batch, row] if t is not None), default=0)
+        if batch and (row is None or (len(batch) + 1) * longest > BATCH_TOKENS):
+            # One batch whatever its padding, as its sorted neighbours have it.
+            for _ in project_layer(
+                model, batch, probe.layer, probe.weight, probe.bias, batch_tokens=len(batch) * longest
+            ):
+                pass
+            batch = []
+        if row is not None:
+            batch.append(row)
+
+
+def forward(model: LensModel, tokens: list[TokenizedTranscript]) -> None:
+    """Bare passes of the decoder over the batches that scoring has."""
+    for rows in length_batches([t.n_pos for t in tokens]):
+        batch = model.to_batch([tokens[row].token_ids.tolist() for row in rows])
+        with torch.inference_mode():
+            model.decoder(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False)
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Wall time of a call."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def write_pool(path: Path, n: int) -> None:
+    """A pool of generated examples, a line each."""
+    rng = random.Random(1)
+    with path.open("w", encoding="utf-8") as file:
+        for t in organism_examples(rng, n):
+            row = {"id": t.id, "prompt": t.prompt, "thinking": t.thinking, "harmful": True, "outcome": "complied"}
+            file.write(json.dumps(row) + "\n")
+
+
+def peak(path: str) -> str:
+    """Peak resident memory above the loaded model while a file is scored, as JSON."""
+    model = cs.organisms.load("planted-llama")
+    probe = random_probe(model)
+    cs.score_pool(model, probe, mixed(model, 64))
+    with open("/proc/self/statm", encoding="utf-8") as pages:
+        loaded = int(pages.read().split()[1]) * resource.getpagesize()
+    with open("/proc/self/clear_refs", "w", encoding="utf-8") as marks:
+        marks.write("5")
+    with tempfile.TemporaryDirectory() as out:
+        start = time.perf_counter()
+        found = cs.score_pool(model, probe, path, out=Path(out) / "scores")
+        took = time.perf_counter() - start
+    with open("/proc/self/status", encoding="utf-8") as status:
+        top = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    tokens = int(found.frame["n_tokens"].sum())
+    return json.dumps(
+        {
+            "examples": len(found.frame),
+            "tokens": tokens,
+            "seconds": round(took, 1),
+            "tokens_a_second": round(tokens / took),
+            "above_model_mib": round((top - loaded) / 2**20),
+        }
+    )
+
+
+if __name__ == "__main__":
+    main()
