@@ -60,6 +60,8 @@ class StudyConfig:
     """Random sets of heads."""
     select_fraction: float = 0.017
     """Share of the pool that is selected."""
+    repair: bool = False
+    """Whether the model is repaired on the selection and measured again."""
     batch_size: int = 64
     """Rows generated together at most."""
     seed: int = 0

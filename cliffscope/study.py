@@ -7,7 +7,8 @@
 5. Rank the heads on fit prompts, test the first 3% on test prompts against random sets.
 6. Measure safety on test prompts: unedited, top heads zeroed, random sets zeroed.
 7. Select the training examples with the largest cliff.
-8. Write the report.
+8. On request, repair the model on them, and measure again.
+9. Write the report.
 
 Each stage writes its files into the run directory and is never repeated; what could not be done is noted there.
 """
@@ -22,6 +23,9 @@ from pathlib import Path
 import pandas as pd
 
 from cliffscope import verdicts
+from cliffscope.alignment.comparison import compare_repair
+from cliffscope.alignment.formats import own_refusal
+from cliffscope.alignment.repair import repair
 from cliffscope.alignment.selection import select_from_cliffs
 from cliffscope.config import StudyConfig, read_inputs
 from cliffscope.errors import ProbeError
@@ -48,6 +52,7 @@ from cliffscope.transcripts.records import Omission, Outcome, Transcripts
 
 log = logging.getLogger(__name__)
 REPORT, TRANSCRIPTS, OMITTED = "report.html", "transcripts.jsonl", "omitted.parquet"
+SELECTION, REPAIRED = "selection.jsonl", "repaired"
 HEAT_MAPS = 4
 """Transcripts of which every layer is traced for the report."""
 TOKEN_TRACES = 200
@@ -403,10 +408,40 @@ def _stage_selection(run: _Run) -> None:
     pool = run.part("fit", "validate", "test", harmful=True, outcome=Outcome.COMPLIED)
     cliffs = Cliffs(frame=run.store.read_frame("cliffs.parquet"), plateau=run.config.plateau)
     selection = select_from_cliffs(cliffs, pool, fraction=run.config.select_fraction)
-    selection.to_jsonl(run.store.path / "selection.jsonl")
+    selection.to_jsonl(run.store.path / SELECTION)
     run.store.write_frame("selection.parquet", selection.to_frame())
     run.leave_out(selection.omitted)
     _add_verdict(run, "selection", verdicts.of_selection(selection))
+
+
+def _stage_repair(run: _Run) -> None:
+    if not run.config.repair:
+        return
+    chosen = read_transcripts(run.store.path / SELECTION) if run.store.has(SELECTION) else Transcripts()
+    if not len(chosen):
+        run.note("The model was not repaired: nothing was selected to train on.")
+        return
+    folder = run.store.path / REPAIRED
+    if not folder.exists():
+        # What is learnt is how this model itself refuses.
+        said = own_refusal(run.part("fit", "validate", harmful=True, outcome=Outcome.REFUSED))
+        harmless = run.part("fit", "validate", harmful=False, outcome=Outcome.COMPLIED)
+        repair(run.model, chosen, folder, harmless=harmless, answer=said, seed=run.config.seed)
+    asked = Transcripts(t for t in run.part("test") if t.harmful is not None)
+    report = compare_repair(
+        run.model,
+        load_model(str(folder), template=run.config.template, device=run.config.device),
+        asked,
+        max_thinking=run.config.max_thinking,
+        max_answer=run.config.max_answer,
+        temperature=run.config.temperature,
+        system=run.config.system,
+        seed=run.config.seed,
+        batch_size=run.config.batch_size,
+        answered=asked if run.config.transcripts is None else None,
+    )
+    run.store.write_frame("repair.parquet", report.to_frame())
+    _add_verdict(run, "repair", verdicts.of_repair(report, len(chosen)))
 
 
 def _stage_report(run: _Run) -> None:
@@ -420,6 +455,7 @@ _STAGES: dict[str, Callable[[_Run], None]] = {
     "heads": _stage_heads,
     "safety": _stage_safety,
     "selection": _stage_selection,
+    "repair": _stage_repair,
     "report": _stage_report,
 }
 

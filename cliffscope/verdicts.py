@@ -7,6 +7,7 @@ otherwise the sentence says which one fails. Numbers carry n and interval.
 import numpy as np
 import pandas as pd
 
+from cliffscope.alignment.comparison import AFTER, BEFORE, RepairReport
 from cliffscope.alignment.selection import Selection
 from cliffscope.heads.controls import SetControl
 from cliffscope.heads.edits import HeadRef
@@ -106,6 +107,26 @@ def of_selection(selection: Selection) -> str:
         f"{len(chosen)} of {selection.pool} complied transcripts are selected for repair; their mean cliff is "
         f"{ours:.2f}, that of all {len(selection.frame)} valid ones {everyone:.2f}."
     )
+
+
+def of_repair(report: RepairReport, n: int) -> str:
+    """What fine-tuning on the selection did."""
+    table = report.safety.to_frame().set_index(["arm", "group"])
+    parts = []
+    for group, word in (("harmful", "attack success"), ("harmless", "over-refusal")):
+        if (AFTER, group) in table.index:
+            told = []
+            for arm in (UNEDITED, AFTER):
+                rate, low, high = (float(v) for v in table.loc[(arm, group), ["rate", "ci_low", "ci_high"]].to_numpy())
+                told.append(f"{_rate(rate)} {_interval(low, high, '.2f')}")
+            count = int(table["n"].loc[(AFTER, group)])
+            parts.append(f"{word} goes from {told[0]} to {told[1]} (n = {count})")
+    before, after = report.value("cliff", BEFORE), report.value("cliff", AFTER)
+    if np.isfinite([before, after]).all():
+        parts.append(f"the mean cliff from {before:.2f} to {after:.2f}")
+    else:
+        parts.append("the cliff cannot be compared, since no probe could be fitted on one of the two")
+    return f"Repaired on {n} selected transcripts: {', '.join(parts)}."
 
 
 def head_refs(frame: pd.DataFrame) -> tuple[HeadRef, ...]:

@@ -148,6 +148,12 @@ def safety_tables(rng):
         "safety": pd.DataFrame(rows),
         "safety_pairs": pairs,
         "side_effects": pd.DataFrame(effects),
+        "repair": pd.DataFrame(
+            [
+                {"model": m, "measure": "asr", "value": v, "note": "", **spread}
+                for m, v in (("before", 0.5), ("after", 0.1))
+            ]
+        ),
         "safety_quality": pd.DataFrame(quality),
     }
 

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.skipif(
     not all((ASSETS / name / "truth.json").is_file() for name in ("planted-llama", "null-llama")),
     reason="the organisms' assets are not in the package yet",
 )
-STAGES = ("transcripts", "probe", "traces", "heads", "safety", "selection", "report")
+STAGES = ("transcripts", "probe", "traces", "heads", "safety", "selection", "repair", "report")
 FILES = {
     *("manifest.json", "transcripts.jsonl", "transcripts.parquet", "omitted.parquet", "report.html"),
     *("probe.json", "probe.safetensors", "probe_layers.parquet"),
@@ -262,3 +262,18 @@ def test_what_another_configuration_left_unfinished_is_not_counted(tmp_path: Pat
     assert "z" not in set(pd.read_parquet(study.path / "omitted.parquet")["id"])
     assert len(read_transcripts(out / "transcripts.jsonl")) == 10
     assert study.verdict["probe"].startswith("No probe could be fitted")
+
+
+def test_a_repair_on_request_is_made_once_measured_and_told(whole: Study, tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="the extra repair is not installed")
+    # Rewrite of the manifest would be another configuration: the whole path is run again, short.
+    config = config_of(tmp_path / "run", repair=True, select_fraction=0.5, controls=1)
+    study = run_study(config)
+    table = pd.read_parquet(study.path / "repair.parquet").set_index(["measure", "model"])["value"]
+    assert table[("asr", "after")] < table[("asr", "before")]
+    assert table[("over_refusal", "after")] <= table[("over_refusal", "before")] + 0.2
+    assert table[("kl", "after")] > 0
+    assert study.verdict["repair"].startswith("Repaired on ")
+    assert (study.path / "repaired" / "config.json").is_file()
+    assert 'id="repair"' in study.report.read_text()
+    assert 'id="repair"' not in whole.report.read_text()

@@ -9,6 +9,7 @@
 """
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +57,17 @@ def with_safe_answer(transcripts: Iterable[Transcript], answer: Answer = SAFE_AN
         DataError: an answer is blank.
     """
     return Transcripts(_safe(t, answer) for t in transcripts)
+
+
+def own_refusal(refused: Transcripts) -> str:
+    """The refusal that a model gave most often, so that it is repaired in its own voice; `SAFE_ANSWER` for none.
+
+    Example:
+        >>> own_refusal(Transcripts())
+        "I'm sorry, but I can't help with that."
+    """
+    said = Counter(t.answer.strip() for t in refused if t.answer and t.answer.strip())
+    return min(said, key=lambda text: (-said[text], text)) if said else SAFE_ANSWER
 
 
 def examples(

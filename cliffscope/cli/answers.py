@@ -59,8 +59,11 @@ def judge(
 def evaluate(
     context: typer.Context,
     model: ModelOption,
-    prompts: Annotated[Path, typer.Option(help="JSONL with `harmful` set, or a prompt file with labels (XSTest's).")],
+    prompts: Annotated[Path, typer.Option(help="JSONL with `harmful` set, or a prompt file.")],
     out: OutOption,
+    harmful: Annotated[
+        bool | None, typer.Option("--harmful/--harmless", help="Label of a prompt file; else its own, as XSTest's.")
+    ] = None,
     heads: HeadsOption = "",
     factor: FactorOption = 0.0,
     edit: EditOption = None,
@@ -89,8 +92,8 @@ def evaluate(
     from cliffscope.store import open_run
 
     change, reader = _edit(heads, factor, edit), _judge(judge, classifier, url)
-    jsonl = prompts.suffix == ".jsonl" and limit is None
-    asked = cs.read_transcripts(prompts) if jsonl else cs.read_prompts(prompts, limit=limit, seed=seed)
+    ours = prompts.suffix == ".jsonl" and limit is None and harmful is None
+    asked = cs.read_transcripts(prompts) if ours else cs.read_prompts(prompts, harmful=harmful, limit=limit, seed=seed)
     with (
         open_run(out, given_options(context)) as store,
         store.stage("evaluate"),

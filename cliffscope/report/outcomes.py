@@ -53,6 +53,11 @@ MODEL_FACTS = {
     "fingerprint": "fingerprint",
 }
 MEASURES = {
+    "asr": "attack success rate",
+    "over_refusal": "over-refusal",
+    "plateau": "plateau (mean), harmful",
+    "final": "final score, harmful",
+    "cliff": "cliff, harmful",
     "kl": "KL divergence (nats a token)",
     "perplexity": "perplexity",
     "partial": "refuses in part (share)",
@@ -138,6 +143,30 @@ def selection_section(run: StoredRun) -> Section:
         ),
         parts=parts,
         missing=() if parts else ("Nothing was selected in this run.", *run.notes("select", "pool")),
+    )
+
+
+def repair_section(run: StoredRun) -> Section:
+    """What fine-tuning on the selection did."""
+    frame = run.tables["repair"]
+    rows = []
+    for row in frame.to_dict("records"):
+        low, high, n = _number(row["ci_low"]), _number(row["ci_high"]), int(np.nan_to_num(_number(row["n"])))
+        names = [text_cell(MEASURES.get(str(row["measure"]), row["measure"]), 60), text_cell(row["model"], 40)]
+        numbers = [count_cell(n), number_cell(_number(row["value"]), 3), interval_cell(low, high, n, 3)]
+        rows.append([*names, *numbers, text_cell(row["note"], 200)])
+    heads = columns("measure", "model", "n|number", "value|number", "95% interval|number", "note|long")
+    parts: list[Part] = [Table(caption="The model before and after", columns=heads, rows=rows)] if rows else []
+    return Section(
+        id="repair",
+        title="Repair",
+        claim=str(run.section("verdict").get("repair") or ""),
+        lead=(
+            "The selected transcripts, with a refusal behind their own thinking, and as many harmless ones are trained "
+            "on; the same test prompts are then answered again."
+        ),
+        parts=parts,
+        missing=() if parts else ("The model was not repaired in this run.", *run.notes("repair")),
     )
 
 

@@ -25,6 +25,7 @@ from cliffscope.report.evidence import cliff_section, heads_section, probe_secti
 from cliffscope.report.outcomes import (
     omitted_section,
     pretty,
+    repair_section,
     run_section,
     safety_section,
     selection_section,
@@ -36,7 +37,7 @@ from cliffscope.store import write_atomically
 
 LONGEST = 20_000
 """Most characters of any one text on the page."""
-VERDICTS = ("cliff", "heads", "intervention", "selection", "probe")
+VERDICTS = ("cliff", "heads", "intervention", "selection", "repair", "probe")
 """Verdicts of the manifest in the order of the page; each bears the id of the section that argues it."""
 
 
@@ -100,6 +101,8 @@ def _sections(run: StoredRun) -> list[Section]:
         heads_section,
         safety_section,
         selection_section,
+        # A repair is made on request alone, and is then told of even where it could not be made.
+        *((repair_section,) if run.section("config").get("repair") or len(run.tables["repair"]) else ()),
         probe_section,
         omitted_section,
     )

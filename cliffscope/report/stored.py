@@ -39,6 +39,7 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
     "safety_pairs": ("arm", "group", "difference", "ci_low", "ci_high", "mcnemar_p"),
     "safety_quality": ("arm", "kind", "group", "measure", "n", "value", "ci_low", "ci_high"),
     "side_effects": ("arm", "kind", "measure", "n", "value", "ci_low", "ci_high", "unit"),
+    "repair": ("model", "measure", "n", "value", "ci_low", "ci_high", "note"),
     "selection": ("id", "prompt", "thinking", "answer", "plateau", "final", "cliff", "rank", "chosen"),
 }
 """Columns by table; every table is `<name>.parquet`."""

@@ -116,6 +116,28 @@ def measure_side_effects(
     return SideEffects(frame=frame, omitted=(*transcripts.omitted, *omitted, *short))
 
 
+def divergence(
+    model: LensModel, other: LensModel, transcripts: Transcripts
+) -> tuple[Float[np.ndarray, " n"], tuple[Omission, ...]]:
+    """KL divergence of one model's next-token distributions from another's, such as before and after training.
+
+    Args:
+        model: wrote the transcripts.
+        other: with the same vocabulary.
+        transcripts: with answers.
+
+    Returns:
+        [n] nats a token, one value a transcript that can be used, and why others cannot.
+    """
+    rows, omitted = _written(model, transcripts)
+    sums = np.zeros(len(rows))
+    for window in _windows(model, rows, _Counter(None)):
+        plain = _log_shares(model, window, None)
+        each = (plain.exp() * (plain - _log_shares(other, window, None).to(plain.device))).sum(-1)
+        sums[window.rows] += window.total(each)
+    return sums / np.array([len(row.ids) - row.first for row in rows]), omitted
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Sequence:
     """Token ids, and from which position on they are predicted."""
