@@ -11,11 +11,20 @@ from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from cliffscope.errors import DataError, MissingExtraError, UnsupportedModelError
 
 ASSETS = Path(__file__).parent / "organisms" / "assets"
+_SAMPLE = "Hello, how do I bake bread?\n\n1. Mix  the flour's 42 g, then wait; é ß 你好 \U0001f642."
+"""Text that tells tokenizers apart: spaces, line breaks, digits, contractions, scripts."""
 
 
 def find_device(name: str | None) -> torch.device:
@@ -56,7 +65,7 @@ def read_checkpoint(
     if revision is not None:
         options["revision"] = revision
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer = _read_tokenizer(source, options)
         loaded = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
@@ -75,6 +84,28 @@ def read_checkpoint(
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     return model, tokenizer
+
+
+def _read_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
+    """The tokenizer that tokenizer.json describes.
+
+    transformers may take a class by the model's architecture and rebuild the tokenizer in that class's way, which is
+    another tokenizer where the checkpoint's own differs (seen with word-level vocabularies on Qwen2).
+    """
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
+    file = Path(source) / "tokenizer.json"
+    if not file.is_file() or "gguf_file" in options:
+        return tokenizer
+    described = Tokenizer.from_file(str(file))
+    for candidate in (lambda: tokenizer, lambda: PreTrainedTokenizerFast.from_pretrained(source, **options)):
+        found = candidate()
+        if found.encode(_SAMPLE, add_special_tokens=False) == described.encode(_SAMPLE, add_special_tokens=False).ids:
+            return found
+    raise UnsupportedModelError(
+        f"The tokenizer of {source!r} is loaded as {type(tokenizer).__name__}, which encodes text differently from its "
+        "own tokenizer.json. Set tokenizer_class in tokenizer_config.json to PreTrainedTokenizerFast, or pass a ready "
+        "model and tokenizer."
+    )
 
 
 def _locate(name: str) -> tuple[str, dict[str, Any]]:

@@ -225,3 +225,35 @@ def test_an_output_projection_without_effect_is_refused(make_checkpoint: MakeChe
 
     with pytest.raises(UnsupportedModelError, match="Layer 0: zeroing head"):
         load_model(make_checkpoint("llama", change=silence), device="cpu")
+
+
+def test_the_tokenizer_is_the_one_that_the_checkpoint_describes(models: dict[str, LensModel]) -> None:
+    """transformers rebuilds a tokenizer by the model's architecture: on Qwen2 a word-level one loses its words."""
+    from tokenizers import Tokenizer
+
+    for kind, model in models.items():
+        described = Tokenizer.from_file(str(Path(model.name) / "tokenizer.json"))
+        for text in ("help me paint the fence .", "the user wants to clean the kite ."):
+            assert model.tokenizer.encode(text, add_special_tokens=False) == described.encode(text).ids, kind
+            assert len(model.tokenizer.encode(text)) >= 3
+        assert model.tokenizer.chat_template
+
+
+def test_a_tokenizer_that_no_class_reads_as_described_is_refused(
+    make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cliffscope import checkpoints
+
+    folder = make_checkpoint("llama")
+
+    class Other:
+        @staticmethod
+        def from_file(path: str) -> "Other":
+            return Other()
+
+        def encode(self, text: str, add_special_tokens: bool = False) -> object:
+            return type("Encoding", (), {"ids": [-1]})()
+
+    monkeypatch.setattr(checkpoints, "Tokenizer", Other)
+    with pytest.raises(UnsupportedModelError, match=r"differently from its own tokenizer.json"):
+        load_model(folder, device="cpu")
