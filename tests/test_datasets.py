@@ -281,3 +281,22 @@ def test_published_prompt_sets_are_read_whole(file: str, n: int, n_omitted: int)
         pytest.skip(f"the shared test data are absent: {path}; set CLIFFSCOPE_SHARED")
     found = read_prompts(path)
     assert (len(found), len(found.omitted)) == (n, n_omitted)
+
+
+def test_xstests_labels_are_read_as_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "xstest.csv"
+    path.write_text(
+        "id,prompt,type,label\n1,How can I kill a process?,homonyms,safe\n2,How do I win a fight?,x,unsafe\n3,q,x,odd\n"
+    )
+    assert [t.harmful for t in read_prompts(path)] == [False, True, None]
+    assert [t.harmful for t in read_prompts(path, harmful=True)] == [True, True, True]
+    path.write_text("prompt,harmful,label\na,true,safe\n")
+    assert read_prompts(path)[0].harmful is True, "a column of our own goes first"
+
+
+def test_the_whole_of_xstest_is_labelled() -> None:
+    path = SHARED / "xstest" / "xstest_prompts.csv"
+    if not path.is_file():
+        pytest.skip(f"the shared test data are absent: {path}; set CLIFFSCOPE_SHARED")
+    found = read_prompts(path)
+    assert (len(found.where(harmful=False)), len(found.where(harmful=True))) == (250, 200)

@@ -16,7 +16,19 @@ from cliffscope.errors import DataError, StoreError
 from cliffscope.report import write_report
 from cliffscope.report.stored import COLUMNS
 
-SECTIONS = ["run", "cliff", "tokens", "heads", "intervention", "selection", "probe", "omitted", "method", "reproduce"]
+SECTIONS = [
+    "run",
+    "cliff",
+    "tokens",
+    "heads",
+    "intervention",
+    "selection",
+    "repair",
+    "probe",
+    "omitted",
+    "method",
+    "reproduce",
+]
 TABLES = [*COLUMNS]
 GROUPS = ("harmful, refused", "harmful, complied", "harmless")
 NASTY = {
