@@ -266,7 +266,16 @@ def evaluate_safety(
     )
     for arm in arms:
         if arm.name not in finished:
-            answered = _answer(model, asked, arm, budget, system, batch_size, (begun or {}).get(arm.name), on_batch)
+            answered = _answer(
+                model,
+                asked,
+                arm,
+                budget,
+                system=system,
+                batch_size=batch_size,
+                begun=(begun or {}).get(arm.name),
+                on_batch=on_batch,
+            )
             finished[arm.name] = judge_answers(answered, judge or PhraseJudge())
             if on_arm is not None:
                 on_arm(arm.name, finished[arm.name])
@@ -340,6 +349,7 @@ def _answer(
     asked: Transcripts,
     arm: Arm,
     budget: Budget,
+    *,
     system: str | None,
     batch_size: int | None,
     begun: Transcripts | None,
