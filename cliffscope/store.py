@@ -238,7 +238,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())
+        temporary.chmod(0o666 & ~umask())
         temporary.replace(path)
     except (OSError, SafetensorError) as error:
         raise StoreError(
@@ -310,8 +310,8 @@ def _discard(store: RunStore) -> None:
         shutil.rmtree(store.path, ignore_errors=True)
 
 
-def _umask() -> int:
-    # The system tells it only to whoever sets it.
+def umask() -> int:
+    """The rights that new files are not to have; the system tells it only to whoever sets it."""
     mask = os.umask(0o022)
     os.umask(mask)
     return mask

@@ -137,6 +137,9 @@ def test_config_tokenizer_template_and_generation_config_go_along(llama: LensMod
     ordinary = tmp_path / "ordinary"
     ordinary.mkdir()
     assert stat.S_IMODE(folder.stat().st_mode) == stat.S_IMODE(ordinary.stat().st_mode)
+    (ordinary / "file").touch()
+    rights = {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()}
+    assert rights == {stat.S_IMODE((ordinary / "file").stat().st_mode)}, "others could not read the checkpoint"
 
 
 def test_tied_weights_stay_tied_and_are_written_once(models: dict[str, LensModel], tmp_path: Path) -> None:

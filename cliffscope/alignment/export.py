@@ -28,7 +28,7 @@ from transformers import AutoConfig, PreTrainedModel
 from cliffscope.errors import EditError, StoreError
 from cliffscope.heads.edits import EditPlan, HeadEdit, Scope, edited_weights
 from cliffscope.models import LensModel
-from cliffscope.store import PARTIAL
+from cliffscope.store import PARTIAL, umask
 
 CARD, EDIT = "README.md", "cliffscope_edit.json"
 SHARD_BYTES = 5_000_000_000
@@ -222,10 +222,11 @@ def _write_folder(place: Path, write: Callable[[Path], None], *, overwrite: bool
         place.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}.", suffix=PARTIAL))
         write(temporary)
-        # A temporary folder is the owner's alone; a checkpoint has the rights that any new folder has.
-        (probe := temporary / ".rights").mkdir()
-        temporary.chmod(probe.stat().st_mode)
-        probe.rmdir()
+        # Temporary folders, and files that safetensors writes, are the owner's alone; a checkpoint has the rights that
+        # anything new has.
+        temporary.chmod(0o777 & ~umask())
+        for path in temporary.iterdir():
+            path.chmod(0o666 & ~umask())
         _flush(temporary)
         _move(temporary, place, overwrite=overwrite)
     except (OSError, SafetensorError) as error:

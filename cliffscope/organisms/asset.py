@@ -19,7 +19,7 @@ from cliffscope.organisms.grow import grow
 from cliffscope.organisms.recipes import RECIPES, Carrier, Recipe
 from cliffscope.safety.generation import roll_out
 from cliffscope.safety.judges import judge
-from cliffscope.store import write_atomically
+from cliffscope.store import umask, write_atomically
 from cliffscope.transcripts.records import Outcome, Transcripts
 
 MEASURED = 200
@@ -49,6 +49,9 @@ def write_organism(
     model, tokenizer = grow(recipe, report=report)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    # safetensors writes files that are the owner's alone.
+    for path in folder.glob("*.safetensors"):
+        path.chmod(0o666 & ~umask())
     return write_truth(recipe, folder)
 
 
