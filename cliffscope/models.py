@@ -34,6 +34,8 @@ from cliffscope.transcripts.templates import Template, resolve_template
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
+SMALL = 20_000_000
+"""Parameters up to which a model counts as small."""
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """Largest difference allowed between bridge and plain logits, relative to the largest logit."""
 
@@ -96,6 +98,11 @@ class LensModel:
             sums = torch.cat([values.sum(0, dtype=torch.float32), values.sum(1, dtype=torch.float32)])
             digest.update(f"{name}{tuple(weight.shape)}".encode() + sums.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    @cached_property
+    def small(self) -> bool:
+        """Whether it is on the CPU with matrices too small to be shared between threads."""
+        return self.device.type == "cpu" and sum(weight.numel() for weight in self.hf.parameters()) <= SMALL
 
     def copy_network(self) -> PreTrainedModel:
         """The plain model with weights of its own, to be trained."""

@@ -487,3 +487,24 @@ def test_control_characters_are_text_like_any_other(llama: LensModel, text: str)
 def test_equal_budgets_compare_equal() -> None:
     assert Budget(max_thinking=3) == Budget(max_thinking=3)
     assert Budget() != Budget(seed=1)
+
+
+def test_a_small_model_is_decoded_by_one_thread_and_the_number_is_restored(
+    llama: LensModel, prompts: Transcripts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, seen = torch.get_num_threads(), set[int]()
+    handle = llama.blocks[0].register_forward_hook(lambda *_: seen.add(torch.get_num_threads()))
+    try:
+        torch.set_num_threads(2)
+        roll_out(llama, prompts[:2], **BUDGET)
+        assert seen == {1}
+        assert torch.get_num_threads() == 2
+        seen.clear()
+        monkeypatch.setattr("cliffscope.models.SMALL", 0)
+        monkeypatch.delitem(llama.__dict__, "small", raising=False)
+        roll_out(llama, prompts[:2], **BUDGET)
+        assert seen == {2}, "a large model was kept to one thread"
+    finally:
+        handle.remove()
+        torch.set_num_threads(before)
+        llama.__dict__.pop("small", None)

@@ -22,6 +22,7 @@ import torch
 from cliffscope.alignment.export import check_place, write_checkpoint
 from cliffscope.alignment.formats import SAFE_ANSWER, Answer, Example, LossOn, examples, with_safe_answer
 from cliffscope.errors import DataError, MissingExtraError
+from cliffscope.memory import few_threads
 from cliffscope.models import LensModel
 from cliffscope.transcripts.records import Outcome, Transcript, Transcripts
 
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
 
 RANK = 16
 """Rank of the LoRA adapter."""
-SMALL = 20_000_000
-"""Parameters up to which all weights are trained unless asked otherwise: an adapter saves nothing there."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -142,7 +141,8 @@ def _mixed(harmless: Transcripts, n: int, share: float, seed: int) -> Sequence[T
 def _rank(model: LensModel, rank: int | None) -> int:
     if rank is not None:
         return rank
-    return 0 if sum(p.numel() for p in model.hf.parameters()) <= SMALL else RANK
+    # An adapter saves nothing on a small model.
+    return 0 if model.small else RANK
 
 
 def _train(
@@ -191,7 +191,7 @@ def _train(
     adapter = (
         LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM") if rank else None
     )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), few_threads(small=model.small):
         # What TRL and PEFT use of transformers under names that are about to change.
         warnings.simplefilter("ignore", FutureWarning)
         trainer = SFTTrainer(

@@ -21,6 +21,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from cliffscope.errors import GenerationError
+from cliffscope.memory import few_threads
 from cliffscope.models import LensModel
 from cliffscope.transcripts.templates import closing_ids
 
@@ -91,7 +92,7 @@ def decode(model: LensModel, prompts: Sequence[Sequence[int]], keys: Sequence[st
     batch = model.to_batch(prompts, left=True)
     ids, mask, positions = batch.ids, batch.mask, batch.positions
     cache, live = _growing_cache(model), rows
-    with torch.inference_mode():
+    with torch.inference_mode(), few_threads(small=model.small):
         while live:
             output = model.hf(
                 input_ids=ids,
