@@ -19,7 +19,7 @@ from cliffscope.models import LensModel, load_model
 from cliffscope.probing.probe import RefusalProbe
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 
-LENGTHS, HEADS, TRANSCRIPTS = (64, 128, 256, 512, 1024, 2048), (27, 90, 180, 270), (1, 5, 20, 50)
+LENGTHS, HEADS, TRANSCRIPTS = (64, 128, 256, 512, 1024, 2048), (27, 90, 180, 270), (1, 5, 20)
 Point = dict[str, float]
 
 
@@ -40,7 +40,7 @@ def main() -> None:
     }
     print(json.dumps({"model": model.name, "threads": options.threads, **series}, indent=1))
     if options.svg:
-        draw(series).write_image(options.svg)
+        draw(series, options.threads).write_image(options.svg)
 
 
 def parse() -> argparse.Namespace:
@@ -68,7 +68,7 @@ def point(model: LensModel, probe: RefusalProbe, rows: list[TokenizedTranscript]
     return {"x": float(x), "seconds": round(seconds, 3), "floor": round(floor, 3)}
 
 
-def draw(series: dict[str, list[Point]]) -> go.Figure:
+def draw(series: dict[str, list[Point]], threads: int) -> go.Figure:
     """A panel a series."""
     fig = make_subplots(cols=len(series), horizontal_spacing=0.09)
     for column, (name, points) in enumerate(series.items(), start=1):
@@ -85,7 +85,7 @@ def draw(series: dict[str, list[Point]]) -> go.Figure:
             )
         fig.update_xaxes(title_text=name, type="log" if name != "heads" else "linear", row=1, col=column)
         fig.update_yaxes(rangemode="tozero", row=1, col=column)
-    theme.themed(fig, title="Cost of a sweep of the closing, SmolLM2-135M, 2 cores", x="", y="", height=340)
+    theme.themed(fig, title=f"Cost of a sweep of the closing, SmolLM2-135M, threads: {threads}", x="", y="", height=340)
     for column, name in enumerate(series, start=1):
         fig.update_xaxes(title_text=name, row=1, col=column)
     fig.update_yaxes(title_text="seconds", row=1, col=1)
