@@ -646,7 +646,7 @@ def test_a_killed_study_goes_on_and_keeps_what_was_finished(
     assert found.code == 0, found.err
     assert (out / "transcripts.jsonl").read_bytes() == kept
     stages = json.loads((out / "manifest.json").read_text())["stages"]
-    assert list(stages) == ["transcripts", "probe", "traces", "heads", "safety", "selection", "report"]
+    assert list(stages) == ["transcripts", "probe", "traces", "heads", "safety", "selection", "repair", "report"]
     whole = tmp_path / "whole"
     assert shell(*[str(whole) if word == str(out) else word for word in words]).code == 0
     tables = sorted(p.name for p in whole.glob("*.parquet"))
