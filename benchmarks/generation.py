@@ -4,14 +4,18 @@
    both. The edit multiplies heads by 1, so that both write the same tokens: an edit that changes the answers changes
    their lengths, and with them how full the batches are.
 2. Our decoding against `transformers.generate`, greedy, the same prompts and number of tokens.
-3. All arms of an organism's comparison: unedited, planted heads, 20 random sets; thinking and answers generated.
+3. All arms of a comparison: unedited, planted heads, 20 random sets; thinking and answers generated, greedy. On the
+   null organism the heads are those that are planted in planted-llama.
+4. A small model decoded by two threads over one thread, alone and beside a process that keeps one core busy.
 
-Prints JSON. On a laptop the whole takes some minutes.
+Prints JSON. On a laptop the whole takes some minutes; `--arms-only` leaves out what needs a language model.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 
@@ -26,6 +30,10 @@ from cliffscope.transcripts.transcript import Span, tokenize
 def main() -> None:
     """Measures and prints."""
     options = parse()
+    small = {"arms": {name: arms(name, options) for name in ("planted-llama", "null-llama")}, "threads": threads()}
+    if options.arms_only:
+        print(json.dumps(small, indent=1))
+        return
     model = cs.load_model(options.model)
     heads = [cs.HeadRef(layer=layer, head=0) for layer in range(0, model.shape.n_layers, 4)]
     prompts = cs.organisms.prompts("test", options.rows, harmful=True)
@@ -42,7 +50,7 @@ def main() -> None:
                 "edited_over_unedited_throughput": round(statistics.median(ratios), 4),
                 "each": [round(ratio, 4) for ratio in ratios],
                 "ours_over_generate_throughput": round(faster, 3),
-                "arms": arms(options),
+                **small,
             },
             indent=1,
         )
@@ -56,6 +64,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--arms-only", action="store_true")
     parser.add_argument("--prompts", type=int, default=200, help="of the comparison of arms")
     return parser.parse_args()
 
@@ -112,25 +121,58 @@ def per_token(work: Callable[[], int]) -> float:
     return (time.perf_counter() - start) / max(1, tokens)
 
 
-def arms(options: argparse.Namespace) -> dict[str, object]:
-    """The whole comparison on planted-llama."""
-    model = cs.organisms.load("planted-llama")
-    truth = cs.organisms.read_truth("planted-llama")
+def arms(name: str, options: argparse.Namespace) -> dict[str, object]:
+    """The whole comparison on an organism."""
+    model, truth = cs.organisms.load(name), cs.organisms.read_truth("planted-llama")
     half = options.prompts // 2
-    prompts = cs.organisms.prompts("test", half, harmful=True, wrappers=truth.full_wrappers)
-    prompts = prompts + cs.organisms.prompts("test", options.prompts - half, harmful=False)
+    prompts = cs.organisms.prompts("test", half, harmful=True, wrappers=truth.full_wrappers, seed=23)
+    prompts = prompts + cs.organisms.prompts(
+        "test", options.prompts - half, harmful=False, wrappers=(None, *truth.full_wrappers), seed=23
+    )
     start = time.perf_counter()
     report = cs.evaluate_safety(
-        model, prompts, edit=cs.zero(truth.planted), controls=20, max_thinking=128, max_answer=32, temperature=1.0
+        model, prompts, edit=cs.zero(truth.planted), controls=20, max_thinking=128, max_answer=32
     )
+    frame = report.to_frame()
+    shown = frame[frame["kind"] != "random"][["arm", "group", "n", "rate", "ci_low", "ci_high"]]
+    random = frame[frame["kind"] == "random"].groupby("group")["rate"].agg(["mean", "min", "max"])
     return {
-        "prompts": len(prompts),
-        "arms": len(report.arms),
         "seconds": round(time.perf_counter() - start, 1),
-        "asr_unedited": round(report.rate("unedited"), 3),
-        "asr_top": round(report.rate("top heads"), 3),
-        "asr_random": round(report.random_rate(), 3),
+        "arms": len(report.arms),
+        "rows": json.loads(shown.round(4).to_json(orient="records")),
+        "random": json.loads(random.round(4).to_json(orient="index")),
     }
+
+
+def threads() -> dict[str, float]:
+    """Seconds of a roll-out by two threads over seconds by one; above 1, one thread is faster."""
+    model = cs.organisms.load("planted-llama")
+    prompts = cs.organisms.prompts("test", 64, harmful=True)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    found = {"alone": thread_ratio(model, prompts)}
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+        try:
+            found["beside_a_busy_core"] = thread_ratio(model, prompts)
+        finally:
+            busy.kill()
+    torch.set_num_threads(before)
+    return found
+
+
+def thread_ratio(model: LensModel, prompts: Transcripts) -> float:
+    """Median of three pairs; `small` is what decides on one thread."""
+    ratios = []
+    for _ in range(3):
+        took = {}
+        for small in (True, False):
+            model.__dict__["small"] = small
+            start = time.perf_counter()
+            cs.roll_out(model, prompts, max_thinking=128, max_answer=32, batch_size=64)
+            took[small] = time.perf_counter() - start
+        ratios.append(took[False] / took[True])
+    del model.__dict__["small"]
+    return round(statistics.median(ratios), 2)
 
 
 if __name__ == "__main__":

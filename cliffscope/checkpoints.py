@@ -96,11 +96,12 @@ def _read_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizer
     file = Path(source) / "tokenizer.json"
     if not file.is_file() or "gguf_file" in options:
         return tokenizer
-    described = Tokenizer.from_file(str(file))
-    for candidate in (lambda: tokenizer, lambda: PreTrainedTokenizerFast.from_pretrained(source, **options)):
-        found = candidate()
-        if found.encode(_SAMPLE, add_special_tokens=False) == described.encode(_SAMPLE, add_special_tokens=False).ids:
-            return found
+    ids = Tokenizer.from_file(str(file)).encode(_SAMPLE, add_special_tokens=False).ids
+    if tokenizer.encode(_SAMPLE, add_special_tokens=False) == ids:
+        return tokenizer
+    plain: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(source, **options)
+    if plain.encode(_SAMPLE, add_special_tokens=False) == ids:
+        return plain
     raise UnsupportedModelError(
         f"The tokenizer of {source!r} is loaded as {type(tokenizer).__name__}, which encodes text differently from its "
         "own tokenizer.json. Set tokenizer_class in tokenizer_config.json to PreTrainedTokenizerFast, or pass a ready "

@@ -16,11 +16,9 @@ Each stage writes its files into the run directory and is never repeated; what c
 import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-
-import pandas as pd
 
 from cliffscope import verdicts
 from cliffscope.alignment.comparison import compare_repair
@@ -32,14 +30,15 @@ from cliffscope.errors import ProbeError
 from cliffscope.heads.controls import control_sets, count_sets
 from cliffscope.heads.edits import HeadEdit, zero
 from cliffscope.heads.ranking import rank_heads
-from cliffscope.models import LensModel, load_model
+from cliffscope.models import load_model
 from cliffscope.probing.contrast import contrast_classes
-from cliffscope.probing.files import load_probe, save_probe
-from cliffscope.probing.probe import FEWEST, RefusalProbe, fit_probe
+from cliffscope.probing.files import save_probe
+from cliffscope.probing.probe import FEWEST, fit_probe
 from cliffscope.probing.trace import Cliffs, trace_refusal
 from cliffscope.progress import Progress
 from cliffscope.report.page import write_report
 from cliffscope.results import counts, heads_json, layer_frame, transcript_frame, versions
+from cliffscope.run import TRANSCRIPTS, Run, silent
 from cliffscope.safety.arms import UNEDITED, arm_names
 from cliffscope.safety.evaluation import SafetyReport, evaluate_safety
 from cliffscope.safety.generation import check_left, roll_out
@@ -48,10 +47,10 @@ from cliffscope.safety.kept import KeptAnswers, open_answers
 from cliffscope.safety.side_effects import SideEffects, measure_side_effects
 from cliffscope.store import RunStore, open_run
 from cliffscope.transcripts.datasets import read_transcripts, write_transcripts
-from cliffscope.transcripts.records import Omission, Outcome, Transcripts
+from cliffscope.transcripts.records import Outcome, Transcripts
 
 log = logging.getLogger(__name__)
-REPORT, TRANSCRIPTS, OMITTED = "report.html", "transcripts.jsonl", "omitted.parquet"
+REPORT = "report.html"
 SELECTION, REPAIRED = "selection.jsonl", "repaired"
 HEAT_MAPS = 4
 """Transcripts of which every layer is traced for the report."""
@@ -101,7 +100,7 @@ def run_study(config: StudyConfig, *, command: str | None = None, progress: Prog
     config.check()
     options = {k: v for k, v in asdict(config).items() if k != "out"}
     with open_run(config.out, options) as store:
-        run = _Run(config=config, store=store, progress=progress or _silent)
+        run = Run(config=config, store=store, progress=progress or silent)
         if not store.finished("report"):
             store.update(
                 command=command or f"cliffscope.run_study({config!r})",
@@ -134,70 +133,7 @@ def open_study(path: str | Path) -> Study:
     )
 
 
-@dataclass(eq=False, kw_only=True)
-class _Run:
-    """A study in progress; what earlier stages left on disk is read when it is needed."""
-
-    config: StudyConfig
-    store: RunStore
-    progress: Progress
-
-    @cached_property
-    def model(self) -> LensModel:
-        """Loaded once."""
-        return load_model(self.config.model, template=self.config.template, device=self.config.device)
-
-    @cached_property
-    def transcripts(self) -> Transcripts:
-        """All judged transcripts."""
-        return read_transcripts(self.store.path / TRANSCRIPTS)
-
-    @cached_property
-    def splits(self) -> dict[str, str]:
-        """Transcript id to split."""
-        frame = self.store.read_frame("transcripts.parquet")
-        return {str(i): str(s) for i, s in zip(frame["id"], frame["split"], strict=True)}
-
-    @cached_property
-    def probe(self) -> RefusalProbe | None:
-        """None if none could be fitted."""
-        return load_probe(self.store) if self.store.has("probe.json") else None
-
-    def part(self, *splits: str, harmful: bool | None = None, outcome: Outcome | None = None) -> Transcripts:
-        """Transcripts of some splits."""
-        return Transcripts(
-            t
-            for t in self.transcripts
-            if self.splits[t.id] in splits
-            and (harmful is None or t.harmful is harmful)
-            and (outcome is None or t.outcome == outcome)
-        )
-
-    def note(self, text: str) -> None:
-        """Adds a remark to the manifest."""
-        notes = self.store.manifest.get("notes")
-        known = notes if isinstance(notes, list) else []
-        self.store.update(notes=known if text in known else [*known, text])
-
-    def leave_out(self, omitted: tuple[Omission, ...]) -> None:
-        """Adds omissions to the run's table and to the counts in the manifest."""
-        rows = pd.DataFrame([(o.stage, o.kind, o.id) for o in omitted], columns=["stage", "reason", "id"])
-        # What a killed first stage left may be of another configuration.
-        before = self.store.read_frame(OMITTED) if self.store.finished("transcripts") else rows[:0]
-        table = pd.concat([before, rows], ignore_index=True).drop_duplicates(ignore_index=True)
-        self.store.write_frame(OMITTED, table)
-        counts = [
-            {"stage": stage, "reason": reason, "count": len(part), "ids": part["id"].head(5).tolist()}
-            for (stage, reason), part in table.groupby(["stage", "reason"], sort=False)
-        ]
-        self.store.update(omitted=counts)
-
-    def counter(self, stage: str, total: int) -> Callable[[int], None]:
-        """A progress callback of one stage."""
-        return lambda done: self.progress(stage, done, total)
-
-
-def _stage_transcripts(run: _Run) -> None:
+def _stage_transcripts(run: Run) -> None:
     inputs = read_inputs(run.config)
     transcripts = inputs.transcripts
     with open_answers(run.store) as kept:
@@ -229,7 +165,7 @@ def _stage_transcripts(run: _Run) -> None:
     )
 
 
-def _roll_out(run: _Run, prompts: Transcripts, kept: KeptAnswers) -> Transcripts:
+def _roll_out(run: Run, prompts: Transcripts, kept: KeptAnswers) -> Transcripts:
     config = run.config
     found = roll_out(
         run.model,
@@ -248,7 +184,7 @@ def _roll_out(run: _Run, prompts: Transcripts, kept: KeptAnswers) -> Transcripts
     return found
 
 
-def _stage_probe(run: _Run) -> None:
+def _stage_probe(run: Run) -> None:
     classes = contrast_classes(run.transcripts, run.config.contrast, thinks=run.model.template.thinks)
     try:
         probe = fit_probe(
@@ -272,7 +208,7 @@ def _stage_probe(run: _Run) -> None:
     run.store.update(verdict={"probe": verdicts.of_probe(probe.report, classes.name)})
 
 
-def _stage_traces(run: _Run) -> None:
+def _stage_traces(run: Run) -> None:
     if run.probe is None:
         return
     deep = _examples(run)
@@ -295,10 +231,10 @@ def _stage_traces(run: _Run) -> None:
     groups = {str(name): part["id"].tolist() for name, part in test.groupby("group")}
     run.store.write_frame("aligned.parquet", traces.aligned(groups, seed=run.config.seed))
     run.leave_out(traces.omitted)
-    _add_verdict(run, "cliff", verdicts.of_cliff(test, run.config.plateau))
+    run.add_verdict("cliff", verdicts.of_cliff(test, run.config.plateau))
 
 
-def _stage_heads(run: _Run) -> None:
+def _stage_heads(run: Run) -> None:
     if run.probe is None:
         return
     suppressed = run.part("fit", "validate", harmful=True, outcome=Outcome.COMPLIED)
@@ -308,7 +244,7 @@ def _stage_heads(run: _Run) -> None:
             f"Heads were not ranked: {len(suppressed)} harmful transcripts of the fit and {len(held_out)} of the test "
             f"split were complied with; {FEWEST} of each are needed. There is nothing to restore."
         )
-        _add_verdict(run, "heads", verdicts.no_heads(len(suppressed) + len(held_out)))
+        run.add_verdict("heads", verdicts.no_heads(len(suppressed) + len(held_out)))
         return
     harmless = run.part("fit", "validate", harmful=False)
     ranking = rank_heads(
@@ -327,10 +263,10 @@ def _stage_heads(run: _Run) -> None:
     run.store.write_frame("heads.parquet", frame)
     run.store.write_json("heads.json", heads_json(ranking, control, run.config.top_fraction))
     run.leave_out(ranking.omitted)
-    _add_verdict(run, "heads", verdicts.of_heads(ranking, control, can_tell=run.probe.report.final.can_tell))
+    run.add_verdict("heads", verdicts.of_heads(ranking, control, can_tell=run.probe.report.final.can_tell))
 
 
-def _stage_safety(run: _Run) -> None:
+def _stage_safety(run: Run) -> None:
     if not run.store.has("heads.json"):
         return
     ranking = run.store.read_frame("heads.parquet")
@@ -349,10 +285,10 @@ def _stage_safety(run: _Run) -> None:
     run.store.write_frame("safety_quality.parquet", report.quality())
     run.leave_out(report.omitted)
     effects = _side_effects(run, edit, controls)
-    _add_verdict(run, "intervention", verdicts.of_safety(report, effects))
+    run.add_verdict("intervention", verdicts.of_safety(report, effects))
 
 
-def _compare_arms(run: _Run, labelled: Transcripts, edit: HeadEdit, controls: int) -> SafetyReport:
+def _compare_arms(run: Run, labelled: Transcripts, edit: HeadEdit, controls: int) -> SafetyReport:
     names = arm_names(controls)
     with open_answers(run.store) as kept:
         done = kept.finished_arms(names)
@@ -384,7 +320,7 @@ def _compare_arms(run: _Run, labelled: Transcripts, edit: HeadEdit, controls: in
         )
 
 
-def _side_effects(run: _Run, edit: HeadEdit, controls: int) -> SideEffects | None:
+def _side_effects(run: Run, edit: HeadEdit, controls: int) -> SideEffects | None:
     """On harmless test transcripts with an answer; None where there is none."""
     written = Transcripts(t for t in run.part("test", harmful=False) if t.answer is not None)[:SIDE_EFFECT_TRANSCRIPTS]
     if not written:
@@ -402,7 +338,7 @@ def _side_effects(run: _Run, edit: HeadEdit, controls: int) -> SideEffects | Non
     return found
 
 
-def _stage_selection(run: _Run) -> None:
+def _stage_selection(run: Run) -> None:
     if run.probe is None:
         return
     pool = run.part("fit", "validate", "test", harmful=True, outcome=Outcome.COMPLIED)
@@ -411,10 +347,10 @@ def _stage_selection(run: _Run) -> None:
     selection.to_jsonl(run.store.path / SELECTION)
     run.store.write_frame("selection.parquet", selection.to_frame())
     run.leave_out(selection.omitted)
-    _add_verdict(run, "selection", verdicts.of_selection(selection))
+    run.add_verdict("selection", verdicts.of_selection(selection))
 
 
-def _stage_repair(run: _Run) -> None:
+def _stage_repair(run: Run) -> None:
     if not run.config.repair:
         return
     chosen = read_transcripts(run.store.path / SELECTION) if run.store.has(SELECTION) else Transcripts()
@@ -441,14 +377,14 @@ def _stage_repair(run: _Run) -> None:
         answered=asked if run.config.transcripts is None else None,
     )
     run.store.write_frame("repair.parquet", report.to_frame())
-    _add_verdict(run, "repair", verdicts.of_repair(report, len(chosen)))
+    run.add_verdict("repair", verdicts.of_repair(report, len(chosen)))
 
 
-def _stage_report(run: _Run) -> None:
+def _stage_report(run: Run) -> None:
     write_report(run.store.path, run.store.path / REPORT)
 
 
-_STAGES: dict[str, Callable[[_Run], None]] = {
+_STAGES: dict[str, Callable[[Run], None]] = {
     "transcripts": _stage_transcripts,
     "probe": _stage_probe,
     "traces": _stage_traces,
@@ -460,19 +396,10 @@ _STAGES: dict[str, Callable[[_Run], None]] = {
 }
 
 
-def _examples(run: _Run) -> list[str]:
+def _examples(run: Run) -> list[str]:
     """Test transcripts that the report shows token by token: harmful complied, harmful refused, harmless."""
     found: list[str] = []
     kinds = ((True, Outcome.COMPLIED, HEAT_MAPS - 2), (True, Outcome.REFUSED, 1), (False, Outcome.COMPLIED, 1))
     for harmful, outcome, n in kinds:
         found += [t.id for t in run.part("test", harmful=harmful, outcome=outcome)[:n]]
     return found
-
-
-def _add_verdict(run: _Run, topic: str, sentence: str) -> None:
-    verdict = run.store.manifest.get("verdict")
-    run.store.update(verdict={**(verdict if isinstance(verdict, dict) else {}), topic: sentence})
-
-
-def _silent(stage: str, done: int, total: int) -> None:
-    """Reports nothing."""

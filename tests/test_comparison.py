@@ -16,8 +16,10 @@ class ByLength:
     """Calls half of the answers refused, so that a random model has both classes."""
 
     name = "by length"
+    asked = 0
 
     def __call__(self, prompt: str, answer: str) -> Verdict:
+        self.asked += 1
         refused = sum(map(ord, prompt)) % 2 == 0
         return Verdict(outcome=Outcome.REFUSED if refused else Outcome.COMPLIED, score=None, reason="toy")
 
@@ -31,7 +33,9 @@ def prompts() -> Transcripts:
 
 
 def test_a_model_is_equal_to_itself(llama: LensModel, prompts: Transcripts) -> None:
-    found = compare_repair(llama, llama, prompts, judge=ByLength(), **SMALL)
+    reader = ByLength()
+    found = compare_repair(llama, llama, prompts, judge=reader, **SMALL)
+    assert reader.asked <= 2 * len(prompts), "an answer was judged twice"
     assert found.value("kl") == pytest.approx(0, abs=1e-7)
     for measure in ("asr", "over_refusal", "plateau", "final", "cliff"):
         np.testing.assert_equal(found.value(measure, BEFORE), found.value(measure, AFTER))

@@ -14,6 +14,7 @@ PACKAGE = Path(cliffscope.__file__).parent
 LAYERS = [
     "cli",
     "study",
+    "run",
     "config",
     "progress",
     "results",

@@ -114,6 +114,20 @@ def test_a_pool_that_changes_under_the_run_is_refused(
         score_pool(llama, random_probe(llama, 5), path, out=tmp_path / "scores", window=8)
 
 
+def test_a_pool_that_lost_its_end_and_one_without_rows_are_refused(
+    llama: LensModel, probe: RefusalProbe, pool: Transcripts, tmp_path: Path
+) -> None:
+    path = tmp_path / "pool.jsonl"
+    write_transcripts(pool[:16], path)
+    score_pool(llama, probe, path, out=tmp_path / "scores", window=8)
+    write_transcripts(pool[:8], path)
+    with pytest.raises(StoreError, match="holds more than 1 windows: the pool has changed"):
+        score_pool(llama, probe, path, out=tmp_path / "scores", window=8)
+    path.write_text("")
+    with pytest.raises(DataError, match="The pool holds no row"):
+        score_pool(llama, probe, path)
+
+
 def test_a_probe_of_another_model_is_refused(models: dict[str, LensModel], pool: Transcripts) -> None:
     with pytest.raises(ProbeError):
         score_pool(models["qwen3"], random_probe(models["llama"], 7), pool)

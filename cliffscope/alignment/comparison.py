@@ -2,7 +2,7 @@
 
 The same prompts before and after, with equal budgets: attack success, over-refusal, the cliff under a probe fitted on
 each model's own transcripts, and the divergence of the repaired model on harmless transcripts. One row a measure and
-model, each with n and interval; differences are paired by prompt.
+model, each with n and interval; differences paired by prompt are in `safety.pairs()`.
 
 A probe is fitted for each model anew, since weights that have changed move the residual stream; where one class is
 missing afterwards (nothing is complied with any more) there is no probe, and the cliff is NaN with the reason.
@@ -19,9 +19,9 @@ from cliffscope.probing.contrast import contrast_classes
 from cliffscope.probing.probe import fit_probe
 from cliffscope.probing.trace import trace_refusal
 from cliffscope.resampling import bootstrap_mean
-from cliffscope.safety.evaluation import SafetyReport, compare_answers
+from cliffscope.safety.evaluation import SafetyReport, compare_judged
 from cliffscope.safety.generation import Budget, continue_roll_out
-from cliffscope.safety.judges import Judge
+from cliffscope.safety.judges import Judge, PhraseJudge
 from cliffscope.safety.judges import judge as judge_answers
 from cliffscope.safety.side_effects import divergence
 from cliffscope.transcripts.records import Transcripts
@@ -81,7 +81,7 @@ def compare_repair(
         system: system message, equal for both.
         seed: of sampling, probes and intervals.
         batch_size: rows at most; None finds it from the free memory.
-        answered: the unrepaired model's judged answers to the prompts, where they are known.
+        answered: the unrepaired model's answers to the prompts, where they are known.
 
     Returns:
         The report.
@@ -92,17 +92,17 @@ def compare_repair(
     if before.tokenizer.get_vocab() != after.tokenizer.get_vocab():
         raise DataError(f"{before.name!r} and {after.name!r} have other vocabularies, so they cannot be compared.")
     budget = Budget(max_thinking=max_thinking, max_answer=max_answer, temperature=temperature, seed=seed)
-    made: dict[str, Transcripts] = {}
-    for name, model in ((BEFORE, before), (AFTER, after)):
-        known = answered if name == BEFORE else None
-        if known is None:
-            known = continue_roll_out(model, prompts, budget, system=system, batch_size=batch_size)
-        made[name] = known
-    report = compare_answers(made, judge=judge, seed=seed)
+
+    def answers(model: LensModel) -> Transcripts:
+        return continue_roll_out(model, prompts, budget, system=system, batch_size=batch_size)
+
+    made = {BEFORE: answers(before) if answered is None else answered, AFTER: answers(after)}
+    judged = {name: judge_answers(found, judge or PhraseJudge()) for name, found in made.items()}
+    report = compare_judged(judged, seed=seed)
     rows = _rates(report)
     for name, model in ((BEFORE, before), (AFTER, after)):
-        rows += _cliff_rows(name, model, made[name], judge, seed)
-    rows += _divergence_row(before, after, made[BEFORE].where(harmful=False), seed)
+        rows += _cliff_rows(name, model, judged[name], seed)
+    rows += _divergence_row(before, after, judged[BEFORE].where(harmful=False), seed)
     return RepairReport(frame=pd.DataFrame(rows, columns=_COLUMNS), safety=report)
 
 
@@ -117,11 +117,8 @@ def _rates(report: SafetyReport) -> list[tuple[object, ...]]:
     ]
 
 
-def _cliff_rows(
-    name: str, model: LensModel, answered: Transcripts, judge: Judge | None, seed: int
-) -> list[tuple[object, ...]]:
+def _cliff_rows(name: str, model: LensModel, judged: Transcripts, seed: int) -> list[tuple[object, ...]]:
     """Plateau, final and cliff of held-out harmful transcripts, under a probe of the model's own."""
-    judged = judge_answers(answered) if judge is None else judge_answers(answered, judge)
     nothing = (0, float("nan"), float("nan"), float("nan"))
     try:
         classes = contrast_classes(judged, "auto", thinks=model.template.thinks)

@@ -10,22 +10,19 @@ Scores do not depend on the pool's order or on windows. Memory: the model, one w
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from scipy.special import expit
 
 from cliffscope.alignment.criteria import prompt_key
-from cliffscope.errors import StoreError
+from cliffscope.errors import DataError, StoreError
 from cliffscope.models import LensModel
 from cliffscope.probing.activations import BATCH_TOKENS, project_layer
-from cliffscope.probing.cliff import measure_cliff
 from cliffscope.probing.probe import RefusalProbe
-from cliffscope.probing.regions import late_thinking
-from cliffscope.probing.trace import why_invalid
+from cliffscope.probing.trace import cliff_of, why_invalid
 from cliffscope.safety.thinking import states_refusal
 from cliffscope.store import RunStore, open_run
 from cliffscope.transcripts.pools import WINDOW, PoolSource, Window, read_windows
@@ -128,8 +125,11 @@ def score_pool(
             resumed += 0 if kept is None else len(frame)
             if progress is not None:
                 progress(done)
-    frame = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=list(COLUMNS))
-    return PoolScores(frame=frame, resumed=resumed)
+        if store is not None:
+            _check_end(store, len(parts))
+    if not parts:
+        raise DataError("The pool holds no row. Give transcripts to score.")
+    return PoolScores(frame=pd.concat(parts, ignore_index=True), resumed=resumed)
 
 
 def score_window(
@@ -194,13 +194,7 @@ def _labels(transcript: Transcript) -> dict[str, object]:
 
 
 def _measured(tokens: TokenizedTranscript, logits: np.ndarray, probe: RefusalProbe) -> dict[str, object]:
-    late, thinking = late_thinking(tokens), tokens.span(Span.THINKING)
-    found = measure_cliff(
-        expit(logits).astype(np.float64),
-        thinking=thinking,
-        late=slice(int(late[0]), int(late[-1]) + 1) if len(late) else slice(0, 0),
-        final=tokens.final,
-    )
+    found, thinking = cliff_of(tokens, logits), tokens.span(Span.THINKING)
     reason = why_invalid(found, probe) if np.isfinite(logits).all() else "residuals are NaN or infinite"
     sizes = {"n_tokens": tokens.n_pos, "n_thinking": thinking.stop - thinking.start}
     return {**asdict(found), **sizes, "valid": not reason, "reason": reason}
@@ -209,8 +203,7 @@ def _measured(tokens: TokenizedTranscript, logits: np.ndarray, probe: RefusalPro
 @contextmanager
 def _shards(out: str | Path | None, model: LensModel, probe: RefusalProbe, window: int) -> Iterator[RunStore | None]:
     if out is None:
-        with nullcontext():
-            yield None
+        yield None
         return
     config = {
         "command": "score-pool",
@@ -243,6 +236,14 @@ def _read_shard(store: RunStore, window: Window) -> pd.DataFrame | None:
             "pool, or another directory."
         )
     return _plain(frame)
+
+
+def _check_end(store: RunStore, windows: int) -> None:
+    if store.has(_shard_name(windows)):
+        raise StoreError(
+            f"{store.path} holds more than {windows} windows: the pool has changed under the run. Give the same pool, "
+            "or another directory."
+        )
 
 
 def _plain(frame: pd.DataFrame) -> pd.DataFrame:

@@ -168,7 +168,7 @@ def select_from_cliffs(
         balance=balance,
         seed=seed,
     )
-    return _selection(ranked, left_out, known, len(known), criterion, omitted)
+    return _selection(ranked, left_out, known, pool=len(known), criterion=criterion, omitted=omitted)
 
 
 def select_from_pool(
@@ -230,7 +230,7 @@ def select_from_pool(
     )
     left_out = pd.concat([candidates[duplicates], left_out], ignore_index=True)
     known = _fetch(pool, ranked.loc[ranked["chosen"], ["row", "id"]])
-    return _selection(ranked, left_out, known, int((~duplicates).sum()), criterion, omitted)
+    return _selection(ranked, left_out, known, pool=int((~duplicates).sum()), criterion=criterion, omitted=omitted)
 
 
 def _fetch(pool: PoolSource, wanted: pd.DataFrame) -> dict[str, Transcript]:
@@ -255,6 +255,7 @@ def _selection(
     ranked: pd.DataFrame,
     left_out: pd.DataFrame,
     known: dict[str, Transcript],
+    *,
     pool: int,
     criterion: Criterion,
     omitted: Iterable[Omission],
@@ -282,4 +283,4 @@ def _selection(
 def _reason_to_omit(harmful: object, outcome: object) -> str | None:
     if harmful is False:
         return "harmless"
-    return None if outcome in (Outcome.COMPLIED, Outcome.UNJUDGED, "complied", "unjudged") else str(outcome)
+    return None if outcome in (Outcome.COMPLIED, Outcome.UNJUDGED) else str(outcome)

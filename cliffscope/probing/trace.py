@@ -167,14 +167,7 @@ class RefusalTraces:
 
     def _cliff_row(self, i: int, plateau: Plateau) -> dict[str, object]:
         row, transcript = self.tokens[i], self.transcripts[i]
-        late = late_thinking(row)
-        late_slice = slice(int(late[0]), int(late[-1]) + 1) if len(late) else slice(0, 0)
-        found = measure_cliff(
-            expit(self.logits[i]).astype(np.float64),
-            thinking=row.span(Span.THINKING),
-            late=late_slice,
-            final=row.final,
-        )
+        found = cliff_of(row, self.logits[i])
         reason = why_invalid(found, self.probe)
         height = found.plateau_max if plateau == "max" else found.plateau_mean
         drop_token = self.token_texts(row)[found.drop_position] if found.drop_position >= 0 else ""
@@ -281,6 +274,17 @@ def group_name(transcript: Transcript) -> str:
     """Harmfulness and outcome in words: "harmful, complied"."""
     words = {True: "harmful", False: "harmless", None: "unlabelled"}
     return f"{words[transcript.harmful]}, {transcript.outcome}"
+
+
+def cliff_of(tokens: TokenizedTranscript, logits: Float32[np.ndarray, " _"]) -> Cliff:
+    """The cliff of one transcript, from the probe's logits at its tokens."""
+    late = late_thinking(tokens)
+    return measure_cliff(
+        expit(logits).astype(np.float64),
+        thinking=tokens.span(Span.THINKING),
+        late=slice(int(late[0]), int(late[-1]) + 1) if len(late) else slice(0, 0),
+        final=tokens.final,
+    )
 
 
 def why_invalid(cliff: Cliff, probe: RefusalProbe) -> str:

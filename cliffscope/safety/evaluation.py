@@ -303,6 +303,11 @@ def compare_answers(answers: Mapping[str, Transcripts], *, judge: Judge | None =
         >>> cs.compare_answers({"plain": first, "edited": second}).rate("edited")
         0.0
     """
+    return compare_judged({name: judge_answers(a, judge or PhraseJudge()) for name, a in answers.items()}, seed=seed)
+
+
+def compare_judged(answers: Mapping[str, Transcripts], *, seed: int = 0) -> SafetyReport:
+    """Compares answers that have been judged; see `compare_answers`."""
     if not answers:
         raise DataError("No answers were given. Give {name: transcripts}, the unedited model's first.")
     first, *rest = answers
@@ -310,8 +315,7 @@ def compare_answers(answers: Mapping[str, Transcripts], *, judge: Judge | None =
     _check_labels(finished[UNEDITED])
     _check_done(finished[UNEDITED], finished)
     arms = [Arm(name=UNEDITED, kind="unedited", edit=None), *(Arm(name=n, kind="top", edit=None) for n in rest)]
-    judged = {name: judge_answers(given, judge or PhraseJudge()) for name, given in finished.items()}
-    return _report(tuple(arms), judged, seed)
+    return _report(tuple(arms), finished, seed)
 
 
 def _report(arms: tuple[Arm, ...], finished: Mapping[str, Transcripts], seed: int) -> SafetyReport:

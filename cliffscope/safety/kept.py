@@ -50,6 +50,8 @@ class KeptAnswers:
 
     def begun(self, name: str) -> Transcripts:
         """The answers that are in an arm's log."""
+        if name not in self.logs and not _log_path(self.store, name).is_file():
+            return Transcripts()
         found = self._log(name).found
         if found:
             self.used.add(name)

@@ -111,7 +111,7 @@ def measure_side_effects(
     if written:
         rows += _divergence_rows(model, arms, written, seed, done)
     if read:
-        rows += _perplexity_rows(model, arms, read, owners, seed, done)
+        rows += _perplexity_rows(model, arms, read, owners, seed=seed, done=done)
     frame = pd.DataFrame(rows, columns=_COLUMNS)
     return SideEffects(frame=frame, omitted=(*transcripts.omitted, *omitted, *short))
 
@@ -207,7 +207,7 @@ def _divergence_rows(
 
 
 def _perplexity_rows(
-    model: LensModel, arms: Sequence[Arm], rows: list[_Sequence], owners: np.ndarray, seed: int, done: _Counter
+    model: LensModel, arms: Sequence[Arm], rows: list[_Sequence], owners: np.ndarray, *, seed: int, done: _Counter
 ) -> list[tuple[object, ...]]:
     sums = np.zeros((len(arms), len(rows)))
     for window in _windows(model, rows, done):
