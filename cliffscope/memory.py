@@ -32,8 +32,7 @@ def is_out_of_memory(error: Exception) -> bool:
 def few_threads(*, small: bool) -> Iterator[None]:
     """One thread while many small steps are made, if the model is small.
 
-    Threads that share a small matrix mostly wait for each other, and stand still where other work runs beside them: 15
-    times slower with one busy core of two.
+    Threads that share a small matrix mostly wait for each other, and stand still where other work runs beside them.
 
     Args:
         small: whether the model is small and on the CPU.
