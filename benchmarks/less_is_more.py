@@ -5,6 +5,8 @@ and harmless ones, answered by the model. Of the harmful ones that were complied
 criterion, the model is repaired on it (harmless examples mixed in), and attack success is measured on prompts whose
 verb-object pairs are in no pool. Each seed has a pool, a training order and a probe of its own.
 
+With `--svg` it draws the figure of docs/validation.md (needs kaleido); with `--read` from an earlier run's JSON.
+
 Two regimes: as many steps for every share, and as many epochs. Prints JSON: every run, then by regime, criterion and
 share the mean ASR with a bootstrap interval over seeds, and what was asked: cliff at the smallest share against all of
 the pool, and against random at that share, paired by seed.
@@ -17,14 +19,18 @@ import shutil
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+import plotly.graph_objects as go
 import torch
+from plotly.subplots import make_subplots
 
 import cliffscope as cs
 from cliffscope.alignment.repair import repair
 from cliffscope.alignment.selection import Selection, select_from_cliffs
+from cliffscope.figures import theme
 from cliffscope.models import LensModel
 from cliffscope.probing.contrast import contrast_classes
 from cliffscope.resampling import bootstrap_mean
@@ -33,6 +39,7 @@ from cliffscope.transcripts.records import Transcripts
 NAME = "planted-llama"
 ANSWER = "sorry , i can not help with that ."
 SHARES = (0.017, 0.05, 0.125, 0.25, 0.5)
+COLORS = (theme.VERMILLION, theme.ORANGE, theme.PURPLE, theme.GREY, theme.GREEN, theme.BLUE)
 CRITERIA = ("cliff", "misalignment", "final", "random", "rule", "length")
 BUDGET = {"max_thinking": 128, "max_answer": 32}
 
@@ -40,6 +47,9 @@ BUDGET = {"max_thinking": 128, "max_answer": 32}
 def main() -> None:
     """Measures and prints."""
     options = parse()
+    if options.read:
+        draw(json.loads(Path(options.read).read_text())).write_image(options.svg)
+        return
     start = time.perf_counter()
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
         parts = pool.starmap(one_seed, [(seed, options) for seed in range(options.seeds)], chunksize=1)
@@ -51,6 +61,8 @@ def main() -> None:
         "asked": asked(runs),
         "runs": json.loads(runs.to_json(orient="records")),
     }
+    if options.svg:
+        draw(found).write_image(options.svg)
     print(json.dumps(found, indent=1))
 
 
@@ -63,6 +75,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=float, default=2.0)
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--pool", type=int, default=1300)
+    parser.add_argument("--svg", default="")
+    parser.add_argument("--read", default="", help="JSON of an earlier run, to be drawn again")
     parser.add_argument("--test", type=int, default=160)
     return parser.parse_args()
 
@@ -173,6 +187,53 @@ def asked(runs: pd.DataFrame) -> list[dict[str, object]]:
             values = {"difference": float(difference.mean()), "ci_low": float(low), "ci_high": float(high)}
             rows.append({"regime": regime, "what": f"{name} {small} - {other} {share}", **values})
     return rows
+
+
+def draw(found: dict[str, Any]) -> go.Figure:
+    """ASR by share, a line a criterion, a panel a regime; all of the pool as a band."""
+    table, options = pd.DataFrame(found["table"]), found["options"]
+    names = {
+        "steps": f"{options['steps']} steps for every share",
+        "epochs": f"{options['epochs']:g} epochs for every share",
+    }
+    fig = make_subplots(cols=2, subplot_titles=list(names.values()), horizontal_spacing=0.08, shared_yaxes=True)
+    for column, regime in enumerate(names, start=1):
+        part = table[table["regime"] == regime]
+        whole = part[part["criterion"] == "all"].iloc[0]
+        fig.add_hrect(
+            y0=whole["ci_low"],
+            y1=whole["ci_high"],
+            fillcolor=theme.fade(theme.GREY, 0.25),
+            line_width=0,
+            annotation_text="all of the pool",
+            annotation_position="top right",
+            exclude_empty_subplots=False,
+            row=1,
+            col=column,
+        )
+        for index, name in enumerate(CRITERIA):
+            rows = part[part["criterion"] == name]
+            color, place = COLORS[index], rows["share"] * 1.04 ** (index - 2.5)
+            value, low, high = (rows[key].to_numpy() for key in ("asr", "ci_low", "ci_high"))
+            fig.add_scatter(
+                x=place,
+                y=value,
+                name=name,
+                legendgroup=name,
+                showlegend=column == 1,
+                mode="lines+markers",
+                line={"color": color},
+                error_y=theme.error_bars(value, low, high, color),
+                row=1,
+                col=column,
+            )
+    title = (
+        f"ASR after repair on a share of the pool, {NAME} ({options['seeds']} seeds, n={options['test']} prompts each)"
+    )
+    theme.themed(fig, title=title, x="share of the pool", y="", height=440)
+    fig.update_xaxes(type="log", tickvals=SHARES, ticktext=[f"{share:.1%}" for share in SHARES])
+    fig.update_yaxes(title_text="ASR", row=1, col=1)
+    return fig.update_yaxes(range=[-0.01, 0.34]).update_layout(width=900, margin_t=100, legend_y=-0.3)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 1. `score_pool` against bare forward passes of the whole decoder over the same batches, paired and alternating: tokens a
    second of the one over the other. The blocks above the probe's layer are not run, so that it may exceed 1.
 2. Batches of like length against batches in the pool's order, on a pool of mixed lengths.
-3. Peak resident memory above the loaded model while `--many` generated examples are scored from a file.
+3. Two Ray actors of one core each against one process on both cores: rows a second from the second window to the last,
+   so that neither side's start counts, and whole wall time over whole wall time, where it does.
+4. Peak resident memory above the loaded model while `--many` generated examples are scored from a file.
 
 Prints JSON.
 """
@@ -20,11 +22,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from sweep import random_probe
 
 import cliffscope as cs
+from cliffscope.alignment.distributed import RayEngine
 from cliffscope.models import LensModel
 from cliffscope.organisms import grammar
 from cliffscope.probing.activations import BATCH_TOKENS, length_batches, project_layer
@@ -41,13 +45,15 @@ def main() -> None:
     if options.memory_of:
         print(peak(options.memory_of))
         return
-    found: dict[str, object] = {"load_average": os.getloadavg()[0]}
+    found: dict[str, Any] = {"load_average": os.getloadavg()[0]}
     for name in options.models:
         model = cs.load_model(name)
         found[name] = {
             "throughput_over_bare_forward": throughput(model, options),
             "sorted_over_file_order": order(model, options),
         }
+        if options.ray:
+            found[name]["ray"] = two_actors(model, options)
     if options.many:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "pool.jsonl"
@@ -65,6 +71,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--examples", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--many", type=int, default=100_000, help="0 leaves it out")
+    parser.add_argument("--ray", type=int, default=3, help="pairs of runs with and without Ray; 0 leaves them out")
     parser.add_argument("--memory-of", default="", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -115,6 +122,40 @@ def order(model: LensModel, options: argparse.Namespace) -> float:
         ours = seconds(lambda: consume(model, probe, tokens))
         ratios.append(seconds(lambda: in_order(model, probe, tokens)) / ours)
     return round(statistics.median(ratios), 2)
+
+
+def two_actors(model: LensModel, options: argparse.Namespace) -> dict[str, float]:
+    """Medians of paired ratios, two actors over one process: rows a second after the start, and wall times."""
+    pool, probe = mixed(model, options.examples * (64 if model.template.thinks else 2)), random_probe(model)
+    window = len(pool) // 16
+    engines = {"local": "local", "ray": RayEngine(actors=2, cpus=1, gpus=0)}
+    rates: list[float] = []
+    walls: list[float] = []
+    for _ in range(options.ray):
+        speed, wall = {}, {}
+        for name, engine in engines.items():
+            marks: list[tuple[float, int]] = []
+            wall[name] = seconds(
+                lambda engine=engine, marks=marks: cs.score_pool(
+                    model,
+                    probe,
+                    pool,
+                    window=window,
+                    engine=engine,
+                    progress=lambda n: marks.append((time.perf_counter(), n)),
+                )
+            )
+            (begun, few), (ended, many) = marks[1], marks[-1]
+            speed[name] = (many - few) / (ended - begun)
+        rates.append(speed["ray"] / speed["local"])
+        walls.append(wall["ray"] / wall["local"])
+    return {
+        "rows_a_second_over_one_process": round(statistics.median(rates), 2),
+        "lowest": round(min(rates), 2),
+        "highest": round(max(rates), 2),
+        "wall_over_one_process": round(statistics.median(walls), 2),
+        "rows": len(pool),
+    }
 
 
 def consume(model: LensModel, probe: RefusalProbe, tokens: list[TokenizedTranscript]) -> None:

@@ -5,13 +5,17 @@ each is found and read by transformers, safetensors only, and an incomplete chec
 TransformerLens.
 """
 
+import hashlib
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,6 +29,9 @@ from cliffscope.errors import DataError, MissingExtraError, UnsupportedModelErro
 ASSETS = Path(__file__).parent / "organisms" / "assets"
 _SAMPLE = "Hello, how do I bake bread?\n\n1. Mix  the flour's 42 g, then wait; é ß 你好 \U0001f642."
 """Text that tells tokenizers apart: spaces, line breaks, digits, contractions, scripts."""
+
+_CHUNK = 1 << 24
+"""Weights that are hashed together."""
 
 
 def find_device(name: str | None) -> torch.device:
@@ -44,7 +51,11 @@ def default_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtyp
 
 
 def read_checkpoint(
-    name: str, dtype: torch.dtype | str, revision: str | None
+    name: str,
+    dtype: torch.dtype | str,
+    revision: str | None,
+    *,
+    spread: str | Mapping[str, str | int] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Reads model and tokenizer.
 
@@ -52,6 +63,7 @@ def read_checkpoint(
         name: as in `load_model`.
         dtype: of the weights.
         revision: of a hub repository.
+        spread: a `device_map` of accelerate; None reads into memory.
 
     Returns:
         Both, the tokenizer with a padding token.
@@ -66,6 +78,8 @@ def read_checkpoint(
         options["revision"] = revision
     try:
         tokenizer = _read_tokenizer(source, options)
+        if spread is not None:
+            options["device_map"] = spread
         loaded = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
@@ -84,6 +98,37 @@ def read_checkpoint(
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         tokenizer.pad_token_id = tokenizer.eos_token_id
     return model, tokenizer
+
+
+def hash_weights(prefix: str, network: PreTrainedModel) -> str:
+    """Hash of every weight's sums along its last axis and over all others.
+
+    The sums are of the weights' bits as fp32: whole numbers, so that neither the device nor a wider dtype changes them.
+
+    Args:
+        prefix: hashed first.
+        network: whose parameters are hashed.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    digest = hashlib.sha256(prefix.encode())
+    for name, weight in network.named_parameters():
+        rows, columns = _bit_sums(weight.detach())
+        digest.update(f"{name}{tuple(weight.shape)}".encode() + rows.tobytes() + columns.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _bit_sums(weight: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    values = weight.reshape(-1, weight.shape[-1])
+    rows: list[np.ndarray] = []
+    columns = np.zeros(values.shape[1], dtype=np.int64)
+    step = max(1, _CHUNK // values.shape[1])
+    for start in range(0, len(values), step):
+        bits = values[start : start + step].float().contiguous().view(torch.int32)
+        rows.append(bits.sum(1, dtype=torch.int64).cpu().numpy())
+        columns += bits.sum(0, dtype=torch.int64).cpu().numpy()
+    return np.concatenate(rows), columns
 
 
 def _read_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:

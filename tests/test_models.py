@@ -119,6 +119,13 @@ def test_loading_twice_gives_the_same_fingerprint(model: LensModel) -> None:
     assert load_model(model.name, device="cpu").fingerprint == model.fingerprint
 
 
+def test_a_wider_dtype_does_not_change_the_fingerprint(models: dict[str, LensModel]) -> None:
+    model = models["llama"]
+    narrow = LensModel(**{**_fields(model), "hf": copy.deepcopy(model.hf).bfloat16()})
+    wide = LensModel(**{**_fields(model), "hf": copy.deepcopy(narrow.hf).float()})
+    assert narrow.fingerprint == wide.fingerprint != model.fingerprint
+
+
 def test_the_fingerprint_changes_with_any_single_weight(models: dict[str, LensModel]) -> None:
     model = models["qwen3"]
     for name, weight in model.hf.named_parameters():

@@ -125,8 +125,46 @@ def test_a_stopped_run_goes_on_from_its_last_save(
     np.testing.assert_allclose(again.losses["loss"], whole.losses["loss"], rtol=1e-4)
 
 
+def test_training_stops_once_the_held_out_loss_has_not_fallen_and_goes_back_to_the_best(
+    llama: LensModel, chosen: Transcripts, tmp_path: Path
+) -> None:
+    # Answers that say nothing of each other: what is learnt of some makes the one held out less likely.
+    words = ["story", "bread", "the", "user", "wants", "know"]
+    answers = [" ".join([word] * 3) for word in words]
+    told = iter(answers)
+    found = repair(
+        llama,
+        chosen,
+        tmp_path / "repaired",
+        answer=lambda _t: next(told),
+        steps=40,
+        batch_size=5,
+        learning_rate=2e-2,
+        lora_rank=0,
+        patience=2,
+        seed=1,
+    )
+    looks = found.losses["held_out"].dropna()
+    assert len(found.losses) < 40
+    assert len(looks) == looks.to_numpy().argmin() + 3, "two looks without a fall, and no more"
+    away = torch.randperm(6, generator=torch.Generator().manual_seed(1)).tolist()[0]
+    held_out = Transcripts([chosen[away].replace(answer=answers[away], answer_ids=None)])
+    plain = AutoModelForCausalLM.from_pretrained(found.path).eval()
+    assert mean_loss(plain, llama, held_out) == pytest.approx(looks.min(), rel=2e-3)
+    with pytest.raises(DataError, match="One example cannot"):
+        repair(llama, chosen[:1], tmp_path / "x", answer=SAFE, patience=1)
+
+
 @pytest.mark.parametrize(
-    "wrong", [{"harmless_share": 1.0}, {"harmless_share": -0.1}, {"epochs": 0}, {"batch_size": 0}, {"steps": 0}]
+    "wrong",
+    [
+        {"harmless_share": 1.0},
+        {"harmless_share": -0.1},
+        {"epochs": 0},
+        {"batch_size": 0},
+        {"steps": 0},
+        {"patience": 0},
+    ],
 )
 def test_numbers_out_of_range_are_refused(
     llama: LensModel, chosen: Transcripts, tmp_path: Path, wrong: dict[str, float]

@@ -7,7 +7,8 @@ from conftest import random_probe, written
 
 from cliffscope.alignment import scoring
 from cliffscope.alignment.criteria import choose
-from cliffscope.alignment.scoring import COLUMNS, score_pool
+from cliffscope.alignment.rows import COLUMNS
+from cliffscope.alignment.scoring import score_pool
 from cliffscope.alignment.selection import select_by_cliff, select_from_pool
 from cliffscope.errors import DataError, ProbeError, StoreError
 from cliffscope.models import LensModel

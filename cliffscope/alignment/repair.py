@@ -10,8 +10,10 @@ Source: fine-tuning on selected examples, arXiv 2510.06036, section 5. Knows not
 """
 
 import math
+import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,10 +29,13 @@ from cliffscope.models import LensModel
 from cliffscope.transcripts.records import Outcome, Transcript, Transcripts
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel
 
 RANK = 16
 """Rank of the LoRA adapter."""
+SAVES, LOOKS = 5, 10
+"""Saves of a training, and looks at what is held out."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -40,7 +45,7 @@ class Repaired:
     path: Path
     """The checkpoint."""
     losses: pd.DataFrame
-    """step, loss: of the training."""
+    """step, loss, held_out: of the training; held_out is NaN but where the examples held out were looked at."""
     n_harmful: int
     """Examples with a safe answer."""
     n_harmless: int
@@ -65,6 +70,7 @@ def repair(
     epochs: float = 3.0,
     batch_size: int = 8,
     learning_rate: float | None = None,
+    patience: int | None = None,
     seed: int = 0,
     work: str | Path | None = None,
 ) -> Repaired:
@@ -84,8 +90,10 @@ def repair(
         batch_size: examples a step.
         learning_rate: None takes 2e-4 for an adapter and 5e-5 for all weights, at which a small model of this kind
             changes within a few dozen steps.
-        seed: of order and adapter.
-        work: directory for saves after each epoch, from which a stopped run goes on; None keeps none.
+        patience: stop once the loss on a tenth of the examples, held out, has not fallen in so many of ten looks at it,
+            and keep the weights of the best look; None trains on all examples for all steps.
+        seed: of order, adapter and what is held out.
+        work: directory for saves, from which a stopped run goes on; None keeps none.
 
     Returns:
         Where it is, and the losses.
@@ -95,7 +103,7 @@ def repair(
         MissingExtraError: the packages trl and peft are missing.
         StoreError: the directory exists or cannot be written.
     """
-    _check(chosen, harmless_share, epochs, batch_size, steps)
+    _check(chosen, harmless_share, epochs, batch_size, steps, patience)
     check_place(Path(out).absolute(), model, overwrite=False)
     mixed = _mixed(harmless, len(chosen), harmless_share, seed)
     data = examples(
@@ -105,11 +113,14 @@ def repair(
         loss_on=loss_on,
         max_length=model.shape.context - 1,
     )
+    kept, held_out = (data, []) if patience is None else _hold_out(data, seed)
     network, losses = _train(
         model,
-        data,
+        kept,
+        held_out,
         rank=_rank(model, lora_rank),
-        steps=steps if steps is not None else math.ceil(epochs * len(data) / batch_size),
+        steps=steps if steps is not None else math.ceil(epochs * len(kept) / batch_size),
+        patience=patience,
         batch_size=batch_size,
         learning_rate=learning_rate,
         seed=seed,
@@ -120,14 +131,30 @@ def repair(
     return Repaired(path=path, losses=losses, n_harmful=len(chosen), n_harmless=len(mixed))
 
 
-def _check(chosen: Transcripts, share: float, epochs: float, batch_size: int, steps: int | None) -> None:
+def _check(
+    chosen: Transcripts, share: float, epochs: float, batch_size: int, steps: int | None, patience: int | None
+) -> None:
     if not len(chosen):
         raise DataError("No transcript was given to repair on. Choose some with select_by_cliff.")
-    if not 0 <= share < 1 or not epochs > 0 or batch_size < 1 or (steps is not None and steps < 1):
+    if (
+        not 0 <= share < 1
+        or not epochs > 0
+        or batch_size < 1
+        or any(n is not None and n < 1 for n in (steps, patience))
+    ):
         raise DataError(
-            f"harmless_share={share}, epochs={epochs}, batch_size={batch_size}, steps={steps}: expected a share in "
-            "[0, 1), and numbers above 0."
+            f"harmless_share={share}, epochs={epochs}, batch_size={batch_size}, steps={steps}, patience={patience}: "
+            "expected a share in [0, 1), and numbers above 0."
         )
+
+
+def _hold_out(data: Sequence[Example], seed: int) -> tuple[list[Example], list[Example]]:
+    """Nine tenths of the examples to train on, and a tenth, at least one."""
+    if len(data) < 2:
+        raise DataError("One example cannot be trained on and held out at once. Give more, or patience=None.")
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed)).tolist()
+    away = set(order[: max(1, len(data) // 10)])
+    return [e for i, e in enumerate(data) if i not in away], [e for i, e in enumerate(data) if i in away]
 
 
 def _mixed(harmless: Transcripts, n: int, share: float, seed: int) -> Sequence[Transcript]:
@@ -148,38 +175,73 @@ def _rank(model: LensModel, rank: int | None) -> int:
 def _train(
     model: LensModel,
     data: Sequence[Example],
+    held_out: Sequence[Example],
     *,
     rank: int,
     steps: int,
+    patience: int | None,
     batch_size: int,
     learning_rate: float | None,
     seed: int,
     work: str | Path | None,
 ) -> "tuple[PreTrainedModel, pd.DataFrame]":
     try:
-        from datasets import Dataset
         from peft import LoraConfig
-        from transformers import PrinterCallback
+        from transformers import EarlyStoppingCallback, PrinterCallback
         from trl.trainer.sft_config import SFTConfig
         from trl.trainer.sft_trainer import SFTTrainer
     except ImportError as error:
         raise MissingExtraError("Repairing needs trl and peft: pip install 'cliffscope[repair]'.") from error
-    network = model.copy_network()
-    rows = Dataset.from_list([{"input_ids": e.input_ids, "labels": e.labels} for e in data])
-    options: dict[str, Any] = {
-        "output_dir": str(work) if work is not None else "unused",
+    adapter = (
+        LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM") if rank else None
+    )
+    rate = learning_rate or (2e-4 if rank else 5e-5)
+    with ExitStack() as stack:
+        place = stack.enter_context(tempfile.TemporaryDirectory()) if work is None else str(work)
+        options = _options(model, place, steps=steps, batch_size=batch_size, rate=rate, seed=seed)
+        options |= _saving(steps, keep=work is not None, watch=patience is not None)
+        stack.enter_context(warnings.catch_warnings())
+        # What TRL and PEFT use of transformers under names that are about to change.
+        warnings.simplefilter("ignore", FutureWarning)
+        stack.enter_context(few_threads(small=model.small))
+        trainer = SFTTrainer(
+            model=model.copy_network(),
+            args=SFTConfig(**options),
+            train_dataset=_rows(data),
+            eval_dataset=_rows(held_out) if held_out else None,
+            processing_class=model.tokenizer,
+            peft_config=adapter,
+            callbacks=[] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)],
+        )
+        # The losses are in the result; nothing is printed besides.
+        trainer.remove_callback(PrinterCallback)
+        saved = any(Path(place).glob("checkpoint-*"))
+        trainer.train(resume_from_checkpoint=True if saved else None)
+    held: Any = trainer.model
+    trained: PreTrainedModel = held.merge_and_unload() if rank else held
+    trained.train(False)
+    return trained, _losses(trainer.state.log_history)
+
+
+def _rows(data: Sequence[Example]) -> "Dataset":
+    from datasets import Dataset
+
+    return Dataset.from_list([{"input_ids": e.input_ids, "labels": e.labels} for e in data])
+
+
+def _options(model: LensModel, place: str, *, steps: int, batch_size: int, rate: float, seed: int) -> dict[str, Any]:
+    return {
+        "output_dir": place,
         "max_steps": steps,
         "per_device_train_batch_size": batch_size,
-        "learning_rate": learning_rate or (2e-4 if rank else 5e-5),
+        "per_device_eval_batch_size": batch_size,
+        "learning_rate": rate,
         "lr_scheduler_type": "constant",
         "seed": seed,
         "data_seed": seed,
         "logging_steps": 1,
         "report_to": [],
         "disable_tqdm": True,
-        "save_strategy": "no" if work is None else "steps",
-        "save_steps": max(1, steps // 5),
-        "save_total_limit": 1,
         "max_length": None,
         "packing": False,
         "bf16": False,
@@ -188,28 +250,24 @@ def _train(
         "dataloader_pin_memory": False,
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }
-    adapter = (
-        LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM") if rank else None
-    )
-    with warnings.catch_warnings(), few_threads(small=model.small):
-        # What TRL and PEFT use of transformers under names that are about to change.
-        warnings.simplefilter("ignore", FutureWarning)
-        trainer = SFTTrainer(
-            model=network,
-            args=SFTConfig(**options),
-            train_dataset=rows,
-            processing_class=model.tokenizer,
-            peft_config=adapter,
-        )
-        # The losses are in the result; nothing is printed besides.
-        trainer.remove_callback(PrinterCallback)
-        saved = work is not None and any(Path(work).glob("checkpoint-*"))
-        trainer.train(resume_from_checkpoint=True if saved else None)
-    held: Any = trainer.model
-    trained: PreTrainedModel = held.merge_and_unload() if rank else held
-    trained.train(False)
-    logged = [(row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row]
-    return trained, pd.DataFrame(logged, columns=["step", "loss"])
+
+
+def _saving(steps: int, *, keep: bool, watch: bool) -> dict[str, Any]:
+    """When the trainer saves, and whether it looks at what is held out and goes back to the best look."""
+    every = max(1, steps // (LOOKS if watch else SAVES))
+    options = {"save_strategy": "steps" if keep or watch else "no", "save_steps": every, "save_total_limit": 1}
+    if not watch:
+        return options
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
+    return {**options, **best, "eval_strategy": "steps", "eval_steps": every}
+
+
+def _losses(history: Sequence[Mapping[str, float]]) -> pd.DataFrame:
+    """Loss a step, and the held-out loss at the steps where it was looked at."""
+    looks = {int(row["step"]): row["eval_loss"] for row in history if "eval_loss" in row}
+    logged = [(int(row["step"]), row["loss"]) for row in history if "loss" in row]
+    rows = [(step, loss, looks.get(step, float("nan"))) for step, loss in logged]
+    return pd.DataFrame(rows, columns=["step", "loss", "held_out"])
 
 
 def _card(model: LensModel, n_harmful: int, n_harmless: int, loss_on: str, losses: pd.DataFrame) -> str:

@@ -1,44 +1,35 @@
 """How large is the cliff of every example of a pool, however large the pool?
 
 1. The pool is read window by window; rows that cannot be scored are counted, each with its reason, and the rest go on.
-2. A window's transcripts are sorted by length into batches of a bounded number of tokens; the blocks up to the probe's
-   layer run, and each trace becomes one row at once.
+2. Windows are scored in this process, or by actors on the nodes of a Ray cluster, in any order.
 3. A finished window is written as a shard with the hash of what it was made from. A run started again reads the shards
-   that are there, checks that the pool still holds the same rows, and goes on behind them.
+   that are there, checks that the pool still holds the same rows, and scores the others.
 
 Scores do not depend on the pool's order or on windows. Memory: the model, one window of text, one row an example.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pandas as pd
 
-from cliffscope.alignment.criteria import prompt_key
+from cliffscope.alignment.distributed import RayEngine, score_on_ray
+from cliffscope.alignment.rows import COLUMNS, score_window
 from cliffscope.errors import DataError, StoreError
 from cliffscope.models import LensModel
-from cliffscope.probing.activations import BATCH_TOKENS, project_layer
+from cliffscope.probing.activations import BATCH_TOKENS
 from cliffscope.probing.probe import RefusalProbe
-from cliffscope.probing.trace import cliff_of, why_invalid
-from cliffscope.safety.thinking import states_refusal
 from cliffscope.store import RunStore, open_run
-from cliffscope.transcripts.pools import WINDOW, PoolSource, Window, read_windows
+from cliffscope.transcripts.pools import STAGE, WINDOW, PoolSource, Window, read_windows
 from cliffscope.transcripts.records import Omission, Transcript
-from cliffscope.transcripts.transcript import Span, TokenizedTranscript, tokenize_all
 
-COLUMNS = (
-    *("row", "id", "source", "harmful", "outcome", "prompt_key", "n_tokens", "n_thinking", "thinking_refuses"),
-    *("judge_refusal", "plateau_max", "plateau_mean", "plateau_late", "final", "drop_position", "drop"),
-    *("valid", "reason"),
-)
-_NOTHING: Mapping[str, object] = {
-    **{"source": "", "harmful": None, "outcome": "", "prompt_key": "", "thinking_refuses": False},
-    **{"judge_refusal": float("nan"), "n_tokens": 0, "n_thinking": 0, "drop_position": -1},
-    **dict.fromkeys(("plateau_max", "plateau_mean", "plateau_late", "final", "drop"), float("nan")),
-}
+Engine = Literal["local", "ray"]
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -75,6 +66,7 @@ def score_pool(
     window: int = WINDOW,
     batch_tokens: int = BATCH_TOKENS,
     strict: bool = False,
+    engine: Engine | RayEngine = "local",
     progress: Callable[[int], None] | None = None,
 ) -> PoolScores:
     """Scores every example of a pool.
@@ -87,6 +79,7 @@ def score_pool(
         window: rows read at a time.
         batch_tokens: tokens of a batch, padding included.
         strict: raise at the first broken row, instead of counting it.
+        engine: `local` scores in this process; `ray`, or a `RayEngine`, over the nodes of a Ray cluster.
         progress: called with the number of rows done.
 
     Returns:
@@ -96,6 +89,7 @@ def score_pool(
         ProbeError: the probe does not fit the model.
         DataError: the pool cannot be read or is empty.
         StoreError: the directory belongs to another model, probe or window, or the pool has changed under the run.
+        MissingExtraError: `engine="ray"` without Ray.
 
     Source:
         Cliff-as-a-Judge, arXiv 2510.06036, section 5.
@@ -110,94 +104,60 @@ def score_pool(
         40
     """
     probe.check_model(model)
-    seen: set[str] = set()
-    parts: list[pd.DataFrame] = []
-    done = resumed = 0
+    if probe.fingerprint != model.fingerprint:
+        _log.warning(
+            "the probe was fitted on other weights than those of %s; its scores may not hold there", model.name
+        )
+    workers = RayEngine() if engine == "ray" else engine
+    parts: dict[int, pd.DataFrame] = {}
+    resumed = 0
     with _shards(out, model, probe, window) as store:
-        for part in read_windows(pool, size=window, strict=strict):
-            kept = None if store is None else _read_shard(store, part)
-            frame = score_window(model, probe, part, seen, batch_tokens=batch_tokens) if kept is None else kept
-            if kept is None and store is not None:
+
+        def missing() -> Iterator[Window]:
+            nonlocal resumed
+            for part in _without_duplicates(read_windows(pool, size=window, strict=strict)):
+                kept = None if store is None else _read_shard(store, part)
+                if kept is None:
+                    yield part
+                else:
+                    resumed += len(kept)
+                    parts[part.index] = kept
+
+        if isinstance(workers, RayEngine):
+            scored = score_on_ray(workers, model, probe, missing(), batch_tokens=batch_tokens)
+        else:
+            scored = _score_here(model, probe, missing(), batch_tokens)
+        for part, frame in scored:
+            if store is not None:
                 _write_shard(store, part, frame)
-            seen.update(frame["id"])
-            parts.append(frame)
-            done += len(frame)
-            resumed += 0 if kept is None else len(frame)
+            parts[part.index] = frame
             if progress is not None:
-                progress(done)
+                progress(sum(map(len, parts.values())))
         if store is not None:
             _check_end(store, len(parts))
     if not parts:
         raise DataError("The pool holds no row. Give transcripts to score.")
-    return PoolScores(frame=pd.concat(parts, ignore_index=True), resumed=resumed)
+    table = pd.concat([parts[index] for index in sorted(parts)], ignore_index=True)
+    return PoolScores(frame=table, resumed=resumed)
 
 
-def score_window(
-    model: LensModel,
-    probe: RefusalProbe,
-    window: Window,
-    seen: set[str],
-    *,
-    batch_tokens: int = BATCH_TOKENS,
-) -> pd.DataFrame:
-    """Scores one window.
-
-    Args:
-        model: the model.
-        probe: fitted on this model.
-        window: rows of the pool.
-        seen: ids that came before; a second row of an id is not scored.
-        batch_tokens: tokens of a batch, padding included.
-
-    Returns:
-        `COLUMNS`, one row a row of the window, in its order.
-    """
-    reasons: dict[int, Omission] = {}
-    first: dict[str, int] = {}
-    for i, row in enumerate(window.rows):
-        if isinstance(row, Omission):
-            reasons[i] = row
-        elif row.id in seen or row.id in first:
-            reasons[i] = Omission(stage="pool", reason="duplicate id", id=row.id)
-        else:
-            first[row.id] = i
-    kept = [t for i, t in enumerate(window.rows) if isinstance(t, Transcript) and i not in reasons]
-    tokens, omitted = tokenize_all(kept, model.tokenizer, model.template, max_length=model.shape.context)
-    reasons |= {first[o.id]: o for o in omitted}
-    rows: dict[int, dict[str, object]] = {}
-    for t, logits in project_layer(model, tokens, probe.layer, probe.weight, probe.bias, batch_tokens=batch_tokens):
-        rows[first[tokens[t].id]] = _measured(tokens[t], logits, probe)
-    table = []
-    for i, row in enumerate(window.rows):
-        known = _labels(row) if isinstance(row, Transcript) else {}
-        reason = {"reason": reasons[i].reason, "valid": False} if i in reasons else {}
-        table.append({"row": window.start + i, "id": row.id, **_NOTHING, **known, **rows.get(i, {}), **reason})
-    return pd.DataFrame(table, columns=list(COLUMNS)).astype({"harmful": object})
+def _score_here(
+    model: LensModel, probe: RefusalProbe, windows: Iterable[Window], batch_tokens: int
+) -> Iterator[tuple[Window, pd.DataFrame]]:
+    for window in windows:
+        yield window, score_window(model, probe, window, batch_tokens=batch_tokens)
 
 
-def judge_refusal(transcript: Transcript) -> float:
-    """The probability of a refusal that a judge gave the answer; NaN where none did."""
-    verdict = transcript.extra.get("verdict")
-    score = verdict.get("score") if isinstance(verdict, dict) else None
-    return float(score) if isinstance(score, int | float) else float("nan")
-
-
-def _labels(transcript: Transcript) -> dict[str, object]:
-    return {
-        "source": transcript.source,
-        "harmful": transcript.harmful,
-        "outcome": str(transcript.outcome),
-        "prompt_key": prompt_key(transcript.prompt),
-        "thinking_refuses": states_refusal(transcript.thinking or ""),
-        "judge_refusal": judge_refusal(transcript),
-    }
-
-
-def _measured(tokens: TokenizedTranscript, logits: np.ndarray, probe: RefusalProbe) -> dict[str, object]:
-    found, thinking = cliff_of(tokens, logits), tokens.span(Span.THINKING)
-    reason = why_invalid(found, probe) if np.isfinite(logits).all() else "residuals are NaN or infinite"
-    sizes = {"n_tokens": tokens.n_pos, "n_thinking": thinking.stop - thinking.start}
-    return {**asdict(found), **sizes, "valid": not reason, "reason": reason}
+def _without_duplicates(windows: Iterable[Window]) -> Iterator[Window]:
+    """The windows, with a reason in place of every row whose id came before."""
+    seen: set[str] = set()
+    for window in windows:
+        rows: list[Transcript | Omission] = []
+        for row in window.rows:
+            again = isinstance(row, Transcript) and row.id in seen
+            rows.append(Omission(stage=STAGE, reason="duplicate id", id=row.id) if again else row)
+            seen.add(row.id)
+        yield replace(window, rows=tuple(rows))
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from cliffscope.alignment.criteria import Criterion, check_choice, choose, prompt_key
-from cliffscope.alignment.scoring import PoolScores, judge_refusal
+from cliffscope.alignment.rows import judge_refusal
+from cliffscope.alignment.scoring import PoolScores
 from cliffscope.errors import DataError
 from cliffscope.models import LensModel
 from cliffscope.probing.cliff import Plateau
@@ -218,19 +219,17 @@ def select_from_pool(
     candidates = table[~out]
     if candidates.empty:
         raise DataError(f"None of the {len(table)} rows of the pool is harmful and complied with. Give such ones.")
-    duplicates = candidates["reason"] == "duplicate id"
     ranked, left_out = choose(
-        candidates[~duplicates],
-        wanted=number or max(1, round(fraction * int((~duplicates).sum()))),
+        candidates,
+        wanted=number or max(1, round(fraction * len(candidates))),
         criterion=criterion,
         plateau=plateau,
         deduplicate=deduplicate,
         balance=balance,
         seed=seed,
     )
-    left_out = pd.concat([candidates[duplicates], left_out], ignore_index=True)
     known = _fetch(pool, ranked.loc[ranked["chosen"], ["row", "id"]])
-    return _selection(ranked, left_out, known, pool=int((~duplicates).sum()), criterion=criterion, omitted=omitted)
+    return _selection(ranked, left_out, known, pool=len(candidates), criterion=criterion, omitted=omitted)
 
 
 def _fetch(pool: PoolSource, wanted: pd.DataFrame) -> dict[str, Transcript]:

@@ -21,6 +21,7 @@ from cliffscope.progress import show_progress
 if TYPE_CHECKING:
     from cliffscope.alignment.criteria import Criterion
     from cliffscope.alignment.formats import Format, LossOn
+    from cliffscope.alignment.scoring import Engine
     from cliffscope.probing.cliff import Plateau
 
 PoolOption = Annotated[Path, typer.Option("--pool", help="JSONL or Parquet of transcripts, or a folder of them.")]
@@ -35,6 +36,12 @@ def score_pool(
     out: OutOption,
     template: TemplateOption = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first broken row.")] = False,
+    window: Annotated[int, typer.Option(min=1, help="Rows of a shard.")] = 1024,
+    engine: Annotated[str, typer.Option(help="local, or ray for the nodes of a Ray cluster.")] = "local",
+    address: Annotated[str | None, typer.Option(help="Of a running Ray cluster; RAY_ADDRESS if not given.")] = None,
+    actors: Annotated[int | None, typer.Option(help="Of Ray, each with a model; as many as fit if not given.")] = None,
+    cpus: Annotated[float, typer.Option(help="Cores of an actor.")] = 1.0,
+    gpus: Annotated[float | None, typer.Option(help="GPUs of an actor; one where there are any if not given.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Scores every example of a pool of any size, into shards; run again, it goes on.
@@ -42,6 +49,10 @@ def score_pool(
     Example: cliffscope score-pool --model ./my-model --probe probe/ --pool pool.jsonl --out scores/
     """
     import cliffscope as cs
+    from cliffscope.alignment.distributed import RayEngine
+
+    where: Engine = one_of("engine", engine, "local", "ray")
+    workers = RayEngine(actors=actors, cpus=cpus, gpus=gpus, address=address) if where == "ray" else where
 
     fitted = read_probe(probe)
     with show_progress() as progress:
@@ -50,7 +61,9 @@ def score_pool(
             fitted,
             pool,
             out=out,
+            window=window,
             strict=strict,
+            engine=workers,
             progress=lambda done: progress("score-pool", done, done),
         )
     say_table(as_json, found.to_frame(), f"{found!r}, written to {out}", out, found.omitted)
@@ -164,6 +177,9 @@ def repair(
     epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 3.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Examples a step.")] = 8,
     learning_rate: Annotated[float | None, typer.Option(help="Of the optimiser.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="Stop after so many looks at a held-out tenth without a gain.")
+    ] = None,
     work: Annotated[Path | None, typer.Option(help="Directory for saves, to go on from after a stop.")] = None,
     template: TemplateOption = None,
     seed: SeedOption = 0,
@@ -191,6 +207,7 @@ def repair(
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        patience=patience,
         seed=seed,
         work=work,
     )
