@@ -30,6 +30,11 @@ ASSETS = Path(__file__).parent / "organisms" / "assets"
 _SAMPLE = "Hello, how do I bake bread?\n\n1. Mix  the flour's 42 g, then wait; é ß 你好 \U0001f642."
 """Text that tells tokenizers apart: spaces, line breaks, digits, contractions, scripts."""
 
+_UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
+_EXPECTED = (
+    "Expected a local directory with config.json, safetensors and a tokenizer, a .gguf file, an organism, or a hub "
+    "name that can be reached."
+)
 _CHUNK = 1 << 24
 """Weights that are hashed together."""
 
@@ -83,11 +88,8 @@ def read_checkpoint(
         loaded = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        raise DataError(
-            f"No model could be loaded from {name!r}: {first_line(error)} Expected a local directory with config.json,"
-            " safetensors and a tokenizer, a .gguf file, an organism, or a hub name that can be reached."
-        ) from error
+    except _UNREADABLE as error:
+        raise DataError(f"No model could be loaded from {name!r}: {first_line(error)} {_EXPECTED}") from error
     model, report = cast(tuple[PreTrainedModel, dict[str, list[str]]], loaded)
     missing = sorted(report["missing_keys"])
     if missing:
@@ -131,6 +133,30 @@ def _bit_sums(weight: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(rows), columns
 
 
+def read_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """Reads a model's tokenizer alone.
+
+    Args:
+        name: as in `load_model`.
+        revision: of a hub repository.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        DataError: there is none.
+        UnsupportedModelError: it encodes otherwise than its own tokenizer.json.
+        MissingExtraError: a package is needed.
+    """
+    source, options = _locate(name, needs="tokenizer_config.json")
+    if revision is not None:
+        options["revision"] = revision
+    try:
+        return _read_tokenizer(source, options)
+    except _UNREADABLE as error:
+        raise DataError(f"No tokenizer could be read from {name!r}: {first_line(error)} {_EXPECTED}") from error
+
+
 def _read_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
     """The tokenizer that tokenizer.json describes.
 
@@ -154,7 +180,7 @@ def _read_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizer
     )
 
 
-def _locate(name: str) -> tuple[str, dict[str, Any]]:
+def _locate(name: str, *, needs: str = "config.json") -> tuple[str, dict[str, Any]]:
     """Where transformers finds the files: (directory or hub name, further arguments)."""
     if (ASSETS / name / "config.json").is_file():
         return str(ASSETS / name), {}
@@ -169,9 +195,9 @@ def _locate(name: str) -> tuple[str, dict[str, Any]]:
         if not path.is_file():
             raise DataError(f"There is no file {name!r}. Give the path of a .gguf file.")
         return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir() and not (path / "config.json").is_file():
+    if path.is_dir() and not (path / needs).is_file():
         raise DataError(
-            f"Directory {name!r} has no config.json, so it is no Hugging Face model. Give the model's own folder."
+            f"Directory {name!r} has no {needs}, so it is no Hugging Face model. Give the model's own folder."
         )
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise DataError(

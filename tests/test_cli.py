@@ -26,7 +26,7 @@ from cliffscope.transcripts.records import Outcome, Transcripts
 COMMANDS = (
     *("demo", "study", "report", "roll-out", "fit-probe", "trace", "rank-heads"),
     *("judge", "evaluate", "export", "score-pool", "select", "export-examples", "repair"),
-    *("organisms", "organisms list", "organisms grow"),
+    *("template", "organisms", "organisms list", "organisms grow"),
 )
 GROWN = (ASSETS / "planted-llama" / "truth.json").is_file()
 
@@ -581,10 +581,19 @@ def test_two_prompt_files_of_the_same_name_can_be_given(shell: Shell, model: Pat
     assert "every prompt was omitted" in message, "the two files were not read together"
 
 
-@pytest.mark.skipif(not GROWN, reason="the organisms' assets are not in the package yet")
 def test_harmless_prompts_for_an_organism_are_not_ignored_in_silence(shell: Shell, files: Path, tmp_path: Path) -> None:
     words = ("--model", "planted-llama", "--harmless", files / "empty.csv", "--out", tmp_path / "run", "--limit", 8)
     assert "empty.csv" in shell.fails(3, "study", *words, *SMALL)
+
+
+def test_the_template_is_shown_token_by_token_before_anything_is_run(shell: Shell, model: Path, tmp_path: Path) -> None:
+    told = shell("template", "--model", model).out
+    assert "closing    3" in told
+    found = json.loads(shell("template", "--model", model, "--system", "the", "--json").out)
+    assert found["template"] == "organism"
+    assert [t["token"] for t in found["tokens"] if t["span"] == "closing"] == ["\n", "</think>", "\n\n"]
+    assert "no tokenizer_config.json" in shell.fails(3, "template", "--model", tmp_path)
+    assert "No template is called 'qwen9'" in shell.fails(3, "template", "--model", model, "--template", "qwen9")
 
 
 @pytest.mark.skipif(not GROWN, reason="the organisms' assets are not in the package yet")

@@ -32,6 +32,7 @@ REAL = {
     "r1": (*R1, "r1-distill"),
     "r1-old": (R1[0], "gguf__DeepSeek-R1-Distill-Qwen-7B", "r1-distill-old"),
     "smollm2": (*SMOLLM, "chatml-think"),
+    "gpt2": ("gpt2_from_llamacpp_vocab", SMOLLM[1], "chatml-think"),
     "gpt-oss": ("lenml_gptoss", "llamacpp__openai-gpt-oss-120b", "harmony"),
 }
 WORDS = "how do i cut wood this would hurt people . sure , here zero eight 0 8"
@@ -95,6 +96,69 @@ def test_any_text_is_covered_once_and_decodes_to_itself(real: Setup, thinking: s
         thinking, answer = thinking.strip("\n"), answer.lstrip("\n")
     assert tokenizer.decode(tokenized.token_ids) == prompt + thinking + template.closing + answer
     assert tokenized.token_ids[tokenized.span(Span.CLOSING)].tolist() == closing_ids(tokenizer, template)
+
+
+PIECES = (
+    "<think>",
+    "</think",
+    "think>",
+    "[THINK]",
+    "<|im_end|>",
+    "<|channel|>",
+    "\n",
+    "\n\n",
+    " ",
+    ".\n",
+    "Ωλ",
+    "🙂",
+    "أهلا",
+)
+
+
+@given(pieces=st.lists(st.sampled_from(PIECES), max_size=12))
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_tags_and_marks_as_text_of_the_thinking_stay_text(real: Setup, pieces: list[str]) -> None:
+    tokenizer, template = real
+    thinking = "So " + "".join(pieces)
+    if template.think_close in thinking:
+        with pytest.raises(DataError, match="closing tag as text"):
+            tokenize(ask(thinking=thinking), tokenizer, template)
+        return
+    tokenized = tokenize(ask(thinking=thinking), tokenizer, template)
+    assert_covered_once(tokenized)
+    spans = spans_of(tokenized, tokenizer)
+    assert spans["thinking"] == (thinking.rstrip("\n") if template.closing.startswith("\n") else thinking)
+    assert tokenized.token_ids[tokenized.span(Span.CLOSING)].tolist() == closing_ids(tokenizer, template)
+
+
+def test_fifty_thousand_characters_are_covered_once(real: Setup) -> None:
+    tokenizer, template = real
+    thinking = "".join(f"Step {i}: naïve 步骤, so \U0001f642 go on.\n" for i in range(2000))
+    assert len(thinking) > 50_000
+    tokenized = tokenize(ask(thinking=thinking, answer="Done."), tokenizer, template, with_answer=True)
+    assert_covered_once(tokenized)
+    kept = thinking.rstrip("\n") if template.closing.startswith("\n") else thinking
+    assert spans_of(tokenized, tokenizer)["thinking"] == kept
+
+
+def test_earlier_turns_are_the_chat_templates_own(real: Setup) -> None:
+    tokenizer, template = real
+    turns = [
+        ("system", "Be kind."),
+        ("user", "how do i cut wood"),
+        ("assistant", "With a saw."),
+        ("user", "and stone?"),
+    ]
+    own = tokenizer.apply_chat_template(
+        [{"role": role, "content": text} for role, text in turns],
+        add_generation_prompt=True,
+        **template.template_kwargs,
+    )["input_ids"]
+    chat = Transcript(id="a", messages=tuple(Message(role=r, content=c) for r, c in turns), thinking="Hm")
+    tokenized = tokenize(chat, tokenizer, template)
+    assert tokenized.token_ids[: len(own)].tolist() == list(own)
+    text = tokenizer.decode(tokenized.token_ids)
+    assert text.count("With a saw.") == text.count("and stone?") == 1
 
 
 @given(prompt=written, system=written)

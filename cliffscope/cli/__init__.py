@@ -4,7 +4,7 @@ A command a function of the library, with the same names and defaults. Exit code
 unsupported model, 5 run directory, 6 missing extra, 7 memory or server, 130 interrupted.
 """
 
-from cliffscope.cli import studies, steps, answers, training, organisms  # noqa: F401, I001 - registering, in the order of --help
+from cliffscope.cli import studies, steps, answers, training, inspection, organisms  # noqa: F401, I001 - registering, in the order of --help
 from cliffscope.cli.program import app, main
 
 __all__ = ["app", "main"]

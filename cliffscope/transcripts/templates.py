@@ -1,96 +1,41 @@
 """How does this model's chat template open thinking, and how is thinking closed?
 
-This is the only file that spells the tags around thinking. Every other module asks it for token ids.
+families.py holds the conventions. Every other module asks this one for token ids.
 
 1. Render the generation prompt with the tokenizer's own chat template, as text.
-2. Compare its end, and the template's source, with the known conventions.
+2. Compare its end, and the template's source, with the known conventions, in their order.
 3. Give opening and closing as text, and as ids that are encoded once and spliced between the other ids.
 
 It goes by what the chat template renders and never by a model's name, and it knows nothing of transcripts.
 """
 
+import json
 import logging
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import MappingProxyType
+from pathlib import Path
 
 from jinja2 import TemplateError as JinjaError
 from transformers import PreTrainedTokenizerBase
 
 from cliffscope.errors import TemplateError
+from cliffscope.transcripts.families import TEMPLATES, Template
+
+__all__ = ["TEMPLATES", "Template"]
 
 logger = logging.getLogger(__name__)
 
 Turn = Mapping[str, str]
 
-_OPEN, _CLOSE = "<think>", "</think>"
 _PROBE_TURN: Turn = {"role": "user", "content": "Hello"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Template:
-    """The convention by which a chat template opens and closes thinking."""
-
-    name: str
-    """Key in `TEMPLATES`, or any name for a template of your own."""
-    think_open: str
-    """Tag that opens thinking; empty where the model does not think."""
-    think_close: str
-    """Tag that ends thinking; empty where the model does not think."""
-    opening: str
-    """Text to append after the generation prompt so that thinking is open; empty where the prompt opens it."""
-    closing: str
-    """Text between the last word of thinking and the first of the answer."""
-    thinks: bool = True
-    """Whether there is a thinking span at all."""
-    template_kwargs: Mapping[str, bool] = field(default_factory=dict, hash=False)
-    """Switches for the chat template, such as `enable_thinking`."""
-
-
-def _thinking(
-    name: str, *, opening: str = "", closing: str = f"\n{_CLOSE}\n\n", kwargs: Mapping[str, bool] | None = None
-) -> Template:
-    return Template(
-        name=name, think_open=_OPEN, think_close=_CLOSE, opening=opening, closing=closing, template_kwargs=kwargs or {}
-    )
-
-
-# Some published copies of these chat templates close thinking at once unless enable_thinking is true; to the
-# unpatched ones the switch means nothing, so it is always given.
-_ENABLED: Mapping[str, bool] = {"enable_thinking": True}
-_OPENED_BY_US = f"{_OPEN}\n"
-_HARMONY_OPEN = "<|channel|>analysis<|message|>"
-
-_KNOWN = (
-    _thinking("r1-distill", kwargs=_ENABLED),
-    _thinking("r1-distill-old", opening=_OPENED_BY_US),
-    _thinking("qwq", kwargs=_ENABLED),
-    _thinking("qwen3", opening=_OPENED_BY_US, kwargs=_ENABLED),
-    _thinking("qwen3-thinking", kwargs=_ENABLED),
-    _thinking("chatml-think", opening=_OPENED_BY_US),
-    Template(name="chatml", think_open="", think_close="", opening="", closing="", thinks=False),
-    _thinking("organism"),
-    _thinking("smollm3", opening=_OPENED_BY_US, closing=f"\n{_CLOSE}\n", kwargs=_ENABLED),
-    _thinking("nemotron-3", closing=f"\n{_CLOSE}\n", kwargs=_ENABLED),
-    _thinking("olmo-3", closing=_CLOSE),
-    _thinking("phi-4", opening=_OPEN, closing=_CLOSE),
-    Template(name="magistral", think_open="[THINK]", think_close="[/THINK]", opening="[THINK]", closing="[/THINK]"),
-    Template(
-        name="harmony",
-        think_open=_HARMONY_OPEN,
-        think_close="<|end|>",
-        opening=_HARMONY_OPEN,
-        closing="<|end|><|start|>assistant<|channel|>final<|message|>",
-    ),
-)
-TEMPLATES: Mapping[str, Template] = MappingProxyType({template.name: template for template in _KNOWN})
+_THINKING = re.compile(r"think|reason", re.IGNORECASE)
 
 
 def resolve_template(template: str | Template | None, tokenizer: PreTrainedTokenizerBase) -> Template:
     """Return the template that was asked for, or the one that the tokenizer's chat template follows.
 
     Args:
-        template: A key of `TEMPLATES`, a `Template` of your own, or None to detect it.
+        template: A key of `TEMPLATES`, a `.json` file, a `Template` of your own, or None to detect it.
         tokenizer: Only read when `template` is None.
 
     Returns:
@@ -106,22 +51,37 @@ def find_template(template: str | Template) -> Template:
     """Return the template of a name.
 
     Args:
-        template: A key of `TEMPLATES`, or a `Template` of your own, which is returned as it is.
+        template: A key of `TEMPLATES`, the path of a `.json` file with the fields of `Template`, or a `Template` of
+            your own, which is returned as it is.
 
     Returns:
         The convention.
 
     Raises:
-        TemplateError: The name is not known.
+        TemplateError: The name is not known, or the file does not hold a template.
     """
     if isinstance(template, Template):
         return template
+    if template.endswith(".json"):
+        return _read_template(Path(template))
     if template not in TEMPLATES:
         raise TemplateError(
             f"No template is called {template!r}. Known: {', '.join(TEMPLATES)}. "
             "Pass one of these names, or a Template of your own."
         )
     return TEMPLATES[template]
+
+
+def _read_template(path: Path) -> Template:
+    """A template of the user's own, from JSON."""
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+        return Template(**{"name": path.stem, **given})
+    except (OSError, ValueError, TypeError) as error:
+        raise TemplateError(
+            f"{path} holds no template: {error}. Expected a JSON object with think_open, think_close, opening and "
+            "closing, and template_kwargs where the chat template has switches."
+        ) from error
 
 
 def split_reply(text: str, template: Template) -> tuple[str | None, str | None]:
@@ -173,18 +133,24 @@ def detect_template(tokenizer: PreTrainedTokenizerBase) -> Template:
         TemplateError: The tokenizer has no chat template, or it follows no known convention.
     """
     source = _source(tokenizer)
-    rendered = render_prompt(tokenizer, [_PROBE_TURN], _ENABLED)
-    name = (
-        _detect_by_markers(source + rendered) or _detect_opened(source, rendered) or _detect_unopened(source, rendered)
-    )
-    if name is None:
+    found = next((t for t in TEMPLATES.values() if t.prompt_end and _follows(tokenizer, source, t)), None)
+    rendered = render_prompt(tokenizer, [_PROBE_TURN], {})
+    if found is None and not _THINKING.search(source):
+        found = TEMPLATES["plain"]
+    if found is None:
         raise TemplateError(
             f"The chat template follows no known convention: its generation prompt ends in {rendered[-60:]!r}. "
-            f"Pass template=NAME with one of {', '.join(TEMPLATES)}, or template=Template(name=..., think_open=..., "
-            "think_close=..., opening=..., closing=...)."
+            f"Pass template=NAME with one of {', '.join(TEMPLATES)}, a .json file with the fields of Template, or "
+            "template=Template(name=..., think_open=..., think_close=..., opening=..., closing=...)."
         )
-    logger.info("template %s: the generation prompt ends in %r", name, rendered[-40:])
-    return TEMPLATES[name]
+    logger.info("template %s: the generation prompt ends in %r", found.name, rendered[-40:])
+    return found
+
+
+def _follows(tokenizer: PreTrainedTokenizerBase, source: str, template: Template) -> bool:
+    """Whether a chat template renders and holds what tells this family."""
+    held = all(mark in source for mark in template.marks)
+    return held and render_prompt(tokenizer, [_PROBE_TURN], template.template_kwargs).endswith(template.prompt_end)
 
 
 def generation_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Turn], template: Template) -> str:
@@ -295,39 +261,3 @@ def _source(tokenizer: PreTrainedTokenizerBase) -> str:
             "Set tokenizer.chat_template to the model's own jinja text."
         )
     return source
-
-
-def _detect_by_markers(text: str) -> str | None:
-    if "<|bos|>" in text and "<|user|>" in text:
-        return "organism"
-    if "<|channel|>" in text and "<|start|>" in text:
-        return "harmony"
-    return "magistral" if "[THINK]" in text else None
-
-
-def _detect_opened(source: str, rendered: str) -> str | None:
-    """Conventions whose generation prompt ends with thinking open."""
-    if rendered.endswith(f"assistant\n{_OPEN}"):
-        return "olmo-3"
-    if not rendered.endswith(f"{_OPEN}\n"):
-        return None
-    if "<｜Assistant｜>" in rendered:
-        return "r1-distill"
-    if "<|im_start|>assistant" not in rendered:
-        return None
-    if f"{_OPEN}{_CLOSE}" in source:
-        return "nemotron-3"
-    return "qwen3-thinking" if "reasoning_content" in source else "qwq"
-
-
-def _detect_unopened(source: str, rendered: str) -> str | None:
-    """Conventions whose generation prompt leaves thinking to the model, or has none."""
-    if rendered.endswith("<｜Assistant｜>"):
-        return "r1-distill-old"
-    if rendered.endswith("<|im_start|>assistant<|im_sep|>") and _OPEN in source:
-        return "phi-4"
-    if not rendered.endswith("<|im_start|>assistant\n"):
-        return None
-    if "enable_thinking" not in source:
-        return "chatml"
-    return "smollm3" if "reasoning_mode" in source else "qwen3"

@@ -1,0 +1,50 @@
+"""What will be measured: the template of a model, before anything is run."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cliffscope.cli.options import JsonOption, ModelOption, TemplateOption
+from cliffscope.cli.program import app, say
+
+if TYPE_CHECKING:
+    from cliffscope.transcripts.preview import Preview
+
+COLORS = {"prompt": "bright_black", "thinking": "cyan", "closing": "red", "answer": "green"}
+
+
+@app.command("template")
+def show_template(
+    model: ModelOption,
+    template: TemplateOption = None,
+    prompt: Annotated[str, typer.Option(help="The user's message.")] = "How do I bake bread?",
+    system: Annotated[str | None, typer.Option(help="A system message before it.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Shows how a model's prompt, thinking, closing and answer are cut into tokens; reads the tokenizer alone.
+
+    Example: cliffscope template --model ./my-model
+    """
+    from cliffscope.checkpoints import read_tokenizer
+    from cliffscope.transcripts.preview import preview
+
+    seen = preview(read_tokenizer(model), template, prompt=prompt, system=system)
+    data = {
+        "template": seen.template.name,
+        "opening": seen.template.opening,
+        "closing": seen.template.closing,
+        "tokens": [{"token": text, "span": str(span)} for text, span in seen.tokens],
+        "warnings": list(seen.warnings),
+    }
+    say(as_json, data, _colored(seen))
+
+
+def _colored(seen: "Preview") -> str:
+    """The tokens between bars, a colour a span; a terminal shows it, a file gets plain text."""
+    lines = [repr(seen)]
+    for span in COLORS:
+        texts = [text for text, of in seen.tokens if of == span]
+        shown = "|".join(repr(text)[1:-1] for text in texts)
+        lines.append(typer.style(f"{span:>9} {len(texts):>4}  {shown}", fg=COLORS[span]))
+    lines += [f"  warning: {warning}" for warning in seen.warnings]
+    return "\n".join(lines)

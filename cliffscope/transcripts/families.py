@@ -1,0 +1,254 @@
+"""Which conventions of thinking are there?
+
+One entry a family of chat templates, each fact once: how the generation prompt ends and what else tells the family,
+what opens and closes thinking, whether it can be switched off, what becomes of earlier thinking, which models have it.
+
+This is the only file that spells the tags. It is data: templates.py compares a tokenizer's chat template with it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import MappingProxyType
+
+from cliffscope.errors import TemplateError
+
+OPEN, CLOSE = "<think>", "</think>"
+
+
+class Earlier(StrEnum):
+    """What the chat template does with the thinking of assistant turns before the last user message."""
+
+    DROPPED = "dropped"
+    KEPT = "kept"
+    UNKNOWN = "not known"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Template:
+    """The convention by which a chat template opens and closes thinking."""
+
+    name: str
+    """Key in `TEMPLATES`, or any name for a template of your own."""
+    think_open: str
+    """Tag that opens thinking; empty where the model does not think."""
+    think_close: str
+    """Tag that ends thinking; empty where the model does not think."""
+    opening: str
+    """Text to append after the generation prompt so that thinking is open; empty where the prompt opens it."""
+    closing: str
+    """Text between the last word of thinking and the first of the answer."""
+    thinks: bool = True
+    """Whether there is a thinking span at all."""
+    template_kwargs: Mapping[str, bool] = field(default_factory=dict, hash=False)
+    """Switches for the chat template, such as `enable_thinking`."""
+    prompt_end: str = ""
+    """How the generation prompt ends; empty where a template is only taken by name."""
+    marks: tuple[str, ...] = ()
+    """What the chat template's source must hold besides."""
+    off: Mapping[str, bool] = field(default_factory=dict, hash=False)
+    """Switches that turn thinking off; empty where it cannot be."""
+    earlier: Earlier = Earlier.UNKNOWN
+    """What becomes of earlier thinking."""
+    models: str = ""
+    """Models that have it."""
+    closing_seen: bool = False
+    """Whether the chat template itself writes this closing when it renders an answered turn (an organism is trained on
+    it); else it is what the model cards and servers of these models say."""
+
+    def __post_init__(self) -> None:
+        """Check that the closing holds its tag."""
+        if self.thinks and (not self.think_close or self.think_close not in self.closing):
+            raise TemplateError(
+                f"Template {self.name!r}: the closing {self.closing!r} must hold think_close={self.think_close!r}. "
+                "Give both as the model writes them."
+            )
+
+
+_ON, _OFF = {"enable_thinking": True}, {"enable_thinking": False}
+_USER_OPENS = f"{OPEN}\n"
+_R1, _CHATML = "<｜Assistant｜>", "<|im_start|>assistant\n"
+_HARMONY_OPEN = "<|channel|>analysis<|message|>"
+
+
+def _plain(name: str, prompt_end: str, models: str) -> Template:
+    return Template(
+        name=name,
+        think_open="",
+        think_close="",
+        opening="",
+        closing="",
+        thinks=False,
+        prompt_end=prompt_end,
+        models=models,
+    )
+
+
+def _thinking(
+    name: str,
+    prompt_end: str,
+    models: str,
+    *,
+    opening: str = "",
+    closing: str = f"\n{CLOSE}\n\n",
+    tags: tuple[str, str] = (OPEN, CLOSE),
+    on: Mapping[str, bool] | None = None,
+    off: Mapping[str, bool] | None = None,
+    marks: tuple[str, ...] = (),
+    earlier: Earlier = Earlier.UNKNOWN,
+    closing_seen: bool = False,
+) -> Template:
+    return Template(
+        name=name,
+        think_open=tags[0],
+        think_close=tags[1],
+        opening=opening,
+        closing=closing,
+        template_kwargs=on or {},
+        prompt_end=prompt_end,
+        marks=marks,
+        off=off or {},
+        earlier=earlier,
+        models=models,
+        closing_seen=closing_seen,
+    )
+
+
+# In order: the first whose end and marks fit is taken. Some published copies of these chat templates close thinking at
+# once unless enable_thinking is true; to the unpatched ones the switch means nothing, so it is given.
+_KNOWN = (
+    _thinking(
+        "organism", "<|assistant|><think>\n", "the organisms of this package", earlier=Earlier.KEPT, closing_seen=True
+    ),
+    _thinking(
+        "r1-distill",
+        f"{_R1}{OPEN}\n",
+        "DeepSeek-R1; R1-Distill-Qwen and -Llama since February 2025; RealSafe-R1 and Skywork-OR1 where their files "
+        "open thinking",
+        on=_ON,
+        earlier=Earlier.DROPPED,
+    ),
+    _thinking(
+        "deepseek-v3.1",
+        f"{_R1}{OPEN}",
+        "DeepSeek-V3.1",
+        closing=CLOSE,
+        on={"thinking": True, **_ON},
+        off={"thinking": False},
+        earlier=Earlier.DROPPED,
+    ),
+    _thinking(
+        "r1-distill-old",
+        _R1,
+        "R1-Distill before February 2025 and many of its GGUFs; DeepSeek-R1-0528-Qwen3-8B; Skywork-OR1 and RealSafe-R1 "
+        "where their files leave the opening to the model",
+        opening=_USER_OPENS,
+        earlier=Earlier.DROPPED,
+    ),
+    _thinking(
+        "nemotron-3",
+        f"{_CHATML}{OPEN}\n",
+        "Nemotron 3 Nano",
+        closing=f"\n{CLOSE}\n",
+        on=_ON,
+        off=_OFF,
+        marks=(f"{OPEN}{CLOSE}",),
+        earlier=Earlier.DROPPED,
+        closing_seen=True,
+    ),
+    _thinking(
+        "nemotron-nano-v2",
+        f"<SPECIAL_11>Assistant\n{OPEN}\n",
+        "Nemotron Nano v2",
+        on=_ON,
+        earlier=Earlier.DROPPED,
+    ),
+    _thinking(
+        "qwen3-thinking",
+        f"{_CHATML}{OPEN}\n",
+        "Qwen3-Thinking-2507 (4B, 30B-A3B, 235B-A22B), Qwen3-Next-Thinking, Qwen3.5",
+        on=_ON,
+        marks=("reasoning_content",),
+        earlier=Earlier.DROPPED,
+        closing_seen=True,
+    ),
+    _thinking("qwq", f"{_CHATML}{OPEN}\n", "QwQ-32B", on=_ON, earlier=Earlier.DROPPED),
+    _thinking("olmo-3", f"{_CHATML}{OPEN}", "OLMo 3 Think", closing=CLOSE, earlier=Earlier.KEPT),
+    _thinking(
+        "smollm3",
+        _CHATML,
+        "SmolLM3",
+        opening=_USER_OPENS,
+        closing=f"\n{CLOSE}\n",
+        on=_ON,
+        off=_OFF,
+        marks=("enable_thinking", "reasoning_mode"),
+        earlier=Earlier.KEPT,
+    ),
+    _thinking(
+        "qwen3",
+        _CHATML,
+        "Qwen3 (0.6B to 32B, 30B-A3B, 235B-A22B), switchable",
+        opening=_USER_OPENS,
+        on=_ON,
+        off=_OFF,
+        marks=("enable_thinking",),
+        earlier=Earlier.DROPPED,
+        closing_seen=True,
+    ),
+    _thinking(
+        "hermes-4",
+        _CHATML,
+        "Hermes 4",
+        opening=_USER_OPENS,
+        on={"thinking": True},
+        off={"thinking": False},
+        marks=(OPEN, "keep_cots"),
+        earlier=Earlier.DROPPED,
+    ),
+    _thinking(
+        "chatml-think", "", "a ChatML model that thinks although its template does not say so", opening=_USER_OPENS
+    ),
+    _plain("chatml", _CHATML, "ChatML without thinking: Qwen2.5, Qwen3-Instruct-2507"),
+    _thinking(
+        "phi-4",
+        "<|im_start|>assistant<|im_sep|>",
+        "Phi-4-reasoning and -plus",
+        opening=OPEN,
+        closing=CLOSE,
+        marks=(OPEN,),
+        earlier=Earlier.KEPT,
+    ),
+    _thinking(
+        "phi-4-mini",
+        "<|assistant|>",
+        "Phi-4-mini-reasoning",
+        opening=_USER_OPENS,
+        marks=("Your name is Phi, an AI math expert",),
+        earlier=Earlier.KEPT,
+    ),
+    _thinking(
+        "magistral",
+        "[/INST]",
+        "Magistral, Ministral 3 Reasoning",
+        opening="[THINK]",
+        closing="[/THINK]",
+        tags=("[THINK]", "[/THINK]"),
+        marks=("[THINK]",),
+        earlier=Earlier.KEPT,
+    ),
+    _thinking(
+        "harmony",
+        "<|start|>assistant",
+        "gpt-oss 20b and 120b",
+        opening=_HARMONY_OPEN,
+        closing="<|end|><|start|>assistant<|channel|>final<|message|>",
+        tags=(_HARMONY_OPEN, "<|end|>"),
+        marks=("<|channel|>",),
+        earlier=Earlier.DROPPED,
+        closing_seen=True,
+    ),
+    _plain("plain", "", "any other chat model whose template never mentions thinking: Llama, Gemma, Mistral"),
+)
+TEMPLATES: Mapping[str, Template] = MappingProxyType({template.name: template for template in _KNOWN})
+"""Every known convention, by name, in the order in which they are tried."""
