@@ -1,11 +1,13 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLDEST := $(addprefix tests/test_,models.py architectures.py hooked.py activations.py probe.py trace.py sweep.py \
+	ranking.py edits.py export.py generation.py)
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test check format docs benchmarks clean
+.PHONY: demo test test-oldest check format docs benchmarks clean
 
 demo: $(STAMP)
 	$(BIN)/cliffscope demo --out runs/demo
@@ -14,6 +16,17 @@ demo: $(STAMP)
 # One thread a worker: two workers on two cores are faster than one worker on both, and do not fight.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# The core on the oldest TransformerLens that is supported, in an environment of its own.
+test-oldest: .venv-oldest/.installed
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest --numprocesses 2 --dist loadfile $(OLDEST)
+
+.venv-oldest/.installed: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --upgrade pip
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt torch
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[dev]"
+	touch $@
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -41,4 +54,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) runs site
+	rm -rf $(VENV) .venv-oldest runs site

@@ -3,6 +3,7 @@
 Weights are drawn much larger than for training, so that logits vary from token to token and every head matters.
 """
 
+import os
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -256,6 +257,20 @@ def random_probe(
         fingerprint=model.fingerprint,
         report=report,
     )
+
+
+def check_documented(name: str, table: str) -> None:
+    """Asserts that a table of docs/models.md is the one given, or writes it where CLIFFSCOPE_WRITE_DOCS is set."""
+    page = Path(__file__).parents[1] / "docs" / "models.md"
+    text = page.read_text(encoding="utf-8")
+    begin, end = f"<!-- table: {name}, made by", "<!-- end of table -->"
+    before, rest = text.split(begin)
+    line, rest = rest.split("\n", 1)
+    documented, after = rest.split(end, 1)
+    if os.environ.get("CLIFFSCOPE_WRITE_DOCS"):
+        page.write_text(f"{before}{begin}{line}\n{table}{end}{after}", encoding="utf-8")
+    else:
+        assert documented == table
 
 
 def closing_text() -> str:

@@ -27,6 +27,8 @@ LAYERS = [
     "heads",
     "probing",
     "models",
+    "bridges",
+    "lens",
     "checkpoints",
     "memory",
     "transcripts",

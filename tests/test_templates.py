@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from conftest import check_documented
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -306,3 +307,20 @@ def test_every_template_that_thinks_closes_with_its_own_tag() -> None:
         assert template.thinks == bool(template.think_close)
         assert template.think_close in template.closing
         assert template.opening.startswith(template.think_open) or not template.opening
+
+
+def test_the_documented_templates_are_those_that_are_known() -> None:
+    def code(text: str) -> str:
+        return f"`{text!r}`".replace("|", "\\|").replace("'", "") if text else ""
+
+    lines = [
+        "| template | models | generation prompt ends in | closing | seen | earlier thinking | off |",
+        "|---" * 7 + "|",
+    ]
+    for t in TEMPLATES.values():
+        seen = {True: "yes", False: "no"}[t.closing_seen] if t.thinks else ""
+        off = ", ".join(f"`{k}={v}`" for k, v in t.off.items())
+        earlier = str(t.earlier) if t.thinks else ""
+        cells = (t.name, t.models, code(t.prompt_end), code(t.closing), seen, earlier, off)
+        lines.append("| " + " | ".join(cells) + " |")
+    check_documented("templates", "\n".join(lines) + "\n")

@@ -52,7 +52,7 @@ def _estimate(job: Job, transcript: TokenizedTranscript, index: int) -> tuple[fl
     model, where = job.model, job.scope.positions(transcript)
     ids = torch.from_numpy(transcript.token_ids[: transcript.final + 1])[None].to(model.device)
     positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    outputs: list[Tensor] = []
+    outputs: dict[int, Tensor] = {}
     leaving: list[Tensor] = []
 
     def visit(layer: int, hidden: Tensor) -> None:
@@ -64,7 +64,7 @@ def _estimate(job: Job, transcript: TokenizedTranscript, index: int) -> tuple[fl
         stack.enter_context(_frozen(model))
         stack.enter_context(model.only_blocks(0, job.probe.layer))
         cache = _prefix_cache(model, ids[:, :start], positions[:, :start]) if start else None
-        stack.enter_context(model.outputs_hook(lambda _, z: outputs.append(z)))
+        stack.enter_context(model.outputs_hook(lambda layer, z: outputs.update({layer: z})))
         stack.enter_context(model.residual_hook(visit))
         stack.enter_context(torch.enable_grad())
         embedded = model.hf.get_input_embeddings()(ids[:, start:]).detach().requires_grad_()
@@ -75,10 +75,10 @@ def _estimate(job: Job, transcript: TokenizedTranscript, index: int) -> tuple[fl
             use_cache=cache is not None,
         )
         logit = leaving[0].float() @ torch.from_numpy(job.probe.weight).to(model.device) + job.probe.bias
-        gradients = torch.autograd.grad(logit, outputs)
+        gradients = torch.autograd.grad(logit, list(outputs.values()))
     found = np.zeros((model.shape.n_layers, model.shape.n_heads), np.float32)
     given, own = job.change.of(index), slice(0, where.stop - start)
-    for layer, (z, gradient) in enumerate(zip(outputs, gradients, strict=True)):
+    for (layer, z), gradient in zip(outputs.items(), gradients, strict=True):
         before = z[0, own].detach()
         values = None if given is None else given[layer].to(z.device)
         changed = change_heads(before, job.change.factor, values) - before

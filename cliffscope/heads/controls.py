@@ -151,7 +151,7 @@ def count_sets(shape: ModelShape, heads: Sequence[HeadRef], *, same_layers: bool
         The number; 0 where the set is all there is.
     """
     taken = list(Counter(h.layer for h in heads).values()) if same_layers else [len(heads)]
-    size = shape.n_heads if same_layers else shape.n_heads * shape.n_layers
+    size = shape.n_heads if same_layers else len(shape.places)
     if all(n == size for n in taken):
         return 0
     # Where the others are fewer than the given heads, a set takes all of them and fills up with given ones.
@@ -173,7 +173,7 @@ def random_set(
         Distinct heads, sorted.
     """
     drawn: list[HeadRef] = []
-    layers = [[h.layer] for h in heads] if same_layers else [list(range(shape.n_layers))] * len(heads)
+    layers = [[h.layer] for h in heads] if same_layers else [list(shape.attention_layers)] * len(heads)
     for choice in layers:
         pool = [HeadRef(layer=layer, head=i) for layer in choice for i in range(shape.n_heads)]
         free = [ref for ref in pool if ref not in drawn]

@@ -147,7 +147,7 @@ def mean_outputs(
     def add(_index: int, layer: int, z: Tensor) -> None:
         own = z if scope is Scope.CLOSING else z.mean(0, keepdim=True)
         totals[layer, width - len(own) :] += own
-        if layer == 0:
+        if layer == shape.attention_layers[0]:
             counts[width - len(own) :] += 1
 
     used = [t for t in reference if _width(t, scope)]
@@ -161,13 +161,14 @@ def gather_outputs(
     model: LensModel, transcripts: Sequence[TokenizedTranscript], scope: Scope
 ) -> list[Float[Tensor, "layer position head d_head"]]:
     """`hook_z` of every layer and head over a scope, fp32 on the CPU, one tensor a transcript."""
-    kept: list[list[Tensor]] = [[] for _ in transcripts]
+    shape = model.shape
+    kept = [torch.zeros(shape.n_layers, _width(t, scope), shape.n_heads, shape.d_head) for t in transcripts]
 
-    def keep(index: int, _layer: int, z: Tensor) -> None:
-        kept[index].append(z)
+    def keep(index: int, layer: int, z: Tensor) -> None:
+        kept[index][layer] = z
 
     _visit_outputs(model, transcripts, scope, keep)
-    return [torch.stack(layers) for layers in kept]
+    return kept
 
 
 def _visit_outputs(

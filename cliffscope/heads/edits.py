@@ -82,6 +82,11 @@ class HeadRef:
     def check(self, model: LensModel) -> None:
         """Raises EditError if the model lacks this head."""
         shape = model.shape
+        if 0 <= self.layer < shape.n_layers and self.layer not in shape.attention_layers:
+            raise EditError(
+                f"Layer {self.layer} of {model.name!r} has no heads: it mixes tokens in another way. Layers with "
+                f"heads: {', '.join(map(str, shape.attention_layers))}."
+            )
         if not (0 <= self.layer < shape.n_layers and 0 <= self.head < shape.n_heads):
             raise EditError(
                 f"{model.name!r} has no head {self}: it has layers 0 to {shape.n_layers - 1} with query heads 0 to "

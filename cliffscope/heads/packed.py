@@ -27,6 +27,7 @@ from cliffscope.errors import ResourceError
 from cliffscope.heads.branches import Job, edits_by_layer
 from cliffscope.heads.edits import change_heads
 from cliffscope.memory import is_out_of_memory
+from cliffscope.models import LensModel
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,8 @@ PACK_TOKENS = 320
 """Branches x window tokens in a pack: larger packs lose more to the mask, which grows as the square, than they gain."""
 PACK_LAYERS = 6
 """First edited layers that one pack may span: each branch runs from the pack's first layer, clean until its own."""
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Kinds of layers, as transformers names them."""
 
 
 class Disagreement(Exception):
@@ -178,7 +181,7 @@ def _run_pack(job: Job, window: _Window, branches: list[int], index: int) -> tup
     first = job.first_layer(branches[0])
     residual = window.entering[first].repeat(1, n, 1)
     positions = branched_positions(window.prefix, width, n, residual.device)
-    mask = _branch_mask(window.prefix, width, n, residual)
+    mask = _masks(model, window.prefix, width, n, residual)
     finals: list[Tensor] = []
 
     def visit(layer: int, hidden: Tensor) -> None:
@@ -219,10 +222,24 @@ def _branch_edit(
     return change
 
 
-def _branch_mask(prefix: int, width: int, n: int, like: Tensor) -> Tensor:
+def _masks(model: LensModel, prefix: int, width: int, n: int, like: Tensor) -> Tensor | dict[str, Tensor]:
+    """The mask of a pack; one for each kind of attention where some layers see the nearest positions alone."""
+    config = model.hf.config.get_text_config()
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    whole = _branch_mask(prefix, width, n, like)
+    if not window or kinds is not None and set(kinds) == {FULL}:
+        return whole
+    near = _branch_mask(prefix, width, n, like, window=window)
+    return near if kinds is None else {FULL: whole, SLIDING: near}
+
+
+def _branch_mask(prefix: int, width: int, n: int, like: Tensor, *, window: int | None = None) -> Tensor:
     """Additive [1, 1, n x width, prefix + n x width]: a branch sees the prefix and, causally, itself."""
     token = torch.arange(n * width, device=like.device)
     own = (token[:, None] // width == token // width) & (token[:, None] >= token)
     allowed = torch.cat([torch.ones(n * width, prefix, dtype=torch.bool, device=like.device), own], 1)
+    if window is not None:
+        position = torch.cat([torch.arange(prefix, device=like.device), prefix + token % width])
+        allowed &= position > (prefix + token % width)[:, None] - window
     mask = torch.zeros(allowed.shape, dtype=like.dtype, device=like.device)
     return mask.masked_fill_(~allowed, torch.finfo(like.dtype).min)[None, None]

@@ -166,19 +166,24 @@ class HeadRanking:
         """Layer by head grid of the effects, significant heads outlined."""
         from cliffscope.figures.heads import head_grid
 
-        grid = (self.shape.n_layers, self.shape.n_heads)
         low, high = bootstrap_mean(self.effects, seed=self.seed)
-        selected = np.zeros(grid, dtype=bool)
+        selected = np.zeros((self.shape.n_layers, self.shape.n_heads), dtype=bool)
         for ref in self.significant():
             selected[ref.layer, ref.head] = True
         return head_grid(
-            self.effects.mean(0).reshape(grid),
-            np.asarray(low).reshape(grid),
-            np.asarray(high).reshape(grid),
+            self._grid(self.effects.mean(0)),
+            self._grid(np.asarray(low)),
+            self._grid(np.asarray(high)),
             selected=selected,
-            harmless=_mean(self.harmless_effects).reshape(grid) if len(self.harmless_effects) else None,
+            harmless=self._grid(_mean(self.harmless_effects)) if len(self.harmless_effects) else None,
             title=f"Effect of each head on refusal ({self.method}, {self.scope}, n={len(self.clean)})",
         )
+
+    def _grid(self, values: np.ndarray) -> np.ndarray:
+        """[layer, head]; NaN in layers that have no heads."""
+        grid = np.full((self.shape.n_layers, self.shape.n_heads), np.nan)
+        grid[[h.layer for h in self.heads], [h.head for h in self.heads]] = values
+        return grid
 
     def _p_values(self) -> Float[np.ndarray, " head"]:
         if len(self.clean) < 2:
@@ -258,9 +263,7 @@ def rank_heads(
         donors=DonorTokens.read(model, donors) if donors is not None and method in NEED_DONORS else None,
         seed=seed,
     )
-    heads = tuple(
-        HeadRef(layer=layer, head=head) for layer in range(model.shape.n_layers) for head in range(model.shape.n_heads)
-    )
+    heads = tuple(HeadRef(layer=layer, head=head) for layer, head in model.shape.places)
     groups = [usable_tokens(model, group, how) if group else ([], ()) for group in (harmless, refused)]
     tokens, omitted = usable_tokens(model, transcripts, how)
     control = [row for rows, _ in groups for row in rows]

@@ -19,9 +19,10 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from cliffscope.bridges import TOLERANCE
 from cliffscope.errors import SpanError, UnsupportedModelError
 from cliffscope.heads.edits import HeadRef
-from cliffscope.models import TOLERANCE, LensModel
+from cliffscope.models import LensModel
 from cliffscope.probing.probe import RefusalProbe
 from cliffscope.transcripts.records import Transcript
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript, tokenize

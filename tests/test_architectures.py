@@ -1,0 +1,292 @@
+"""Every architecture through the whole chain, against plain Hugging Face modules with hooks of this file's own.
+
+For each: load, trace, sweep of every head, weight edit, export, reload; equal to the oracle within 1e-5 of the largest
+value. The table of docs/models.md is what this run found (CLIFFSCOPE_WRITE_DOCS=1 writes it).
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import check_documented, random_probe, tokens_of, words_tokenizer, written
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+import cliffscope as cs
+from cliffscope.errors import DataError, EditError, UnsupportedModelError
+from cliffscope.heads.edits import HeadRef, Scope, edited_weights
+from cliffscope.heads.shares import decompose_logit
+from cliffscope.heads.sweep import sweep_branches
+from cliffscope.models import LensModel, load_model
+from cliffscope.probing.activations import project_residuals
+from cliffscope.transcripts.records import Outcome, Transcripts
+from cliffscope.transcripts.transcript import Span, TokenizedTranscript
+
+TOLERANCE = 1e-5
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
+SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kind:
+    """An architecture: its class in transformers, what is set besides the common sizes, and models that have it."""
+
+    name: str
+    models: str
+    settings: dict[str, object]
+    norms_at_zero: bool = False
+
+
+KINDS = {
+    "qwen2": Kind(name="Qwen2", models="R1-Distill-Qwen, QwQ, Skywork-OR1, RealSafe-R1-7B, Qwen2.5", settings={}),
+    "llama": Kind(name="Llama", models="R1-Distill-Llama, RealSafe-R1-8B, SmolLM2", settings={}),
+    "llama, no groups": Kind(name="Llama", models="as many key-value heads", settings={"num_key_value_heads": 4}),
+    "qwen3": Kind(name="Qwen3", models="Qwen3, Qwen3-4B-Thinking, Hermes-4-14B", settings={"head_dim": 12}),
+    "qwen3-moe": Kind(
+        name="Qwen3Moe", models="Qwen3-30B-A3B-Thinking", settings={"head_dim": 12, "num_experts": 4, **EXPERTS}
+    ),
+    "phi3": Kind(name="Phi3", models="Phi-4-mini-reasoning, Phi-4-reasoning", settings={}),
+    "mistral": Kind(name="Mistral", models="Magistral, Ministral", settings={"sliding_window": 8}),
+    "gpt-oss": Kind(
+        name="GptOss", models="gpt-oss", settings={"head_dim": 12, "num_local_experts": 4, **EXPERTS, **SLIDING}
+    ),
+    "gemma3": Kind(name="Gemma3Text", models="Gemma 3", settings={"head_dim": 12, **SLIDING}, norms_at_zero=True),
+    "olmo3": Kind(name="Olmo3", models="OLMo 3 Think", settings=SLIDING),
+    "smollm3": Kind(name="SmolLM3", models="SmolLM3", settings={"no_rope_layers": [1, 1, 1, 0]}),
+    "glm4": Kind(name="Glm4", models="GLM-4, GLM-Z1", settings={"head_dim": 12}),
+    "nemotron": Kind(name="Nemotron", models="Nemotron 4, Minitron", settings={}, norms_at_zero=True),
+    "deepseek-v3": Kind(
+        name="DeepseekV3",
+        models="DeepSeek-R1, DeepSeek-V3.1",
+        settings={
+            **{"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8},
+            **{"qk_nope_head_dim": 8, "v_head_dim": 12, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
+            **{"first_k_dense_replace": 1, **EXPERTS},
+        },
+    ),
+    "qwen3-next": Kind(
+        name="Qwen3Next",
+        models="Qwen3-Next-Thinking",
+        settings={
+            **{"head_dim": 8, "num_experts": 4, "shared_expert_intermediate_size": 24, **EXPERTS},
+            **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8},
+            **{"linear_value_head_dim": 8, "layer_types": ["linear_attention", "full_attention"] * 2},
+        },
+        norms_at_zero=True,
+    ),
+}
+
+
+def build(name: str, settings: dict[str, object], vocabulary: int, *, norms_at_zero: bool = False) -> PreTrainedModel:
+    """A random model, drawn so that every head and every expert matters."""
+    sizes = {
+        **{"vocab_size": vocabulary, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256},
+        **{"initializer_range": 0.2, "bos_token_id": 2, "eos_token_id": 6, "pad_token_id": 0},
+    }
+    config = getattr(transformers, f"{name}Config")(**{**sizes, **settings})
+    model_class = getattr(transformers, f"{name.removesuffix('Text')}ForCausalLM")
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        network: PreTrainedModel = model_class(config).train(False)
+        for label, weight in network.named_parameters():
+            if weight.ndim == 1:
+                # Some norms multiply by one plus their weight.
+                weight.normal_(1.0 if "norm" in label and not norms_at_zero else 0.0, 0.2)
+            elif not bool(torch.isfinite(weight).all()) or float(weight.abs().max()) < 1e-6:
+                weight.normal_(0.0, 0.2)
+    return network
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Case:
+    """One architecture on disk and loaded, plain and ours."""
+
+    kind: str
+    model: LensModel
+    plain: PreTrainedModel
+    """Loaded by transformers on its own, with eager attention."""
+    rows: list[TokenizedTranscript]
+
+    def states(self, ids: list[int], zero: tuple[int, int, slice] | None = None) -> tuple[list[Tensor], Tensor]:
+        """The oracle: residuals after every block, and logits, with one head zeroed over some positions."""
+        blocks, kept = self.plain.get_decoder().layers, []
+        handles = [b.register_forward_hook(lambda _m, _i, out: kept.append(_tensor(out)[0])) for b in blocks]
+        if zero is not None:
+            handles.append(self._zeroing(*zero))
+        try:
+            with torch.no_grad():
+                logits = self.plain(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+        finally:
+            for handle in handles:
+                handle.remove()
+        return kept, logits
+
+    def _zeroing(self, layer: int, head: int, where: slice) -> torch.utils.hooks.RemovableHandle:
+        size = self.plain.get_decoder().layers[layer].self_attn.o_proj.in_features // 4
+
+        def cut(_module: object, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            z = inputs[0].clone()
+            z[:, where, head * size : (head + 1) * size] = 0.0
+            return (z, *inputs[1:])
+
+        return self.plain.get_decoder().layers[layer].self_attn.o_proj.register_forward_pre_hook(cut)
+
+
+def _tensor(output: object) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    kind, folder, tokenizer = KINDS[request.param], tmp_path_factory.mktemp("arch"), words_tokenizer()
+    build(kind.name, kind.settings, len(tokenizer) + 5, norms_at_zero=kind.norms_at_zero).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    model = load_model(folder, device="cpu")
+    asked = [t for w in (None, "story") for t in written(2, harmful=True, outcome=Outcome.COMPLIED, wrapper=w)]
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    return Case(kind=request.param, model=model, plain=plain.train(False), rows=tokens_of(model, Transcripts(asked)))
+
+
+FOUND: dict[str, dict[str, str]] = {}
+
+
+@contextmanager
+def noted(case: Case, what: str) -> Iterator[Callable[[str], None]]:
+    """Notes what is supported, or the error by which it is refused."""
+    row = FOUND.setdefault(case.kind, {})
+    row[what] = "FAILED"
+
+    def say(text: str) -> None:
+        row[what] = text
+
+    say("exact")
+    try:
+        yield say
+    except UnsupportedModelError:
+        say("refused")
+    except BaseException:
+        row[what] = "FAILED"
+        raise
+
+
+def assert_close(found: object, expected: object) -> None:
+    found, expected = (
+        np.asarray(v.detach() if isinstance(v, Tensor) else v, dtype=np.float64) for v in (found, expected)
+    )
+    assert found.shape == expected.shape
+    scale = max(1.0, float(np.abs(expected).max()))
+    np.testing.assert_allclose(found / scale, expected / scale, rtol=0, atol=TOLERANCE)
+
+
+def test_traces_are_the_plain_models_residuals(case: Case) -> None:
+    with noted(case, "trace"):
+        probe = random_probe(case.model, 3)
+        found = project_residuals(case.model, case.rows, probe.layer_weights, probe.layer_biases)
+        for row, logits in zip(case.rows, found, strict=True):
+            states, _ = case.states(row.token_ids.tolist())
+            expected = [s.numpy() @ probe.layer_weights[i] + probe.layer_biases[i] for i, s in enumerate(states)]
+            assert_close(logits, np.stack(expected))
+
+
+@pytest.mark.parametrize("scope", [Scope.CLOSING, Scope.ALL], ids=str)
+def test_every_heads_effect_is_that_of_a_plain_forward_pass(case: Case, scope: Scope) -> None:
+    with noted(case, f"sweep, {scope}") as say:
+        model, rows = case.model, case.rows[1:3]
+        layer = model.shape.n_layers - 1
+        probe = random_probe(model, layer)
+        found = sweep_branches(
+            model, probe, rows, [(HeadRef(layer=a, head=b),) for a, b in model.shape.places], scope=scope
+        )
+        for i, row in enumerate(rows):
+            ids = row.token_ids[: row.final + 1].tolist()
+            where = row.span(Span.CLOSING) if scope is Scope.CLOSING else slice(0, row.final + 1)
+            logits = [
+                float(case.states(ids, (a, b, where))[0][layer][row.final] @ torch.from_numpy(probe.weight))
+                + probe.bias
+                for a, b in model.shape.places
+            ]
+            assert np.ptp(logits) > 1e-3, "no head matters"
+            assert_close(found.edited[i], logits)
+        say(found.path.split(" ")[0])
+
+
+def test_an_edit_of_the_weights_and_its_export_are_that_edit(case: Case, tmp_path: Path) -> None:
+    model, (layer, head) = case.model, case.model.shape.places[-2]
+    ids = case.rows[0].token_ids.tolist()
+    _, expected = case.states(ids, (layer, head, slice(0, len(ids))))
+    edit = cs.zero([HeadRef(layer=layer, head=head)])
+    with noted(case, "weight edit"), edited_weights(model, edit), torch.no_grad():
+        assert_close(model.hf(input_ids=torch.tensor([ids])).logits[0], expected)
+    with noted(case, "export"), torch.no_grad():
+        place = cs.export_edited(model, edit, tmp_path / "edited")
+        again = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).train(False)
+        assert_close(again(input_ids=torch.tensor([ids])).logits[0], expected)
+        assert_close(load_model(place, device="cpu").hf(input_ids=torch.tensor([ids])).logits[0], expected)
+
+
+def test_shares_of_heads_add_up_or_are_refused(case: Case) -> None:
+    with noted(case, "exact shares"):
+        shares = decompose_logit(case.model, random_probe(case.model, 2), case.rows)
+        expected = [
+            float(
+                case.states(r.token_ids.tolist())[0][2][r.final] @ torch.from_numpy(random_probe(case.model, 2).weight)
+            )
+            + random_probe(case.model, 2).bias
+            for r in case.rows
+        ]
+        assert_close(shares.logits, expected)
+
+
+def test_an_architecture_without_the_projection_of_its_heads_is_refused_by_name(tmp_path: Path) -> None:
+    tokenizer = words_tokenizer()
+    sizes = {"vocab_size": len(tokenizer) + 5, "n_embd": 32, "n_layer": 2, "n_head": 4}
+    config = transformers.GPT2Config(**sizes, bos_token_id=2, eos_token_id=6)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModelError, match="GPT2LMHeadModel keeps its blocks elsewhere"):
+        load_model(tmp_path, device="cpu")
+
+
+def test_a_layer_without_heads_is_told_from_one_that_is_not_there(case: Case) -> None:
+    shape = case.model.shape
+    bare = sorted(set(range(shape.n_layers)) - set(shape.attention_layers))
+    assert bare == ([0, 2] if case.kind == "qwen3-next" else [])
+    for layer in bare:
+        with pytest.raises(EditError, match=rf"Layer {layer} of .* has no heads.*Layers with heads: 1, 3"):
+            HeadRef(layer=layer, head=0).check(case.model)
+
+
+def test_a_config_that_lies_about_its_heads_is_refused(tmp_path: Path) -> None:
+    tokenizer = words_tokenizer()
+    network = build("Qwen3", {"head_dim": 12}, len(tokenizer) + 5)
+    for attention in (block.self_attn for block in network.model.layers):
+        attention.config.num_attention_heads = 4
+    network.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_attention_heads": 8, "num_key_value_heads": 4}))
+    with pytest.raises((UnsupportedModelError, DataError), match=r"size|mismatch|heads"):
+        load_model(tmp_path, device="cpu")
+
+
+def table() -> str:
+    """What this run found, as Markdown."""
+    columns = ("trace", "sweep, closing", "sweep, all", "weight edit", "export", "exact shares")
+    lines = [f"| architecture | models | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    for name, kind in KINDS.items():
+        cells = [FOUND.get(name, {}).get(column, "not run") for column in columns]
+        lines.append(f"| {name} | {kind.models} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_documented_table_is_what_was_found() -> None:
+    if len(FOUND) < len(KINDS):
+        pytest.skip("only some architectures were run")
+    check_documented("architectures", table())
