@@ -97,8 +97,6 @@ def read_checkpoint(
             f"The checkpoint of {name!r} lacks {len(missing)} weights, the first being {missing[0]!r}; they would be "
             "random. Give a complete checkpoint."
         )
-    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
-        tokenizer.pad_token_id = tokenizer.eos_token_id
     return model, tokenizer
 
 
@@ -163,6 +161,13 @@ def _read_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizer
     transformers may take a class by the model's architecture and rebuild the tokenizer in that class's way, which is
     another tokenizer where the checkpoint's own differs (seen with word-level vocabularies on Qwen2).
     """
+    tokenizer = _plain_tokenizer(source, options)
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        tokenizer.pad_token_id = tokenizer.eos_token_id
+    return tokenizer
+
+
+def _plain_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
     file = Path(source) / "tokenizer.json"
     if not file.is_file() or "gguf_file" in options:

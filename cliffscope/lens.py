@@ -76,7 +76,9 @@ class LensModel:
     shape: ModelShape
     """Its sizes."""
     bridge: "TransformerBridge"
-    """TransformerLens' view, sharing the weights; slower, with every hook."""
+    """TransformerLens' view; slower, with every hook. A bridge shares the weights, a HookedTransformer has its own."""
+    not_exported: str = ""
+    """Why no checkpoint may be made of these weights; "" where one may."""
 
     @property
     def device(self) -> torch.device:

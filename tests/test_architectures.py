@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from cliffscope.transcripts.records import Outcome, Transcripts
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 
 TOLERANCE = 1e-5
+OLD_LENS = version("transformer-lens").startswith("3.")
 EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 24}
 SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"] * 2}
 
@@ -148,6 +150,10 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     kind, folder, tokenizer = KINDS[request.param], tmp_path_factory.mktemp("arch"), words_tokenizer()
     build(kind.name, kind.settings, len(tokenizer) + 5, norms_at_zero=kind.norms_at_zero).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    if request.param == "deepseek-v3" and OLD_LENS:
+        with pytest.raises(UnsupportedModelError, match="differ between TransformerLens and plain Hugging Face"):
+            load_model(folder, device="cpu")
+        pytest.skip("the bridge of TransformerLens 3 computes another latent attention, and is refused")
     model = load_model(folder, device="cpu")
     asked = [t for w in (None, "story") for t in written(2, harmful=True, outcome=Outcome.COMPLIED, wrapper=w)]
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")

@@ -29,6 +29,7 @@ LAYERS = [
     "models",
     "bridges",
     "lens",
+    "hooked",
     "checkpoints",
     "memory",
     "transcripts",

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from cliffscope.errors import EditError, StoreError
+from cliffscope.errors import EditError, StoreError, UnsupportedModelError
 from cliffscope.heads.edits import EditPlan, HeadEdit, Scope, edited_weights
 from cliffscope.models import LensModel
 from cliffscope.store import PARTIAL, umask
@@ -68,6 +68,7 @@ def export_edited(
 
     Raises:
         EditError: the edit is for another model, has another scope than `all`, or cannot be held in weights.
+        UnsupportedModelError: the weights are a HookedTransformer's, folded or arranged as another architecture's.
         StoreError: the directory exists, or cannot be written, such as on a full disk; nothing is left behind.
 
     Example:
@@ -135,7 +136,12 @@ def _check_scope(model: LensModel, edit: HeadEdit | EditPlan) -> None:
 
 
 def check_place(place: Path, model: LensModel, *, overwrite: bool) -> None:
-    """Raises StoreError unless a checkpoint may be written to a place."""
+    """Raises StoreError unless a checkpoint may be written to a place, UnsupportedModelError if none may be at all."""
+    if model.not_exported:
+        raise UnsupportedModelError(
+            f"No checkpoint is made of {model.name!r}: {model.not_exported}. Load the checkpoint itself by its path, "
+            "and make the edit there."
+        )
     if not os.path.lexists(place):
         return
     if not overwrite:
