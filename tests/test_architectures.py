@@ -25,7 +25,8 @@ from cliffscope.heads.edits import HeadRef, Scope, edited_weights
 from cliffscope.heads.shares import decompose_logit
 from cliffscope.heads.sweep import sweep_branches
 from cliffscope.models import LensModel, load_model
-from cliffscope.probing.activations import project_residuals
+from cliffscope.probing import activations
+from cliffscope.probing.activations import gather_residuals, project_layer, project_residuals
 from cliffscope.transcripts.records import Outcome, Transcripts
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 
@@ -201,6 +202,28 @@ def test_traces_are_the_plain_models_residuals(case: Case) -> None:
             assert_close(logits, np.stack(expected))
 
 
+def test_a_long_transcript_in_chunks_is_the_one_pass(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    with noted(case, "long"):
+        model, probe = case.model, random_probe(case.model, 2)
+        positions = [np.array([t.n_pos - 1, 0, 9, 3], dtype=np.int64) for t in case.rows]
+        whole = project_residuals(model, case.rows, probe.layer_weights, probe.layer_biases)
+        gathered = gather_residuals(model, case.rows, positions)
+        monkeypatch.setattr(activations, "CHUNK", 7)
+        monkeypatch.setattr(activations, "LONG", 7)
+        monkeypatch.setattr(activations, "length_batches", lambda lengths, *_: ([i] for i in range(len(lengths))))
+        ran: list[int] = []
+        with model.residual_hook(lambda layer, hidden: ran.append(hidden.shape[1])):
+            chunked = project_residuals(model, case.rows, probe.layer_weights, probe.layer_biases)
+        assert max(ran) == 7, "nothing was chunked"
+        for ours, theirs in zip(chunked, whole, strict=True):
+            assert_close(ours, theirs)
+        for ours, theirs in zip(gather_residuals(model, case.rows, positions), gathered, strict=True):
+            assert_close(ours, theirs)
+        one_layer = dict(project_layer(model, case.rows, 2, probe.weight, probe.bias))
+        for i, theirs in enumerate(whole):
+            assert_close(one_layer[i], theirs[2])
+
+
 @pytest.mark.parametrize("scope", [Scope.CLOSING, Scope.ALL], ids=str)
 def test_every_heads_effect_is_that_of_a_plain_forward_pass(case: Case, scope: Scope) -> None:
     with noted(case, f"sweep, {scope}") as say:
@@ -284,7 +307,7 @@ def test_a_config_that_lies_about_its_heads_is_refused(tmp_path: Path) -> None:
 
 def table() -> str:
     """What this run found, as Markdown."""
-    columns = ("trace", "sweep, closing", "sweep, all", "weight edit", "export", "exact shares")
+    columns = ("trace", "long", "sweep, closing", "sweep, all", "weight edit", "export", "exact shares")
     lines = [f"| architecture | models | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     for name, kind in KINDS.items():
         cells = [FOUND.get(name, {}).get(column, "not run") for column in columns]

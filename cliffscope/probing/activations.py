@@ -3,9 +3,11 @@
 1. Transcripts are sorted by length and packed into batches of a bounded number of tokens.
 2. One forward pass of the blocks (the language-model head is not run) visits every layer.
 3. Inside the hook, the residual is reduced at once: to a projection on each layer's direction, or to a few positions.
+4. A transcript longer than `LONG` tokens goes through in chunks, each of which sees the cache of those before it.
 
-Memory: the batch's own activations, plus what is kept: [layer, pos] floats a transcript for projections,
-[layer, k, d_model] for k gathered positions. Knows nothing of probes or labels.
+Memory: the activations of a batch or a chunk, the cache of one long transcript, and what is kept: [layer, pos] floats a
+transcript for projections, [layer, k, d_model] for k gathered positions. It grows linearly with the length. Knows
+nothing of probes or labels.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +16,8 @@ import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from cliffscope.models import LensModel
 from cliffscope.transcripts.transcript import TokenizedTranscript
@@ -21,7 +25,12 @@ from cliffscope.transcripts.transcript import TokenizedTranscript
 BATCH_TOKENS = 4096
 """Tokens of a batch, padding included: enough to keep two cores or a GPU busy at short lengths."""
 
+LONG, CHUNK = 2048, 512
+"""Tokens above which a transcript that is alone in its batch is cut, and of a chunk: of 256 to 1,024 the fastest that
+keeps mask and activations small beside the cache (benchmarks/context.py)."""
+
 Reduced = Float32[np.ndarray, "layer ..."]
+_Kept = dict[int, dict[int, list[Tensor]]]
 
 
 def project_residuals(
@@ -46,7 +55,7 @@ def project_residuals(
     """
     directions = torch.from_numpy(weight)
 
-    def reduce(layer: int, residual: Float[Tensor, "pos d_model"], _row: int) -> Tensor:
+    def reduce(layer: int, residual: Float[Tensor, "pos d_model"], _row: int, _start: int) -> Tensor:
         return residual @ directions[layer].to(residual.device)
 
     found = _reduce(model, transcripts, reduce, progress)
@@ -71,12 +80,15 @@ def gather_residuals(
     Returns:
         For each transcript, in the order given, fp32 residuals.
     """
-    wanted = [torch.from_numpy(p) for p in positions]
+    wanted = [torch.from_numpy(np.sort(p)) for p in positions]
 
-    def reduce(_layer: int, residual: Float[Tensor, "pos d_model"], row: int) -> Tensor:
-        return residual[wanted[row].to(residual.device)]
+    def reduce(_layer: int, residual: Float[Tensor, "pos d_model"], row: int, start: int) -> Tensor:
+        own = wanted[row][(wanted[row] >= start) & (wanted[row] < start + len(residual))]
+        return residual[(own - start).to(residual.device)]
 
-    return _reduce(model, transcripts, reduce, progress)
+    found = _reduce(model, transcripts, reduce, progress)
+    # Back from ascending positions to the order that was asked for.
+    return [residuals[:, np.argsort(np.argsort(p))] for residuals, p in zip(found, positions, strict=True)]
 
 
 def project_layer(
@@ -104,17 +116,80 @@ def project_layer(
     direction = torch.from_numpy(weight)
     found: list[Tensor] = []
 
-    def visit(index: int, hidden: Float[Tensor, "batch pos d_model"]) -> None:
+    def visit(index: int, hidden: Float[Tensor, "batch pos d_model"], _start: int) -> None:
         if index == layer:
             found.append((hidden.float() @ direction.to(hidden.device) + bias).cpu())
 
     for rows in length_batches([t.n_pos for t in transcripts], batch_tokens):
-        batch = model.to_batch([transcripts[row].token_ids.tolist() for row in rows])
-        with torch.inference_mode(), model.only_blocks(0, layer), model.residual_hook(visit):
-            model.decoder(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False)
-        logits = found.pop().numpy()
+        with model.only_blocks(0, layer):
+            run_decoder(model, [transcripts[row] for row in rows], visit)
+        logits = torch.cat(found, 1).numpy()
+        found.clear()
         for i, row in enumerate(rows):
             yield row, logits[i, : transcripts[row].n_pos].copy()
+
+
+def run_decoder(
+    model: LensModel,
+    rows: Sequence[TokenizedTranscript],
+    visit: Callable[[int, Float[Tensor, "batch pos d_model"], int], None],
+) -> None:
+    """One pass of the blocks over a batch; a long transcript that is alone in its batch goes through in chunks.
+
+    Args:
+        model: the model; inside `only_blocks`, only those run.
+        rows: one batch.
+        visit: called with layer, residual after it, and the position at which that begins.
+    """
+    batch = model.to_batch([row.token_ids.tolist() for row in rows])
+    start, width = 0, batch.ids.shape[1]
+    chunked = len(rows) == 1 and width > LONG
+    with torch.inference_mode(), model.residual_hook(lambda layer, hidden: visit(layer, hidden, start)):
+        if not chunked:
+            model.decoder(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False)
+            return
+        cache = _reserved_cache(model, width)
+        for start in range(0, width, CHUNK):
+            part = slice(start, start + CHUNK)
+            model.decoder(
+                input_ids=batch.ids[:, part],
+                position_ids=batch.positions[:, part],
+                past_key_values=cache,
+                use_cache=True,
+            )
+
+
+class _ReservedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """Keys and values of a known number of tokens: written in place, where growing would copy all of them a chunk."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.length = length
+        self.reserved: tuple[Tensor, Tensor] | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_args: object, **_kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Writes behind what is there, and gives all that is there now."""
+        if self.reserved is None:
+            self.lazy_initialization(key_states, value_states)
+            keys, values = (
+                new.new_empty(*new.shape[:-2], self.length, new.shape[-1]) for new in (key_states, value_states)
+            )
+            self.reserved = keys, values
+        start = self.get_seq_length()
+        stop = start + key_states.shape[-2]
+        for whole, new in zip(self.reserved, (key_states, value_states), strict=True):
+            whole[..., start:stop, :] = new
+        self.keys, self.values = (whole[..., :stop, :] for whole in self.reserved)
+        return self.keys, self.values
+
+
+def _reserved_cache(model: LensModel, length: int) -> DynamicCache:
+    """The model's own cache, with room reserved in layers that keep all keys."""
+    cache = DynamicCache(config=model.hf.config.get_text_config())
+    cache.layers = [_ReservedLayer(length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 def length_batches(lengths: Sequence[int], batch_tokens: int = BATCH_TOKENS) -> Iterator[list[int]]:
@@ -132,24 +207,22 @@ def length_batches(lengths: Sequence[int], batch_tokens: int = BATCH_TOKENS) -> 
 def _reduce(
     model: LensModel,
     transcripts: Sequence[TokenizedTranscript],
-    reduce: Callable[[int, Tensor, int], Tensor],
+    reduce: Callable[[int, Tensor, int, int], Tensor],
     progress: Callable[[int], None] | None,
 ) -> list[Reduced]:
     done: list[Reduced] = [np.empty(0, dtype=np.float32)] * len(transcripts)
     finished = 0
     for rows in length_batches([t.n_pos for t in transcripts]):
-        kept: dict[int, list[Tensor]] = {row: [] for row in rows}
+        kept: dict[int, dict[int, list[Tensor]]] = {row: {} for row in rows}
 
-        def visit(layer: int, hidden: Tensor, rows: list[int] = rows, kept: dict[int, list[Tensor]] = kept) -> None:
+        def visit(layer: int, hidden: Tensor, start: int, rows: list[int] = rows, kept: _Kept = kept) -> None:
             for i, row in enumerate(rows):
-                residual = hidden[i, : transcripts[row].n_pos].float()
-                kept[row].append(reduce(layer, residual, row).cpu())
+                residual = hidden[i, : transcripts[row].n_pos - start].float()
+                kept[row].setdefault(layer, []).append(reduce(layer, residual, row, start).cpu())
 
-        batch = model.to_batch([transcripts[row].token_ids.tolist() for row in rows])
-        with torch.inference_mode(), model.residual_hook(visit):
-            model.decoder(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False)
+        run_decoder(model, [transcripts[row] for row in rows], visit)
         for row in rows:
-            done[row] = torch.stack(kept[row]).numpy()
+            done[row] = torch.stack([torch.cat(parts) for _, parts in sorted(kept[row].items())]).numpy()
         finished += len(rows)
         if progress is not None:
             progress(finished)
