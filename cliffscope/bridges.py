@@ -123,8 +123,11 @@ def check_views(model: LensModel) -> None:
 
 def _check_zeroing(model: LensModel, ids: Tensor, plain: Tensor, layer: int) -> None:
     shape = model.shape
-    columns = model.output_projection(layer).weight.detach().float().view(shape.d_model, shape.n_heads, shape.d_head)
-    head = int(columns.square().sum((0, 2)).argmax())
+    weight, head = model.output_projection(layer).weight, 0
+    if weight.is_floating_point() and not weight.is_meta:
+        # The head that writes most; of quantised or offloaded weights any head has to do.
+        columns = weight.detach().float().view(shape.d_model, shape.n_heads, shape.d_head)
+        head = int(columns.square().sum((0, 2)).argmax())
 
     def zero(z: Tensor) -> None:
         z[:, :, head] = 0.0

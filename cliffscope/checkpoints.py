@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from accelerate.utils import align_module_device
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -113,9 +114,18 @@ def hash_weights(prefix: str, network: PreTrainedModel) -> str:
         16 hexadecimal digits.
     """
     digest = hashlib.sha256(prefix.encode())
-    for name, weight in network.named_parameters():
-        rows, columns = _bit_sums(weight.detach())
-        digest.update(f"{name}{tuple(weight.shape)}".encode() + rows.tobytes() + columns.tobytes())
+    seen: set[int] = set()
+    for place, module in network.named_modules():
+        own = {name: id(weight) for name, weight in module.named_parameters(recurse=False)}
+        new = {name for name, key in own.items() if key not in seen}
+        seen |= set(own.values())
+        # Weights that accelerate keeps elsewhere are here for as long as they are read.
+        with align_module_device(module):
+            for name, weight in module.named_parameters(recurse=False):
+                if name in new:
+                    rows, columns = _bit_sums(weight.detach())
+                    label = f"{place}.{name}{tuple(weight.shape)}".lstrip(".")
+                    digest.update(label.encode() + rows.tobytes() + columns.tobytes())
     return digest.hexdigest()[:16]
 
 

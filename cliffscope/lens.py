@@ -149,6 +149,20 @@ class LensModel:
             "share of the logit cannot be told."
         )
 
+    def output_columns(self, layer: int) -> Float[Tensor, "d_model head d_head"]:
+        """What each head writes, by weights: its columns of the output projection, fp32.
+
+        Raises:
+            UnsupportedModelError: the weights are quantised or offloaded, so that they are not there to be read.
+        """
+        weight = self.output_projection(layer).weight.detach()
+        if not weight.is_floating_point() or weight.is_meta:
+            raise UnsupportedModelError(
+                f"Layer {layer} of {self.name!r}: weights that are quantised or offloaded cannot be read, so that "
+                "shares of heads cannot be told. Take a method that measures effects, such as zero."
+            )
+        return weight.float().view(self.shape.d_model, self.shape.n_heads, self.shape.d_head)
+
     @contextmanager
     def outputs_hook(self, visit: Callable[[int, Float[Tensor, "batch pos head d_head"]], None]) -> Iterator[None]:
         """Calls `visit(layer, hook_z)` in every block of every forward pass inside the context; nothing is changed.

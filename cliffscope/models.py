@@ -35,6 +35,7 @@ def load_model(
     device: str | Mapping[str, str | int] | None = None,
     dtype: torch.dtype | None = None,
     revision: str | None = None,
+    hf_model: PreTrainedModel | None = None,
 ) -> LensModel:
     """Loads a model and checks that what will be measured is what the model computes.
 
@@ -47,6 +48,8 @@ def load_model(
             and, where they are too small, memory; a mapping of modules to devices is accelerate's `device_map`.
         dtype: of the weights; None keeps the checkpoint's on a GPU and takes fp32 on the CPU.
         revision: of a hub repository.
+        hf_model: the model itself, loaded by transformers in a way of your own, such as with a quantisation; only the
+            tokenizer is read from `path_or_name`, and `device` and `dtype` are the model's own.
 
     Returns:
         The checked model.
@@ -66,9 +69,12 @@ def load_model(
     place = find_device(device if isinstance(device, str) and spread is None else None)
     if isinstance(path_or_name, (str, Path)):
         name = str(path_or_name)
-        hf, tokenizer = read_checkpoint(name, default_dtype(dtype, place), revision, spread=spread)
-        if spread is None:
-            cast(nn.Module, hf).to(place)
+        if hf_model is not None:
+            hf, tokenizer, place = hf_model, read_tokenizer(name, revision), hf_model.device
+        else:
+            hf, tokenizer = read_checkpoint(name, default_dtype(dtype, place), revision, spread=spread)
+            if spread is None:
+                cast(nn.Module, hf).to(place)
         hf.train(False)
         thinking = resolve_template(template, tokenizer)
         shape = read_shape(hf)
@@ -113,5 +119,9 @@ def _own_tokenizer(given: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 def _twin(hf: PreTrainedModel) -> PreTrainedModel:
     """A second set of modules over the same weights: the bridge replaces the modules of the first in place."""
+    if getattr(hf, "is_quantized", False):
+        # Some quantised layers arrange their weights in their first pass, and only once.
+        with torch.inference_mode():
+            cast(Any, hf)(input_ids=torch.zeros(1, 1, dtype=torch.long, device=hf.device), use_cache=False)
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*hf.parameters(), *hf.buffers())}
     return copy.deepcopy(hf, shared)

@@ -285,14 +285,7 @@ def edited_weights(model: LensModel, edit: HeadEdit | EditPlan) -> Iterator[None
         EditError: another scope, values that differ by position, a head that the model lacks, or weights that are not
             floating point.
     """
-    edit.check(model)
-    for one in edit.edits:
-        if one.scope is not Scope.ALL:
-            raise EditError(
-                f"Scope {one.scope} cannot be held in weights, which act at all positions. Use edited_hooks."
-            )
-        if one.values and len(one.values[0]) > 1:
-            raise EditError("Values that differ by position cannot be held in weights. Use edited_hooks.")
+    _check_everywhere(model, edit)
     undo: list[Callable[[], object]] = []
     try:
         with torch.no_grad():
@@ -304,6 +297,57 @@ def edited_weights(model: LensModel, edit: HeadEdit | EditPlan) -> Iterator[None
         with torch.no_grad():
             for step in reversed(undo):
                 step()
+
+
+@contextmanager
+def edited_everywhere(model: LensModel, edit: HeadEdit | EditPlan) -> Iterator[None]:
+    """Applies an edit at all positions: in the weights, or by hooks where these are quantised or offloaded.
+
+    Args:
+        model: the model.
+        edit: with scope `all`, and one value a head where it has values.
+
+    Raises:
+        EditError: another scope, values that differ by position, or a head that the model lacks.
+    """
+    _check_everywhere(model, edit)
+    if all(_held(model.output_projection(ref.layer)) for ref in edit.heads):
+        with edited_weights(model, edit):
+            yield
+        return
+    with ExitStack() as stack:
+        for one in edit.edits:
+            for layer in sorted({ref.layer for ref in one.heads}):
+                stack.enter_context(model.head_hook(layer, _fixed(one, layer)))
+        yield
+
+
+def _fixed(edit: HeadEdit, layer: int) -> Callable[[Float[Tensor, "batch pos head d_head"]], None]:
+    """The change of one layer's heads, the same at every position of every row."""
+    mine = [i for i, ref in enumerate(edit.heads) if ref.layer == layer]
+    heads = [edit.heads[i].head for i in mine]
+    values = torch.tensor([edit.values[i][0] for i in mine]) if edit.values else torch.zeros(())
+
+    def change(z: Tensor) -> None:
+        z[:, :, heads] = z[:, :, heads] * edit.factor + values.to(z)
+
+    return change
+
+
+def _check_everywhere(model: LensModel, edit: HeadEdit | EditPlan) -> None:
+    edit.check(model)
+    for one in edit.edits:
+        if one.scope is not Scope.ALL:
+            raise EditError(
+                f"Scope {one.scope} cannot be held in weights, which act at all positions. Use edited_hooks."
+            )
+        if one.values and len(one.values[0]) > 1:
+            raise EditError("Values that differ by position cannot be held in weights. Use edited_hooks.")
+
+
+def _held(projection: nn.Linear) -> bool:
+    """Whether the weights are numbers in memory that can be changed in place."""
+    return projection.weight.is_floating_point() and not projection.weight.is_meta
 
 
 @contextmanager
@@ -368,9 +412,11 @@ def _edit_weights(
 ) -> None:
     """Edits one head in the weights; how to undo it is noted before anything changes."""
     projection, size = model.output_projection(ref.layer), model.shape.d_head
-    if not projection.weight.is_floating_point():
+    if not _held(projection):
+        what = "offloaded" if projection.weight.is_meta else f"quantised, of dtype {projection.weight.dtype}, and"
         raise EditError(
-            f"Layer {ref.layer}: weights of dtype {projection.weight.dtype} cannot be edited. Use edited_hooks."
+            f"Layer {ref.layer}: weights that are {what} cannot be edited in place. Use edited_everywhere or "
+            "edited_hooks, or load the model unquantised and whole."
         )
     columns = projection.weight[:, ref.head * size : (ref.head + 1) * size]
     kept = columns.clone()

@@ -140,9 +140,8 @@ class _Parts:
     def _see_heads(self, rows: list[int], layer: int, z: Float[Tensor, "batch pos head d_head"]) -> None:
         if layer > self.probe.layer:
             return
-        projection, shape = self.model.output_projection(layer), self.model.shape
-        columns = projection.weight.detach().float().view(shape.d_model, shape.n_heads, shape.d_head)
-        written = torch.einsum("mhd,m->hd", columns, self.weight)
+        projection = self.model.output_projection(layer)
+        written = torch.einsum("mhd,m->hd", self.model.output_columns(layer), self.weight)
         share = torch.einsum("bphd,hd->bph", z.float(), written).cpu().numpy()
         for place, index in enumerate(rows):
             transcript = self.transcripts[index]

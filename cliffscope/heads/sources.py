@@ -151,9 +151,8 @@ def trace_sources(model: LensModel, probe: RefusalProbe, transcript: Transcript,
             f"Layer {head.layer} of {model.name!r}: attention x values is not what {head} gives, so its sources "
             "cannot be told apart."
         )
-    size = model.shape.d_head
-    columns = model.output_projection(head.layer).weight[:, head.head * size : (head.head + 1) * size]
-    written = columns.detach().float().T.cpu() @ torch.from_numpy(probe.weight)
+    columns = model.output_columns(head.layer)[:, head.head]
+    written = columns.T.cpu() @ torch.from_numpy(probe.weight)
     return HeadSources(
         head=head,
         kv_group=model.shape.kv_group(head.head),

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from cliffscope.errors import DataError
-from cliffscope.heads.edits import EditPlan, HeadEdit, edited_weights
+from cliffscope.heads.edits import EditPlan, HeadEdit, edited_everywhere
 from cliffscope.models import LensModel
 from cliffscope.resampling import bootstrap_mean, bootstrap_ratio, paired_bootstrap_difference
 from cliffscope.safety.answers import answer_rows
@@ -359,7 +359,7 @@ def _answer(
     begun: Transcripts | None,
     on_batch: Callable[[str, Transcripts], None] | None,
 ) -> Transcripts:
-    edit = nullcontext() if arm.edit is None else edited_weights(model, arm.edit)
+    edit = nullcontext() if arm.edit is None else edited_everywhere(model, arm.edit)
     hand = None if on_batch is None else partial(on_batch, arm.name)
     with edit:
         return continue_roll_out(model, asked, budget, system=system, batch_size=batch_size, done=begun, on_batch=hand)

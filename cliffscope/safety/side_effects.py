@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cliffscope.errors import DataError
-from cliffscope.heads.edits import EditPlan, HeadEdit, edited_weights
+from cliffscope.heads.edits import EditPlan, HeadEdit, edited_everywhere
 from cliffscope.models import Batch, LensModel
 from cliffscope.resampling import bootstrap_mean, bootstrap_ratio
 from cliffscope.safety.arms import Arm, MakeEdit, plan_arms
@@ -277,7 +277,7 @@ def _log_shares(
     model: LensModel, window: _Window, edit: HeadEdit | EditPlan | None
 ) -> Float[Tensor, "row position vocabulary"]:
     """Log probabilities of the next token at the window's positions."""
-    context: AbstractContextManager[None] = nullcontext() if edit is None else edited_weights(model, edit)
+    context: AbstractContextManager[None] = nullcontext() if edit is None else edited_everywhere(model, edit)
     with context, torch.inference_mode():
         output = model.hf(
             input_ids=window.batch.ids,

@@ -1,0 +1,135 @@
+"""Models whose weights are not simply in memory: offloaded, quantised, or in half precision."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_probe, tokens_of, written
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+import cliffscope as cs
+from cliffscope.checkpoints import ASSETS
+from cliffscope.errors import EditError, UnsupportedModelError
+from cliffscope.heads.edits import HeadRef, edited_everywhere, edited_weights
+from cliffscope.heads.shares import decompose_logit
+from cliffscope.heads.sweep import sweep_branches
+from cliffscope.models import LensModel, load_model
+from cliffscope.probing.activations import project_residuals
+from cliffscope.transcripts.records import Outcome, Transcripts
+
+EDIT = [HeadRef(layer=1, head=2), HeadRef(layer=6, head=0)]
+TOLERANCES = {torch.bfloat16: 3e-2, torch.float16: 6e-3}
+"""Of a probe's logit, relative to the largest: what docs/models.md states."""
+
+
+@pytest.fixture(scope="module")
+def texts() -> Transcripts:
+    return Transcripts(
+        [t for w in (None, "story") for t in written(3, harmful=True, outcome=Outcome.COMPLIED, wrapper=w)]
+    )
+
+
+@pytest.fixture(scope="module")
+def offloaded(checkpoints: dict[str, Path]) -> LensModel:
+    """Half of the blocks on disk, read whenever they run."""
+    places = {f"model.layers.{i}": "cpu" if i < 4 else "disk" for i in range(8)}
+    rest = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), "cpu")
+    return load_model(checkpoints["llama"], device={**places, **rest})
+
+
+def test_an_offloaded_model_is_the_model(llama: LensModel, offloaded: LensModel, texts: Transcripts) -> None:
+    assert offloaded.output_projection(6).weight.is_meta
+    assert offloaded.fingerprint == llama.fingerprint
+    rows, probe = tokens_of(llama, texts), random_probe(llama, 6)
+    for ours, theirs in zip(
+        *(project_residuals(m, rows, probe.layer_weights, probe.layer_biases) for m in (offloaded, llama)), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
+    branches = [(HeadRef(layer=layer, head=3),) for layer in range(8)]
+    found, expected = (sweep_branches(m, probe, rows[:2], branches) for m in (offloaded, llama))
+    assert found.path == "packed"
+    np.testing.assert_allclose(found.edited, expected.edited, rtol=0, atol=1e-5 * np.abs(expected.edited).max())
+
+
+def test_weights_that_are_not_there_are_edited_by_hooks_alone(
+    llama: LensModel, offloaded: LensModel, texts: Transcripts
+) -> None:
+    with (
+        pytest.raises(EditError, match="Layer 6: weights that are offloaded cannot be edited"),
+        edited_weights(offloaded, cs.zero(EDIT)),
+    ):
+        pass
+    with pytest.raises(UnsupportedModelError, match="Layer 4 of .* offloaded cannot be read"):
+        decompose_logit(offloaded, random_probe(llama, 6), tokens_of(llama, texts))
+    answers = []
+    for model in (llama, offloaded):
+        with edited_everywhere(model, cs.zero(EDIT)):
+            answers.append([t.answer_ids for t in cs.roll_out(model, texts, max_thinking=8, max_answer=8)])
+    assert answers[0] == answers[1]
+    assert answers[0] != [t.answer_ids for t in cs.roll_out(llama, texts, max_thinking=8, max_answer=8)]
+
+
+def test_hooks_everywhere_are_the_edit_of_the_weights(llama: LensModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6]])
+    value = tuple(float(v) for v in np.linspace(-1, 1, llama.shape.d_head))
+    from cliffscope.heads import edits
+
+    plan = cs.compose(
+        cs.scale([HeadRef(layer=0, head=1)], 0.3),
+        edits.HeadEdit(heads=tuple(EDIT), kind=edits.EditKind.MEAN, factor=0.0, values=((value,), (value,))),
+    )
+    with torch.no_grad():
+        with edited_weights(llama, plan):
+            expected = llama.hf(input_ids=ids).logits
+        monkeypatch.setattr(edits, "_held", lambda projection: False)
+        with edited_everywhere(llama, plan):
+            found = llama.hf(input_ids=ids).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+
+
+def quantised(folder: Path, **how: object) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=BitsAndBytesConfig(**how), dtype=torch.float32, device_map={"": "cpu"}
+    )
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_an_8_bit_model_is_traced_and_swept_and_its_weights_are_left_alone(
+    texts: Transcripts,
+    unchanged: Callable[[LensModel], Callable[[], None]],
+    tmp_path: Path,
+) -> None:
+    folder = ASSETS / "planted-llama"
+    plain, model = (quantised(folder, load_in_8bit=True) for _ in range(2))
+    model = load_model(folder, hf_model=model)
+    assert model.output_projection(2).weight.dtype == torch.int8
+    check = unchanged(model)
+    rows, probe = tokens_of(model, texts), random_probe(model, 5)
+    assert probe.weight.dtype == np.float32
+    (ours,) = project_residuals(model, rows[:1], probe.layer_weights, probe.layer_biases)
+    with torch.no_grad():
+        states = plain(torch.tensor([rows[0].token_ids.tolist()]), output_hidden_states=True).hidden_states
+    theirs = states[6][0].float().numpy() @ probe.weight + probe.bias
+    np.testing.assert_allclose(ours[5], theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
+    found = sweep_branches(model, probe, rows[:1], [(ref,) for ref in EDIT])
+    assert np.abs(found.effects[0, 0]) > 1e-3
+    with pytest.raises(EditError, match="quantised, of dtype torch.int8"):
+        cs.export_edited(model, cs.zero(EDIT), tmp_path / "edited")
+    with edited_everywhere(model, cs.zero(EDIT)):
+        cs.roll_out(model, texts[:1], max_thinking=4, max_answer=4)
+    check()
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)
+def test_half_precision_is_within_its_stated_tolerance(dtype: torch.dtype, texts: Transcripts) -> None:
+    folder = ASSETS / "planted-llama"
+    narrow = load_model(folder, device="cpu", dtype=dtype)
+    wide = load_model(folder, hf_model=AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).float())
+    assert narrow.fingerprint == wide.fingerprint
+    rows, probe = tokens_of(wide, texts), random_probe(wide, 6)
+    read = [project_residuals(m, rows, probe.layer_weights, probe.layer_biases) for m in (narrow, wide)]
+    for ours, theirs in zip(*read, strict=True):
+        assert ours.dtype == np.float32
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCES[dtype] * np.abs(theirs).max())
