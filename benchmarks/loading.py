@@ -1,7 +1,7 @@
 """What does loading a GGUF file cost beside transformers itself, and again from the converted copy?
 
-`load_model` of SmolLM2, checks and TransformerLens' view included, against transformers' own model and tokenizer, in turn
-in one process, each time without a copy; then from the copy. Prints JSON.
+`load_model` of SmolLM2, checks and TransformerLens' view included, against transformers' own model and tokenizer, in
+turn in one process, each time without a copy; then from the copy. Prints JSON.
 """
 
 import importlib.util

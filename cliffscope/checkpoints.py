@@ -71,6 +71,7 @@ def read_checkpoint(
     revision: str | None,
     *,
     spread: str | Mapping[str, str | int] | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Reads model and tokenizer.
 
@@ -79,21 +80,24 @@ def read_checkpoint(
         dtype: of the weights.
         revision: of a hub repository.
         spread: a `device_map` of accelerate; None reads into memory.
+        trust_remote_code: run code that comes with the checkpoint.
 
     Returns:
         Both, the tokenizer with a padding token.
 
     Raises:
         DataError: nothing can be loaded from there.
-        UnsupportedModelError: weights are missing.
+        UnsupportedModelError: weights are missing, or are pickles, or the checkpoint needs code of its own.
         MissingExtraError: a package is needed.
     """
     source, options = _locate(name)
+    _refuse_pickles(Path(source), options)
     kept = _kept_gguf(source, options, dtype)
     if kept is not None and (kept / "config.json").is_file():
         source, options = str(kept), {}
     if revision is not None:
         options["revision"] = revision
+    options["trust_remote_code"] = trust_remote_code
     try:
         tokenizer = _read_tokenizer(source, options)
         if spread is not None:
@@ -102,6 +106,11 @@ def read_checkpoint(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     except _UNREADABLE as error:
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise UnsupportedModelError(
+                f"{name!r} needs Python code that comes with the checkpoint. Read that code, then pass "
+                "load_model(..., trust_remote_code=True) to run it; no command does."
+            ) from error
         raise DataError(f"No model could be loaded from {name!r}: {first_line(error)} {_EXPECTED}") from error
     model, report = cast(tuple[PreTrainedModel, dict[str, list[str]]], loaded)
     missing = sorted(report["missing_keys"])
@@ -115,6 +124,18 @@ def read_checkpoint(
         if kept is not None:
             _keep(model, tokenizer, kept)
     return model, tokenizer
+
+
+def _refuse_pickles(source: Path, options: Mapping[str, Any]) -> None:
+    """Raises UnsupportedModelError where a directory holds weights as pickles alone."""
+    if "gguf_file" in options or not source.is_dir() or any(source.glob("*.safetensors")):
+        return
+    pickles = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in source.glob(kind))
+    if pickles:
+        raise UnsupportedModelError(
+            f"{str(source)!r} holds its weights as pickles ({pickles[0]}), which can run code when they are read, and "
+            "no safetensors. Convert it with transformers: load it there and call save_pretrained."
+        )
 
 
 def _take_marks_off(model: PreTrainedModel) -> None:

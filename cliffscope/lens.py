@@ -195,11 +195,20 @@ class LensModel:
             ids[i, place] = torch.as_tensor(row, dtype=torch.long)
             mask[i, place] = 1
         positions = (mask.cumsum(1) - 1).clamp(min=0)
-        return Batch(ids=ids.to(self.device), mask=mask.to(self.device), positions=positions.to(self.device))
+        return Batch(ids=self._moved(ids), mask=self._moved(mask), positions=self._moved(positions))
+
+    def _moved(self, tensor: Tensor) -> Tensor:
+        """On the model's device; from pinned memory a GPU takes it while it still computes."""
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
 
     @contextmanager
     def residual_hook(self, visit: Callable[[int, Float[Tensor, "batch pos d_model"]], None]) -> Iterator[None]:
-        """Calls `visit(layer, hook_resid_post)` in every block of every forward pass inside the context."""
+        """Calls `visit(layer, hook_resid_post)` in every block of every forward pass inside the context.
+
+        Autocast is off inside: what is measured is computed in the weights' own dtype, whatever the caller has set.
+        """
 
         def hook(layer: int) -> Callable[[nn.Module, object, object], None]:
             def call(_module: nn.Module, _inputs: object, output: object) -> None:
@@ -210,12 +219,11 @@ class LensModel:
 
             return call
 
-        handles = [block.register_forward_hook(hook(i)) for i, block in enumerate(self.blocks)]
-        try:
+        with ExitStack() as stack:
+            for i, block in enumerate(self.blocks):
+                stack.callback(block.register_forward_hook(hook(i)).remove)
+            stack.enter_context(torch.autocast(self.device.type, enabled=False))
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     @contextmanager
     def head_hook(self, layer: int, change: Callable[[Float[Tensor, "batch pos head d_head"]], None]) -> Iterator[None]:

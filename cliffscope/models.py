@@ -36,6 +36,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
     hf_model: PreTrainedModel | None = None,
+    trust_remote_code: bool = False,
 ) -> LensModel:
     """Loads a model and checks that what will be measured is what the model computes.
 
@@ -50,6 +51,7 @@ def load_model(
         revision: of a hub repository.
         hf_model: the model itself, loaded by transformers in a way of your own, such as with a quantisation; only the
             tokenizer is read from `path_or_name`, and `device` and `dtype` are the model's own.
+        trust_remote_code: run Python code that comes with the checkpoint, as some architectures need.
 
     Returns:
         The checked model.
@@ -57,7 +59,8 @@ def load_model(
     Raises:
         DataError: nothing can be loaded from there, or the device is not there.
         TemplateError: the chat template is missing or unknown.
-        UnsupportedModelError: a check failed; the message names the layer and what was found.
+        UnsupportedModelError: a check failed; the message names the layer and what was found. Or the checkpoint needs
+            code of its own.
 
     Example:
         >>> import cliffscope as cs
@@ -72,7 +75,9 @@ def load_model(
         if hf_model is not None:
             hf, tokenizer, place = hf_model, read_tokenizer(name, revision), hf_model.device
         else:
-            hf, tokenizer = read_checkpoint(name, default_dtype(dtype, place), revision, spread=spread)
+            hf, tokenizer = read_checkpoint(
+                name, default_dtype(dtype, place), revision, spread=spread, trust_remote_code=trust_remote_code
+            )
             if spread is None:
                 cast(nn.Module, hf).to(place)
         hf.train(False)
@@ -100,8 +105,21 @@ def load_model(
         bridge=bridge,
         not_exported=not_exported,
     )
+    _note_precision(model)
     check_views(model)
     return model
+
+
+def _note_precision(model: LensModel) -> None:
+    """Says so where a GPU rounds the factors of fp32 products, which moves logits by about 1e-3 of their size."""
+    if (
+        model.device.type == "cuda"
+        and model.dtype == torch.float32
+        and torch.get_float32_matmul_precision() != "highest"
+    ):
+        _log.warning(
+            "fp32 products are computed in TF32 on this GPU: torch.set_float32_matmul_precision('highest') turns it off"
+        )
 
 
 def _own_tokenizer(given: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

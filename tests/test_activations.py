@@ -106,6 +106,22 @@ def test_hooks_are_removed_when_a_pass_fails(
     assert count_hooks(llama.hf) == hooks
 
 
+def test_autocast_around_a_measurement_changes_nothing(llama: LensModel, refused: Transcripts) -> None:
+    rows, probe = tokens_of(llama, refused[:2]), random_probe(llama, 3)
+    plain = project_residuals(llama, rows, probe.layer_weights, probe.layer_biases)
+    ids = torch.from_numpy(rows[0].token_ids)[None]
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert not torch.equal(llama.hf(input_ids=ids).logits.float(), plain_logits_of(llama, ids)), "nothing was cast"
+        cast = project_residuals(llama, rows, probe.layer_weights, probe.layer_biases)
+    for ours, theirs in zip(cast, plain, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def plain_logits_of(model: LensModel, ids: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False), torch.no_grad():
+        return model.hf(input_ids=ids).logits
+
+
 def test_the_language_model_head_is_not_run(
     llama: LensModel, refused: Transcripts, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -586,6 +586,19 @@ def test_harmless_prompts_for_an_organism_are_not_ignored_in_silence(shell: Shel
     assert "empty.csv" in shell.fails(3, "study", *words, *SMALL)
 
 
+def test_a_study_is_estimated_without_being_run(shell: Shell, files: Path, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ("study", "--model", model, "--harmful", files / "prompts.csv", "--out", out, "--dry-run")
+    small = json.loads(shell(*words, "--max-thinking", 8, "--json").out)
+    large = json.loads(shell(*words, "--max-thinking", 64, "--json").out)
+    assert not out.exists()
+    assert [s["stage"] for s in small["stages"]] == ["transcripts", "probe", "traces", "heads", "safety"]
+    # 8 + 64 and 64 + 64 tokens of budget, thinking and answer.
+    assert large["stages"][0]["tokens"] * 72 == small["stages"][0]["tokens"] * 128
+    assert 0.0 < small["seconds"] < large["seconds"]
+    assert "at most" in shell(*words).out
+
+
 def test_the_template_is_shown_token_by_token_before_anything_is_run(shell: Shell, model: Path, tmp_path: Path) -> None:
     told = shell("template", "--model", model).out
     assert "closing    3" in told

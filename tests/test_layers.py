@@ -14,6 +14,7 @@ import cliffscope
 PACKAGE = Path(cliffscope.__file__).parent
 LAYERS = [
     "cli",
+    "preflight",
     "study",
     "run",
     "config",

@@ -270,6 +270,52 @@ def test_a_tokenizer_that_no_class_reads_as_described_is_refused(
         load_model(folder, device="cpu")
 
 
+def test_weights_as_pickles_are_refused(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    folder = tmp_path / "pickled"
+    shutil.copytree(make_checkpoint("llama"), folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(UnsupportedModelError, match=r"pickles \(pytorch_model.bin\).*Convert it"):
+        load_model(folder, device="cpu")
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def test_code_that_comes_with_a_checkpoint_is_run_only_where_it_is_trusted(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = tmp_path / "own"
+    shutil.copytree(make_checkpoint("llama"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    auto = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": auto}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(OWN_CODE)
+    with pytest.raises(UnsupportedModelError, match="needs Python code that comes with the checkpoint"):
+        load_model(folder, device="cpu")
+    assert not (tmp_path / "modules" / "transformers_modules").exists()
+
+
+def test_a_hub_name_without_a_network_is_one_line_with_the_local_alternative() -> None:
+    with pytest.raises(
+        DataError, match=r"No model could be loaded from 'someone/some-model'.*local directory"
+    ) as caught:
+        load_model("someone/some-model", device="cpu")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_gguf_file_is_converted_once_and_the_copy_is_the_same_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -54,6 +54,7 @@ def study(
     repair: Annotated[bool, typer.Option("--repair", help="Repair the model on the selection, measure again.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows generated together at most.")] = 64,
     device: Annotated[str | None, typer.Option(help="Torch device.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only estimate time and memory.")] = False,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -86,7 +87,10 @@ def study(
         seed=seed,
         device=device,
     )
-    _run_study(config, as_json=as_json)
+    if dry_run:
+        _estimate(config, as_json=as_json)
+    else:
+        _run_study(config, as_json=as_json)
 
 
 @app.command()
@@ -99,6 +103,21 @@ def report(run: Annotated[Path, typer.Argument(help="Run directory.")], as_json:
 
     page = write_report(run)
     say(as_json, {"report": str(page)}, f"Report: {page}")
+
+
+def _estimate(config: "StudyConfig", *, as_json: bool) -> None:
+    from cliffscope.preflight import estimate_study
+
+    found = estimate_study(config)
+    stages = found.stages.round({"seconds": 1})
+    data = {
+        "seconds": round(found.seconds, 1),
+        "peak_bytes": found.peak_bytes,
+        "free_bytes": found.free_bytes,
+        "stages": stages.to_dict(orient="records"),
+        "advice": list(found.advice),
+    }
+    say(as_json, data, "\n".join([stages.to_string(index=False), repr(found), *found.advice]))
 
 
 def _run_study(config: "StudyConfig", *, as_json: bool) -> None:
