@@ -179,9 +179,9 @@ class LensModel:
             return call
 
         with ExitStack() as stack:
-            for layer in self.shape.attention_layers:
-                handle = self.output_projection(layer).register_forward_pre_hook(hook(layer))
-                stack.callback(handle.remove)
+            for layer, block in enumerate(self.blocks):
+                if _has_heads(block):
+                    stack.callback(self.output_projection(layer).register_forward_pre_hook(hook(layer)).remove)
             yield
 
     def to_batch(self, rows: Sequence[Sequence[int]], *, left: bool = False) -> "Batch":

@@ -68,17 +68,11 @@ def preview(
     )
     seen = tokenize(transcript, tokenizer, found, with_answer=True)
     texts = [str(tokenizer.decode([int(i)], clean_up_tokenization_spaces=False)) for i in seen.token_ids]
-    warnings = _warnings(found, tokenizer, seen.labels(), texts, system)
-    return Preview(template=found, tokens=tuple(zip(texts, seen.labels(), strict=True)), warnings=warnings)
+    tokens = tuple(zip(texts, seen.labels(), strict=True))
+    return Preview(template=found, tokens=tokens, warnings=_warnings(found, tokenizer))
 
 
-def _warnings(
-    template: Template,
-    tokenizer: PreTrainedTokenizerBase,
-    labels: list[Span],
-    texts: list[str],
-    system: str | None,
-) -> tuple[str, ...]:
+def _warnings(template: Template, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
     found: list[str] = []
     if template.thinks and not template.closing_seen and template.models:
         found.append(
@@ -89,7 +83,4 @@ def _warnings(
         found.append(f"{template.think_close!r} is no token of this vocabulary: the closing has several tokens for it.")
     if not template.thinks:
         found.append("a model that thinks all the same needs --template chatml-think, or a template of its own.")
-    prompt = "".join(text for text, span in zip(texts, labels, strict=True) if span is Span.PROMPT)
-    if system is not None and system not in prompt:
-        found.append("the chat template leaves the system message out of the prompt.")
     return tuple(found)

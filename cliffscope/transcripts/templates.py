@@ -165,9 +165,18 @@ def generation_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Tur
         The text that the chat template itself writes.
 
     Raises:
-        TemplateError: Rendering fails, or the prompt does not leave thinking as `template` says.
+        TemplateError: Rendering fails, the system message is left out, or the prompt does not leave thinking as
+            `template` says.
     """
     rendered = render_prompt(tokenizer, messages, template.template_kwargs)
+    lost = [
+        turn["content"] for turn in messages if turn["role"] == "system" and turn["content"].strip() not in rendered
+    ]
+    if lost:
+        raise TemplateError(
+            f"The chat template leaves the system message {lost[0][:60]!r} out of the prompt. Put it before the user's "
+            "message, or leave it out yourself: what the model never sees must not count as said."
+        )
     if not template.thinks:
         return rendered
     end = rendered.rstrip()
