@@ -7,6 +7,7 @@ into a `LensModel`, and has it checked before anything is measured (bridges.py).
 import copy
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cliffscope.bridges import boot, check_views, unbridged
 from cliffscope.checkpoints import default_dtype, find_device, read_checkpoint, read_tokenizer
-from cliffscope.errors import CliffScopeError
+from cliffscope.errors import CliffScopeError, DataError
 from cliffscope.hooked import is_hooked, unhook
 from cliffscope.lens import Batch, LensModel, ModelShape, read_shape
 from cliffscope.transcripts.templates import Template, resolve_template
@@ -46,7 +47,8 @@ def load_model(
             of TransformerLens 3, whose weights are copied.
         template: how it thinks; None detects it from the chat template.
         device: torch device; None takes CUDA where there is one, else the CPU. `auto` spreads the blocks over all GPUs
-            and, where they are too small, memory; a mapping of modules to devices is accelerate's `device_map`.
+            there are; a mapping of modules to devices is accelerate's `device_map`. TransformerLens refuses one that
+            mixes GPUs with memory or disk.
         dtype: of the weights; None keeps the checkpoint's on a GPU and takes fp32 on the CPU.
         revision: of a hub repository.
         hf_model: the model itself, loaded by transformers in a way of your own, such as with a quantisation; only the
@@ -67,47 +69,75 @@ def load_model(
         >>> cs.load_model("planted-llama").shape.n_heads
         8
     """
-    spread = device if device == "auto" or isinstance(device, Mapping) else None
-    not_exported = ""
-    place = find_device(device if isinstance(device, str) and spread is None else None)
-    if isinstance(path_or_name, (str, Path)):
-        name = str(path_or_name)
-        if hf_model is not None:
-            hf, tokenizer, place = hf_model, read_tokenizer(name, revision), hf_model.device
-        else:
-            hf, tokenizer = read_checkpoint(
-                name, default_dtype(dtype, place), revision, spread=spread, trust_remote_code=trust_remote_code
-            )
-            if spread is None:
-                cast(nn.Module, hf).to(place)
-        hf.train(False)
-        thinking = resolve_template(template, tokenizer)
-        shape = read_shape(hf)
-        plain = _twin(hf)
-        bridge = boot(hf, tokenizer, place)
-    elif is_hooked(path_or_name):
-        bridge, tokenizer = path_or_name, _own_tokenizer(path_or_name.tokenizer)
-        name = str(bridge.cfg.model_name)
-        plain, not_exported = unhook(bridge)
-        thinking, shape = resolve_template(template, tokenizer), read_shape(plain)
+    if not isinstance(path_or_name, (str, Path)):
+        found = _from_hooked(path_or_name) if is_hooked(path_or_name) else _from_bridge(path_or_name)
+    elif hf_model is not None:
+        if device is not None or dtype is not None:
+            raise DataError("device and dtype are those of hf_model. Place and cast it yourself, and leave them out.")
+        found = _viewed(str(path_or_name), hf_model, read_tokenizer(str(path_or_name), revision), hf_model.device)
     else:
-        bridge = path_or_name
-        name, tokenizer = str(bridge.cfg.model_name), bridge.tokenizer
-        plain = unbridged(cast(PreTrainedModel, bridge.original_model))
-        thinking = resolve_template(template, tokenizer)
-        shape = read_shape(plain)
+        found = _read(str(path_or_name), device, dtype, revision, trust_remote_code=trust_remote_code)
     model = LensModel(
-        name=name,
-        hf=plain,
-        tokenizer=tokenizer,
-        template=thinking,
-        shape=shape,
-        bridge=bridge,
-        not_exported=not_exported,
+        name=found.name,
+        hf=found.plain,
+        tokenizer=found.tokenizer,
+        template=resolve_template(template, found.tokenizer),
+        shape=read_shape(found.plain),
+        bridge=found.bridge,
+        not_exported=found.not_exported,
     )
     _note_precision(model)
     check_views(model)
     return model
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Found:
+    """What a model is made of, wherever it comes from."""
+
+    name: str
+    plain: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    bridge: "TransformerBridge"
+    not_exported: str = ""
+
+
+def _read(
+    name: str,
+    device: str | Mapping[str, str | int] | None,
+    dtype: torch.dtype | None,
+    revision: str | None,
+    *,
+    trust_remote_code: bool,
+) -> _Found:
+    """A checkpoint, on one device or spread over several."""
+    spread = device if device == "auto" or isinstance(device, Mapping) else None
+    place = find_device(device if isinstance(device, str) and spread is None else None)
+    hf, tokenizer = read_checkpoint(
+        name, default_dtype(dtype, place), revision, spread=spread, trust_remote_code=trust_remote_code
+    )
+    if spread is None:
+        cast(nn.Module, hf).to(place)
+    return _viewed(name, hf, tokenizer, place)
+
+
+def _viewed(name: str, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, place: torch.device) -> _Found:
+    """A model of transformers beside a bridge over the same weights."""
+    hf.train(False)
+    read_shape(hf)  # Refuses what has no heads, in words of our own, before TransformerLens tries.
+    plain = _twin(hf)
+    return _Found(name=name, plain=plain, tokenizer=tokenizer, bridge=boot(hf, tokenizer, place))
+
+
+def _from_bridge(bridge: "TransformerBridge") -> _Found:
+    plain = unbridged(cast(PreTrainedModel, bridge.original_model))
+    return _Found(name=str(bridge.cfg.model_name), plain=plain, tokenizer=bridge.tokenizer, bridge=bridge)
+
+
+def _from_hooked(hooked: Any) -> _Found:
+    plain, why = unhook(hooked)
+    tokenizer = _own_tokenizer(hooked.tokenizer)
+    return _Found(name=str(hooked.cfg.model_name), plain=plain, tokenizer=tokenizer, bridge=hooked, not_exported=why)
 
 
 def _note_precision(model: LensModel) -> None:

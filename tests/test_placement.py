@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 import cliffscope as cs
 from cliffscope.checkpoints import ASSETS
-from cliffscope.errors import EditError, UnsupportedModelError
+from cliffscope.errors import DataError, EditError, UnsupportedModelError
 from cliffscope.heads.edits import HeadRef, edited_everywhere, edited_weights
 from cliffscope.heads.shares import decompose_logit
 from cliffscope.heads.sweep import sweep_branches
@@ -120,6 +120,12 @@ def test_an_8_bit_model_is_traced_and_swept_and_its_weights_are_left_alone(
     with edited_everywhere(model, cs.zero(EDIT)):
         cs.roll_out(model, texts[:1], max_thinking=4, max_answer=4)
     check()
+
+
+def test_a_model_of_ones_own_keeps_its_place_and_dtype(checkpoints: dict[str, Path]) -> None:
+    hf = AutoModelForCausalLM.from_pretrained(checkpoints["llama"], dtype=torch.float32)
+    with pytest.raises(DataError, match="are those of hf_model"):
+        load_model(checkpoints["llama"], hf_model=hf, dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCES), ids=str)

@@ -69,6 +69,8 @@ def test_what_cannot_be_scored_is_a_row_with_its_reason(
     assert reasons[1] == "duplicate id"
     assert "prompt" in reasons[2]
     assert "thinking is None" in reasons[3]
+    assert reasons[4] == "thinking never closed"
+    assert np.isnan(frame["final"].to_numpy(float)[4])
     assert "max_length" in reasons[5]
     assert reasons[6] == "no thinking, so no plateau"
     assert frame["valid"].tolist()[:4] == [True, False, False, False]

@@ -197,3 +197,11 @@ def test_harmless_and_refused_ones_are_counted_and_not_traced(llama: LensModel, 
     ]
     with pytest.raises(DataError, match="None of the 3 transcripts"):
         select_by_cliff(llama, random_probe(llama, 4), given[:3])
+
+
+def test_thinking_that_never_closed_is_counted_and_not_chosen(llama: LensModel, pool: Transcripts) -> None:
+    open_one = pool.map(lambda t: t.replace(closed=t.id != "t3"))
+    found = select_by_cliff(llama, random_probe(llama, 4), open_one, fraction=1.0, criterion="random")
+    assert "t3" not in ids_of(found)
+    assert Omission(stage="select", reason="thinking never closed", id="t3") in found.omitted
+    assert found.pool == 9

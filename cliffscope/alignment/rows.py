@@ -25,6 +25,7 @@ COLUMNS = (
     *("judge_refusal", "plateau_max", "plateau_mean", "plateau_late", "final", "drop_position", "drop"),
     *("valid", "reason"),
 )
+UNCLOSED = "thinking never closed"
 _NOTHING: Mapping[str, object] = {
     **{"source": "", "harmful": None, "outcome": "", "prompt_key": "", "thinking_refuses": False},
     **{"judge_refusal": float("nan"), "n_tokens": 0, "n_thinking": 0, "drop_position": -1},
@@ -48,20 +49,21 @@ def score_window(
     """
     kept = {t.id: i for i, t in enumerate(window.rows) if isinstance(t, Transcript)}
     tokens, omitted = tokenize_all(
-        [t for t in window.rows if isinstance(t, Transcript)],
+        [t for t in window.rows if isinstance(t, Transcript) and t.closed],
         model.tokenizer,
         model.template,
         max_length=model.shape.context,
     )
-    reasons = {i: row for i, row in enumerate(window.rows) if isinstance(row, Omission)}
-    reasons |= {kept[o.id]: o for o in omitted}
+    reasons = {i: row.reason for i, row in enumerate(window.rows) if isinstance(row, Omission)}
+    reasons |= {i: UNCLOSED for i, row in enumerate(window.rows) if isinstance(row, Transcript) and not row.closed}
+    reasons |= {kept[o.id]: o.reason for o in omitted}
     rows: dict[int, dict[str, object]] = {}
     for t, logits in project_layer(model, tokens, probe.layer, probe.weight, probe.bias, batch_tokens=batch_tokens):
         rows[kept[tokens[t].id]] = _measured(tokens[t], logits, probe)
     table = []
     for i, row in enumerate(window.rows):
         known = _labels(row) if isinstance(row, Transcript) else {}
-        reason = {"reason": reasons[i].reason, "valid": False} if i in reasons else {}
+        reason = {"reason": reasons[i], "valid": False} if i in reasons else {}
         table.append({"row": window.start + i, "id": row.id, **_NOTHING, **known, **rows.get(i, {}), **reason})
     return pd.DataFrame(table, columns=list(COLUMNS)).astype({"harmful": object})
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from cliffscope.alignment.criteria import Criterion, check_choice, choose, prompt_key
-from cliffscope.alignment.rows import judge_refusal
+from cliffscope.alignment.rows import UNCLOSED, judge_refusal
 from cliffscope.alignment.scoring import PoolScores
 from cliffscope.errors import DataError
 from cliffscope.models import LensModel
@@ -115,7 +115,7 @@ def select_by_cliff(
         SpanError: nothing in the pool can be traced.
     """
     check_choice(fraction, number, criterion)
-    left_out = {t.id: why for t in pool if (why := _reason_to_omit(t.harmful, t.outcome)) is not None}
+    left_out = {t.id: why for t in pool if (why := _reason_to_omit(t.harmful, t.outcome, t.closed)) is not None}
     wanted = Transcripts(t for t in pool if t.id not in left_out)
     if not len(wanted):
         raise DataError(
@@ -207,7 +207,7 @@ def select_from_pool(
     table = scores.frame
     unread = table["outcome"] == ""
     why = [
-        str(reason) if broken else _reason_to_omit(harmful, outcome)
+        str(reason) if broken else _reason_to_omit(harmful, outcome, reason != UNCLOSED)
         for reason, broken, harmful, outcome in zip(
             table["reason"], unread, table["harmful"], table["outcome"], strict=True
         )
@@ -279,7 +279,9 @@ def _selection(
     )
 
 
-def _reason_to_omit(harmful: object, outcome: object) -> str | None:
+def _reason_to_omit(harmful: object, outcome: object, closed: bool = True) -> str | None:
     if harmful is False:
         return "harmless"
+    if not closed:
+        return UNCLOSED
     return None if outcome in (Outcome.COMPLIED, Outcome.UNJUDGED) else str(outcome)
