@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import random_probe, tokens_of, written
+from conftest import MakeCheckpoint, random_probe, tokens_of, written
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 import cliffscope as cs
@@ -96,15 +96,27 @@ def quantised(folder: Path, **how: object) -> PreTrainedModel:
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::DeprecationWarning")
-def test_an_8_bit_model_is_traced_and_swept_and_its_weights_are_left_alone(
+@pytest.mark.parametrize(
+    ("how", "dtype"),
+    [
+        ({"load_in_8bit": True}, torch.int8),
+        ({"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32}, torch.uint8),
+    ],
+    ids=["8 bit", "4 bit"],
+)
+def test_a_quantised_model_is_traced_and_swept_and_its_weights_are_left_alone(
+    make_checkpoint: MakeCheckpoint,
     texts: Transcripts,
     unchanged: Callable[[LensModel], Callable[[], None]],
     tmp_path: Path,
+    how: dict[str, object],
+    dtype: torch.dtype,
 ) -> None:
-    folder = ASSETS / "planted-llama"
-    plain, model = (quantised(folder, load_in_8bit=True) for _ in range(2))
-    model = load_model(folder, hf_model=model)
-    assert model.output_projection(2).weight.dtype == torch.int8
+    # The kernels of 4 bits want sizes that are powers of two.
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "initializer_range": 0.05}
+    folder = ASSETS / "planted-llama" if dtype == torch.int8 else make_checkpoint("llama", **sizes)
+    plain, model = quantised(folder, **how), load_model(folder, hf_model=quantised(folder, **how))
+    assert model.output_projection(2).weight.dtype == dtype
     check = unchanged(model)
     rows, probe = tokens_of(model, texts), random_probe(model, 5)
     assert probe.weight.dtype == np.float32
@@ -114,8 +126,10 @@ def test_an_8_bit_model_is_traced_and_swept_and_its_weights_are_left_alone(
     theirs = states[6][0].float().numpy() @ probe.weight + probe.bias
     np.testing.assert_allclose(ours[5], theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
     found = sweep_branches(model, probe, rows[:1], [(ref,) for ref in EDIT])
-    assert np.abs(found.effects[0, 0]) > 1e-3
-    with pytest.raises(EditError, match="quantised, of dtype torch.int8"):
+    assert np.abs(found.effects[0, 0]) > 1e-4
+    with pytest.raises(UnsupportedModelError, match="quantised or offloaded cannot be read"):
+        decompose_logit(model, probe, rows[:1])
+    with pytest.raises(EditError, match=f"quantised, of dtype {dtype}"):
         cs.export_edited(model, cs.zero(EDIT), tmp_path / "edited")
     with edited_everywhere(model, cs.zero(EDIT)):
         cs.roll_out(model, texts[:1], max_thinking=4, max_answer=4)
