@@ -500,7 +500,7 @@ def test_a_small_model_is_decoded_by_one_thread_and_the_number_is_restored(
         assert seen == {1}
         assert torch.get_num_threads() == 2
         seen.clear()
-        monkeypatch.setattr("cliffscope.models.SMALL", 0)
+        monkeypatch.setattr("cliffscope.lens.SMALL", 0)
         monkeypatch.delitem(llama.__dict__, "small", raising=False)
         roll_out(llama, prompts[:2], **BUDGET)
         assert seen == {2}, "a large model was kept to one thread"

@@ -108,6 +108,8 @@ def score_pool(
         _log.warning(
             "the probe was fitted on other weights than those of %s; its scores may not hold there", model.name
         )
+    if not isinstance(engine, RayEngine) and engine not in ("local", "ray"):
+        raise DataError(f"engine={engine!r}: expected 'local', 'ray' or a RayEngine.")
     workers = RayEngine() if engine == "ray" else engine
     parts: dict[int, pd.DataFrame] = {}
     resumed = 0
