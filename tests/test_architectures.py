@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import cliffscope as cs
 from cliffscope.errors import DataError, EditError, UnsupportedModelError
+from cliffscope.heads.controls import random_set
 from cliffscope.heads.edits import HeadRef, Scope, edited_weights
 from cliffscope.heads.shares import decompose_logit
 from cliffscope.heads.sweep import sweep_branches
@@ -258,6 +259,34 @@ def test_an_edit_of_the_weights_and_its_export_are_that_edit(case: Case, tmp_pat
         again = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).train(False)
         assert_close(again(input_ids=torch.tensor([ids])).logits[0], expected)
         assert_close(load_model(place, device="cpu").hf(input_ids=torch.tensor([ids])).logits[0], expected)
+
+
+@pytest.mark.parametrize("method", ["zero", "mean", "resample", "patch", "attribution", "greedy"])
+def test_every_method_ranks_the_heads_that_there_are(case: Case, method: str) -> None:
+    if case.kind not in ("qwen3-next", "deepseek-v3", "gpt-oss"):
+        pytest.skip("the methods are tested on plain architectures elsewhere")
+    model, probe = case.model, random_probe(case.model, 3)
+    asked, others, refused = (
+        written(4, harmful=harmful, outcome=outcome, seed=seed)
+        for harmful, outcome, seed in (
+            (True, Outcome.COMPLIED, 5),
+            (False, Outcome.COMPLIED, 6),
+            (True, Outcome.REFUSED, 7),
+        )
+    )
+    found = cs.rank_heads(model, probe, asked, method=method, harmless=others, refused=refused, fraction=0.2)
+    frame = found.to_frame()
+    assert set(zip(frame["layer"], frame["head"], strict=True)) == set(model.shape.places)
+    assert np.isfinite(frame["effect"]).all()
+    assert found.plot().data
+    if method == "attribution":
+        # A gradient is what a small change does, for its size; but where it makes a token choose another expert.
+        little = cs.rank_heads(model, probe, asked, method="scale", factor=0.99)
+        scale = np.abs(found.effects).max()
+        assert np.quantile(np.abs(little.effects / 0.01 - found.effects) / scale, 0.9) < 0.05
+    heads = found.top(0.2)
+    drawn = random_set(model.shape, heads, np.random.default_rng(0), same_layers=False)
+    assert {ref.layer for ref in drawn} <= set(model.shape.attention_layers)
 
 
 def test_shares_of_heads_add_up_or_are_refused(case: Case) -> None:

@@ -59,7 +59,8 @@ def _estimate(job: Job, transcript: TokenizedTranscript, index: int) -> tuple[fl
         if layer == job.probe.layer:
             leaving.append(hidden[0, -1])
 
-    start = where.start
+    # Layers without heads change their state in place, through which no gradient passes: these models run whole.
+    start = where.start if model.shape.attention is None else 0
     with ExitStack() as stack:
         stack.enter_context(_frozen(model))
         stack.enter_context(model.only_blocks(0, job.probe.layer))
@@ -77,7 +78,7 @@ def _estimate(job: Job, transcript: TokenizedTranscript, index: int) -> tuple[fl
         logit = leaving[0].float() @ torch.from_numpy(job.probe.weight).to(model.device) + job.probe.bias
         gradients = torch.autograd.grad(logit, list(outputs.values()))
     found = np.zeros((model.shape.n_layers, model.shape.n_heads), np.float32)
-    given, own = job.change.of(index), slice(0, where.stop - start)
+    given, own = job.change.of(index), slice(where.start - start, where.stop - start)
     for (layer, z), gradient in zip(outputs.items(), gradients, strict=True):
         before = z[0, own].detach()
         values = None if given is None else given[layer].to(z.device)
