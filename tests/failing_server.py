@@ -69,10 +69,12 @@ def serving(failing: Failing) -> Iterator[Failing]:
                 failing.most_at_once = max(failing.most_at_once, failing.at_once)
             try:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                self.act(*failing.step(body))
+                time.sleep(0.01)
             finally:
+                # Before the reply: whoever has it may ask again before this thread is back.
                 with failing.lock:
                     failing.at_once -= 1
+            self.act(*failing.step(body))
 
         def act(self, prompt: str, step: str) -> None:
             message = dict(failing.say(prompt))
