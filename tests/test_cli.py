@@ -26,7 +26,7 @@ from cliffscope.transcripts.records import Outcome, Transcripts
 COMMANDS = (
     *("demo", "study", "report", "roll-out", "fit-probe", "trace", "rank-heads"),
     *("judge", "evaluate", "export", "score-pool", "select", "export-examples", "repair"),
-    *("template", "organisms", "organisms list", "organisms grow"),
+    *("doctor", "template", "organisms", "organisms list", "organisms grow"),
 )
 GROWN = (ASSETS / "planted-llama" / "truth.json").is_file()
 
@@ -584,6 +584,22 @@ def test_two_prompt_files_of_the_same_name_can_be_given(shell: Shell, model: Pat
 def test_harmless_prompts_for_an_organism_are_not_ignored_in_silence(shell: Shell, files: Path, tmp_path: Path) -> None:
     words = ("--model", "planted-llama", "--harmless", files / "empty.csv", "--out", tmp_path / "run", "--limit", 8)
     assert "empty.csv" in shell.fails(3, "study", *words, *SMALL)
+
+
+def test_the_doctor_says_what_is_missing_and_ends_with_1_only_where_it_matters(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cliffscope import doctor
+
+    found = shell("doctor", "--json")
+    told = json.loads(found.out)
+    assert (found.code == 0) == told["ok"]
+    monkeypatch.setattr(doctor, "LEAST_DISK", 1 << 80)
+    monkeypatch.setattr(doctor, "EXTRAS", {"none": (("no_such_module",), "nothing")})
+    ill = shell("doctor")
+    assert ill.code == 1
+    assert "!!  disk" in ill.out
+    assert "pip install 'cliffscope[none]'" in ill.out
 
 
 def test_a_study_is_estimated_without_being_run(shell: Shell, files: Path, model: Path, tmp_path: Path) -> None:

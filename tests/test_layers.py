@@ -15,6 +15,7 @@ PACKAGE = Path(cliffscope.__file__).parent
 LAYERS = [
     "cli",
     "preflight",
+    "doctor",
     "study",
     "run",
     "config",

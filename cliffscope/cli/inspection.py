@@ -1,5 +1,6 @@
-"""What will be measured: the template of a model, before anything is run."""
+"""What is looked at before anything is run: the machine, and the template of a model."""
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,6 +12,21 @@ if TYPE_CHECKING:
     from cliffscope.transcripts.preview import Preview
 
 COLORS = {"prompt": "bright_black", "thinking": "cyan", "closing": "red", "answer": "green"}
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Shows versions, devices, memory and extras, and what to do where something is missing.
+
+    Example: cliffscope doctor
+    """
+    from cliffscope.doctor import examine
+
+    found = examine()
+    lines = [f"{'ok ' if f.ok else '!! '} {f.what:<18} {f.found}{f'  ({f.advice})' if f.advice else ''}" for f in found]
+    say(as_json, {"findings": [asdict(f) for f in found], "ok": all(f.ok for f in found)}, "\n".join(lines))
+    if not all(f.ok for f in found):
+        raise typer.Exit(1)
 
 
 @app.command("template")
