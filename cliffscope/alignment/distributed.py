@@ -40,7 +40,7 @@ class RayEngine:
     """Actors on a Ray cluster, each with a model of its own."""
 
     actors: int | tuple[int, int] | None = None
-    """Actors, or the fewest and the most; None takes as many as fit the cluster, and more when nodes join."""
+    """Actors, or the fewest and the most; None begins with as many as fit the cluster and lets Ray start more."""
     cpus: float = 1
     """CPU cores of an actor, which are also its threads."""
     gpus: float | None = None
