@@ -1,7 +1,7 @@
 """Does TransformerLens see the model that is measured?
 
-The only file that knows TransformerLens and its versions. It makes the bridge over a model's weights, takes a ready one
-apart, and compares the two views before anything is measured:
+With hooked.py the only file that knows TransformerLens and its versions. It makes the bridge over a model's weights,
+takes a ready one apart, and compares the two views before anything is measured:
 
 1. the bridge's logits and last residual equal the plain Hugging Face model's, with no edit;
 2. `hook_z` of every attention layer holds the config's query heads;
@@ -123,11 +123,8 @@ def check_views(model: LensModel) -> None:
 
 def _check_zeroing(model: LensModel, ids: Tensor, plain: Tensor, layer: int) -> None:
     shape = model.shape
-    weight, head = model.output_projection(layer).weight, 0
-    if weight.is_floating_point() and not weight.is_meta:
-        # The head that writes most; of quantised or offloaded weights any head has to do.
-        columns = weight.detach().float().view(shape.d_model, shape.n_heads, shape.d_head)
-        head = int(columns.square().sum((0, 2)).argmax())
+    # The head that writes most; of quantised or offloaded weights any head has to do.
+    head = int(model.output_columns(layer).square().sum((0, 2)).argmax()) if model.holds_weights(layer) else 0
 
     def zero(z: Tensor) -> None:
         z[:, :, head] = 0.0

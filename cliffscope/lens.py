@@ -138,6 +138,11 @@ class LensModel:
         """The linear map whose input is `hook_z` of a layer, heads concatenated; a layer without heads has none."""
         return cast(nn.Linear, self.blocks[layer].get_submodule("self_attn.o_proj"))
 
+    def holds_weights(self, layer: int) -> bool:
+        """Whether a layer's output projection is numbers in memory: neither quantised nor offloaded."""
+        weight = self.output_projection(layer).weight
+        return weight.is_floating_point() and not weight.is_meta
+
     def mlp(self, layer: int) -> nn.Module:
         """The block's other writer beside attention; raises UnsupportedModelError where none has a known name."""
         named = dict(self.blocks[layer].named_children())
@@ -155,12 +160,12 @@ class LensModel:
         Raises:
             UnsupportedModelError: the weights are quantised or offloaded, so that they are not there to be read.
         """
-        weight = self.output_projection(layer).weight.detach()
-        if not weight.is_floating_point() or weight.is_meta:
+        if not self.holds_weights(layer):
             raise UnsupportedModelError(
                 f"Layer {layer} of {self.name!r}: weights that are quantised or offloaded cannot be read, so that "
                 "shares of heads cannot be told. Take a method that measures effects, such as zero."
             )
+        weight = self.output_projection(layer).weight.detach()
         return weight.float().view(self.shape.d_model, self.shape.n_heads, self.shape.d_head)
 
     @contextmanager

@@ -19,7 +19,7 @@ from cliffscope.config import StudyConfig, read_inputs
 from cliffscope.memory import few_threads, free_bytes, held_bytes
 from cliffscope.models import LensModel, load_model
 from cliffscope.probing.activations import BATCH_TOKENS
-from cliffscope.safety.generation import find_batch_size, roll_out
+from cliffscope.safety.generation import find_batch_size, roll_out, row_bytes
 from cliffscope.transcripts.records import Transcripts
 from cliffscope.transcripts.transcript import Span, tokenize
 
@@ -100,7 +100,7 @@ def estimate_study(config: StudyConfig) -> Preflight:
         columns=["stage", "tokens", "seconds"],
     )
     held = held_bytes(model.device)
-    peak = held + max(rows * _row_bytes(model, int(whole)), _batch_bytes(model))
+    peak = held + max(rows * row_bytes(model, int(whole)), _batch_bytes(model))
     free = free_bytes(model.device)
     seconds = float(stages["seconds"].sum())
     return Preflight(
@@ -132,12 +132,6 @@ def _generation_speed(model: LensModel, prompts: Transcripts, rows: int, config:
         model, batch, max_thinking=thinking, max_answer=answer, system=config.system, batch_size=rows, temperature=1.0
     )
     return rows * _TRIED / (time.perf_counter() - started)
-
-
-def _row_bytes(model: LensModel, length: int) -> int:
-    """The cache of one row of a batch that is generated, twice while it grows, and its logits."""
-    shape, each = model.shape, torch.empty(0, dtype=model.dtype).element_size()
-    return 2 * 2 * length * shape.n_layers * shape.n_kv_heads * shape.d_head * each + 12 * len(model.tokenizer)
 
 
 def _batch_bytes(model: LensModel) -> int:

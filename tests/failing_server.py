@@ -33,6 +33,8 @@ class Failing:
     """Good replies by prompt."""
     bodies: list[dict[str, object]] = field(default_factory=list)
     url: str = ""
+    hold_seconds: float = 0.0
+    """How long a request counts at least."""
     most_at_once: int = 0
     at_once: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -69,7 +71,7 @@ def serving(failing: Failing) -> Iterator[Failing]:
                 failing.most_at_once = max(failing.most_at_once, failing.at_once)
             try:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                time.sleep(0.01)
+                time.sleep(failing.hold_seconds)
             finally:
                 # Before the reply: whoever has it may ask again before this thread is back.
                 with failing.lock:

@@ -306,6 +306,8 @@ def test_code_that_comes_with_a_checkpoint_is_run_only_where_it_is_trusted(
     with pytest.raises(UnsupportedModelError, match="needs Python code that comes with the checkpoint"):
         load_model(folder, device="cpu")
     assert not (tmp_path / "modules" / "transformers_modules").exists()
+    network, _ = checkpoints.read_checkpoint(str(folder), torch.float32, None, trust_remote_code=True)
+    assert type(network).__name__ == "OwnForCausalLM"
 
 
 def test_a_hub_name_without_a_network_is_one_line_with_the_local_alternative() -> None:

@@ -311,7 +311,7 @@ def edited_everywhere(model: LensModel, edit: HeadEdit | EditPlan) -> Iterator[N
         EditError: another scope, values that differ by position, or a head that the model lacks.
     """
     _check_everywhere(model, edit)
-    if all(_held(model.output_projection(ref.layer)) for ref in edit.heads):
+    if all(model.holds_weights(ref.layer) for ref in edit.heads):
         with edited_weights(model, edit):
             yield
         return
@@ -343,11 +343,6 @@ def _check_everywhere(model: LensModel, edit: HeadEdit | EditPlan) -> None:
             )
         if one.values and len(one.values[0]) > 1:
             raise EditError("Values that differ by position cannot be held in weights. Use edited_hooks.")
-
-
-def _held(projection: nn.Linear) -> bool:
-    """Whether the weights are numbers in memory that can be changed in place."""
-    return projection.weight.is_floating_point() and not projection.weight.is_meta
 
 
 @contextmanager
@@ -412,7 +407,7 @@ def _edit_weights(
 ) -> None:
     """Edits one head in the weights; how to undo it is noted before anything changes."""
     projection, size = model.output_projection(ref.layer), model.shape.d_head
-    if not _held(projection):
+    if not model.holds_weights(ref.layer):
         what = "offloaded" if projection.weight.is_meta else f"quantised, of dtype {projection.weight.dtype}, and"
         raise EditError(
             f"Layer {ref.layer}: weights that are {what} cannot be edited in place. Use edited_everywhere or "

@@ -205,13 +205,16 @@ def find_batch_size(model: LensModel, length: int) -> int:
     Returns:
         At least 1.
     """
-    shape = model.shape
-    each = torch.empty(0, dtype=model.dtype).element_size()
+    rows = max(1, min(MOST_ROWS, int(_OF_FREE * free_bytes(model.device) / max(1, row_bytes(model, length)))))
+    return 1 << (rows.bit_length() - 1)
+
+
+def row_bytes(model: LensModel, length: int) -> int:
+    """Memory that a row of so many tokens takes while it is generated: its cache and its logits."""
+    shape, each = model.shape, torch.empty(0, dtype=model.dtype).element_size()
     # Twice: a cache that grows is copied, and a batch that shrinks too. The logits are three arrays in fp32 or more.
     cache = 2 * 2 * length * shape.n_layers * shape.n_kv_heads * shape.d_head * each
-    row = cache + 3 * 4 * len(model.tokenizer)
-    rows = max(1, min(MOST_ROWS, int(_OF_FREE * free_bytes(model.device) / max(1, row))))
-    return 1 << (rows.bit_length() - 1)
+    return cache + 3 * 4 * len(model.tokenizer)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
