@@ -7,15 +7,21 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test test-oldest check format docs benchmarks clean
+.PHONY: demo test chromium test-oldest check format docs benchmarks clean
 
 demo: $(STAMP)
 	$(BIN)/cliffscope demo --out runs/demo
 	@echo "Open $(CURDIR)/runs/demo/report.html in a browser."
 
 # One thread a worker: two workers on two cores are faster than one worker on both, and do not fight.
-test: $(STAMP)
+test: $(STAMP) chromium
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# Debian's browser for tests/test_browser.py, where it is missing and may be installed; else those tests are skipped.
+chromium:
+	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || \
+		(apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium) || \
+		echo "No chromium: tests of what a browser shows are skipped."
 
 # The core on the oldest TransformerLens that is supported, in an environment of its own.
 test-oldest: .venv-oldest/.installed

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from cliffscope.alignment.selection import Selection, select_by_cliff
     from cliffscope.config import StudyConfig
     from cliffscope.errors import CliffScopeError
+    from cliffscope.figures.images import save_figure
     from cliffscope.heads.agreement import compare_rankings, split_half
     from cliffscope.heads.controls import control_sets
     from cliffscope.heads.donors import mean
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from cliffscope.models import LensModel, load_model
     from cliffscope.probing.probe import RefusalProbe, fit_probe
     from cliffscope.probing.trace import Cliffs, RefusalTraces, trace_refusal
-    from cliffscope.report.page import write_report
+    from cliffscope.report.page import write_comparison, write_report
     from cliffscope.safety.classifiers import ClassifierJudge
     from cliffscope.safety.dose import dose_response
     from cliffscope.safety.endpoints import Endpoint
@@ -82,12 +83,14 @@ _HOMES = {
     "repair": "alignment.repair",
     "roll_out": "safety.generation",
     "run_study": "study",
+    "save_figure": "figures.images",
     "scale": "heads.edits",
     "score_pool": "alignment.scoring",
     "select_by_cliff": "alignment.selection",
     "split_half": "heads.agreement",
     "trace_refusal": "probing.trace",
     "trace_sources": "heads.sources",
+    "write_comparison": "report.page",
     "write_report": "report.page",
     "write_transcripts": "transcripts.datasets",
     "zero": "heads.edits",
@@ -139,12 +142,14 @@ __all__ = [
     "repair",
     "roll_out",
     "run_study",
+    "save_figure",
     "scale",
     "score_pool",
     "select_by_cliff",
     "split_half",
     "trace_refusal",
     "trace_sources",
+    "write_comparison",
     "write_report",
     "write_transcripts",
     "zero",

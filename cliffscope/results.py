@@ -5,7 +5,7 @@ reads. No model, no files.
 """
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
@@ -15,6 +15,7 @@ from scipy.special import expit
 
 from cliffscope.heads.controls import SetControl
 from cliffscope.heads.ranking import HeadRanking
+from cliffscope.heads.sources import HeadSources
 from cliffscope.probing.trace import RefusalTraces
 from cliffscope.transcripts.records import Outcome, Transcripts
 
@@ -33,6 +34,13 @@ def layer_frame(traces: RefusalTraces) -> pd.DataFrame:
         for name, logits in traces.layer_logits.items()
     ]
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=["id", "position", "layer", "score"])
+
+
+def source_frame(sources: Sequence[HeadSources]) -> pd.DataFrame:
+    """What heads read in one transcript: id, head, kv_group, query, position, token, span, attention, share."""
+    parts = [s.to_frame().assign(id=s.tokens.id, head=str(s.head), kv_group=s.kv_group) for s in sources]
+    order = ["id", "head", "kv_group", "query", "position", "token", "span", "attention", "share"]
+    return pd.concat(parts, ignore_index=True)[order]
 
 
 def heads_json(ranking: HeadRanking, control: SetControl, fraction: float) -> dict[str, object]:

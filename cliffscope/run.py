@@ -19,6 +19,8 @@ from cliffscope.store import RunStore
 from cliffscope.transcripts.datasets import read_transcripts
 from cliffscope.transcripts.records import Omission, Outcome, Transcripts
 
+EXAMPLES = 4
+"""Transcripts of which every layer is traced for the report."""
 TRANSCRIPTS, OMITTED = "transcripts.jsonl", "omitted.parquet"
 
 
@@ -60,6 +62,14 @@ class Run:
             and (harmful is None or t.harmful is harmful)
             and (outcome is None or t.outcome == outcome)
         )
+
+    def examples(self) -> list[str]:
+        """Ids of test transcripts that the report shows token by token: complied, refused, harmless."""
+        found: list[str] = []
+        kinds = ((True, Outcome.COMPLIED, EXAMPLES - 2), (True, Outcome.REFUSED, 1), (False, Outcome.COMPLIED, 1))
+        for harmful, outcome, n in kinds:
+            found += [t.id for t in self.part("test", harmful=harmful, outcome=outcome)[:n]]
+        return found
 
     def note(self, text: str) -> None:
         """Adds a remark to the manifest."""

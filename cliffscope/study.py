@@ -4,7 +4,7 @@
 2. Read prompts, generate thinking and answers (or read transcripts), judge the answers, split by prompt.
 3. Fit the refusal probe, with its held-out report.
 4. Trace every transcript, measure the cliffs.
-5. Rank the heads on fit prompts, test the first 3% on test prompts against random sets.
+5. Rank the heads on fit prompts, test the first 3% on test prompts against random sets; trace with them zeroed.
 6. Measure safety on test prompts: unedited, top heads zeroed, random sets zeroed.
 7. Select the training examples with the largest cliff.
 8. On request, repair the model on them, and measure again.
@@ -14,11 +14,13 @@ Each stage writes its files into the run directory and is never repeated; what c
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
+
+import pandas as pd
 
 from cliffscope import verdicts
 from cliffscope.alignment.comparison import compare_repair
@@ -26,20 +28,22 @@ from cliffscope.alignment.formats import own_refusal
 from cliffscope.alignment.repair import repair
 from cliffscope.alignment.selection import select_from_cliffs
 from cliffscope.config import StudyConfig, read_inputs
-from cliffscope.errors import ProbeError
+from cliffscope.errors import ProbeError, UnsupportedModelError
 from cliffscope.heads.controls import control_sets, count_sets
-from cliffscope.heads.edits import HeadEdit, zero
+from cliffscope.heads.edits import HeadEdit, HeadRef, zero
 from cliffscope.heads.ranking import rank_heads
+from cliffscope.heads.sources import trace_sources
 from cliffscope.models import load_model
+from cliffscope.notebook import Shown
 from cliffscope.probing.contrast import contrast_classes
 from cliffscope.probing.files import save_probe
 from cliffscope.probing.probe import FEWEST, fit_probe
 from cliffscope.probing.trace import Cliffs, trace_refusal
 from cliffscope.progress import Progress
 from cliffscope.report.page import write_report
-from cliffscope.results import counts, heads_json, layer_frame, transcript_frame, versions
+from cliffscope.results import counts, heads_json, layer_frame, source_frame, transcript_frame, versions
 from cliffscope.run import TRANSCRIPTS, Run, silent
-from cliffscope.safety.arms import UNEDITED, arm_names
+from cliffscope.safety.arms import UNEDITED, arm_names, plan_arms
 from cliffscope.safety.evaluation import SafetyReport, evaluate_safety
 from cliffscope.safety.generation import check_left, roll_out
 from cliffscope.safety.judges import judge
@@ -52,10 +56,14 @@ from cliffscope.transcripts.records import Outcome, Transcripts
 log = logging.getLogger(__name__)
 REPORT = "report.html"
 SELECTION, REPAIRED = "selection.jsonl", "repaired"
-HEAT_MAPS = 4
-"""Transcripts of which every layer is traced for the report."""
 TOKEN_TRACES = 200
 """Transcripts of which every token is stored."""
+SOURCE_HEADS = 3
+"""Heads of which is traced what they read, in the held-out transcript of median cliff."""
+SOURCE_TOKENS = 2048
+"""A longer transcript is not taken for that: attention patterns of all layers grow with its square."""
+EDITED = {"top": "harmful, complied; top heads zeroed", "random": "harmful, complied; random heads zeroed"}
+"""Names of the edited arms' curves."""
 SIDE_EFFECT_TRANSCRIPTS = 40
 """Harmless test transcripts on which side effects are measured."""
 SIDE_EFFECT_CONTROLS = 5
@@ -63,7 +71,7 @@ SIDE_EFFECT_CONTROLS = 5
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Study:
+class Study(Shown):
     """A finished study: its directory and what it found."""
 
     path: Path
@@ -75,6 +83,10 @@ class Study:
     def report(self) -> Path:
         """The HTML report."""
         return self.path / REPORT
+
+    def small_table(self) -> pd.DataFrame:
+        """What it found, topic by topic."""
+        return pd.DataFrame(list(self.verdict.items()), columns=["topic", "finding"])
 
     def __repr__(self) -> str:
         """One line: directory and the finding about the cliff."""
@@ -211,7 +223,7 @@ def _stage_probe(run: Run) -> None:
 def _stage_traces(run: Run) -> None:
     if run.probe is None:
         return
-    deep = _examples(run)
+    deep = run.examples()
     traces = trace_refusal(
         run.model,
         run.probe,
@@ -264,6 +276,42 @@ def _stage_heads(run: Run) -> None:
     run.store.write_json("heads.json", heads_json(ranking, control, run.config.top_fraction))
     run.leave_out(ranking.omitted)
     run.add_verdict("heads", verdicts.of_heads(ranking, control, can_tell=run.probe.report.final.can_tell))
+
+
+def _stage_edited(run: Run) -> None:
+    """The held-out transcripts of the ranking once more: with heads edited, and what the first heads read in them."""
+    if run.probe is None or not run.store.has("heads.json"):
+        return
+    ranking = run.store.read_frame("heads.parquet")
+    chosen = verdicts.head_refs(ranking[ranking["selected"]])
+    asked = run.part("test", harmful=True, outcome=Outcome.COMPLIED)
+    bins = run.store.read_frame("aligned.parquet").drop_duplicates("bin")
+    closing = int((bins["span"] == "closing").sum())
+    controls = min(1, count_sets(run.model.shape, chosen, same_layers=True))
+    curves, cliffs = [], []
+    for arm in plan_arms(run.model, zero(chosen), controls=controls, seed=run.config.seed)[1:]:
+        traces = trace_refusal(run.model, run.probe, asked, edit=arm.edit)
+        name = EDITED[arm.kind]
+        curves.append(traces.aligned({name: [t.id for t in asked]}, closing=closing, seed=run.config.seed))
+        cliffs.append(traces.cliffs(plateau=run.config.plateau).to_frame().assign(group=name, split="test"))
+    run.store.write_frame("edited_aligned.parquet", pd.concat(curves, ignore_index=True))
+    run.store.write_frame("edited_cliffs.parquet", pd.concat(cliffs, ignore_index=True))
+    _read_sources(run, chosen, [t.id for t in traces.tokens if t.n_pos <= SOURCE_TOKENS])
+
+
+def _read_sources(run: Run, chosen: Sequence[HeadRef], short: list[str]) -> None:
+    cliffs = run.store.read_frame("cliffs.parquet").set_index("id")["cliff"].reindex(short).dropna()
+    if run.probe is None or cliffs.empty:
+        return
+    median = run.transcripts.where(ids=[str((cliffs - cliffs.median()).abs().idxmin())])[0]
+    found = []
+    for head in [h for h in chosen if h.layer <= run.probe.layer][:SOURCE_HEADS]:
+        try:
+            found.append(trace_sources(run.model, run.probe, median, head))
+        except UnsupportedModelError as error:
+            run.note(f"What {head} reads was not traced: {error}")
+    if found:
+        run.store.write_frame("head_sources.parquet", source_frame(found))
 
 
 def _stage_safety(run: Run) -> None:
@@ -389,17 +437,9 @@ _STAGES: dict[str, Callable[[Run], None]] = {
     "probe": _stage_probe,
     "traces": _stage_traces,
     "heads": _stage_heads,
+    "edited": _stage_edited,
     "safety": _stage_safety,
     "selection": _stage_selection,
     "repair": _stage_repair,
     "report": _stage_report,
 }
-
-
-def _examples(run: Run) -> list[str]:
-    """Test transcripts that the report shows token by token: harmful complied, harmful refused, harmless."""
-    found: list[str] = []
-    kinds = ((True, Outcome.COMPLIED, HEAT_MAPS - 2), (True, Outcome.REFUSED, 1), (False, Outcome.COMPLIED, 1))
-    for harmful, outcome, n in kinds:
-        found += [t.id for t in run.part("test", harmful=harmful, outcome=outcome)[:n]]
-    return found

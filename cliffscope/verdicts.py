@@ -85,7 +85,8 @@ def of_heads(ranking: HeadRanking, control: SetControl, *, can_tell: bool = True
         return f"No head can be claimed to suppress refusal, since the probe cannot tell at the final token. {joint}"
     if not found:
         return f"No head's effect passes its controls (q <= 0.05, n = {len(ranking.clean)}). {joint}"
-    return f"{len(found)} heads suppress refusal (q <= 0.05, n = {len(ranking.clean)}): {names}. {joint}"
+    subject = "1 head suppresses" if len(found) == 1 else f"{len(found)} heads suppress"
+    return f"{subject} refusal (q <= 0.05, n = {len(ranking.clean)}): {names}. {joint}"
 
 
 def of_safety(report: SafetyReport, effects: SideEffects | None = None) -> str:

@@ -269,9 +269,9 @@ def random_probe(
     )
 
 
-def check_documented(name: str, table: str) -> None:
-    """Asserts that a table of docs/models.md is the one given, or writes it where CLIFFSCOPE_WRITE_DOCS is set."""
-    page = Path(__file__).parents[1] / "docs" / "models.md"
+def check_documented(name: str, table: str, *, page_name: str = "models.md") -> None:
+    """Asserts that a table of a page of docs/ is the one given, or writes it where CLIFFSCOPE_WRITE_DOCS is set."""
+    page = Path(__file__).parents[1] / "docs" / page_name
     text = page.read_text(encoding="utf-8")
     begin, end = f"<!-- table: {name}, made by", "<!-- end of table -->"
     before, rest = text.split(begin)

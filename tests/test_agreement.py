@@ -31,14 +31,14 @@ def test_a_ranking_too_small_to_split_is_refused() -> None:
 
 def test_rankings_are_compared_over_the_heads_that_both_probes_see() -> None:
     a, b = ranking_of(planted_effects()), ranking_of(planted_effects() * -1)
-    table = compare_rankings({"zero": a, "mean": a, "other": b}, fraction=2 / 12)
+    table = compare_rankings({"zero": a, "mean": a, "other": b}, fraction=2 / 12).to_frame()
     assert table[["first", "second"]].to_numpy().tolist() == [["zero", "mean"], ["zero", "other"], ["mean", "other"]]
     assert table["spearman"].tolist() == pytest.approx([1.0, -1.0, -1.0])
     assert table["overlap"].tolist() == [1.0, 0.0, 0.0]
     seen = [i for i, head in enumerate(HEADS) if head.layer <= 1]
     mixed = ranking_of(planted_effects() + np.random.default_rng(3).normal(0, 1, size=(20, 12)))
     by_hand = spearmanr(a.effects.mean(0)[seen], mixed.effects.mean(0)[seen]).statistic
-    assert compare_rankings({"a": a, "b": mixed}).loc[0, "spearman"] == pytest.approx(by_hand)
+    assert compare_rankings({"a": a, "b": mixed}).frame.loc[0, "spearman"] == pytest.approx(by_hand)
 
 
 def test_one_ranking_cannot_be_compared() -> None:

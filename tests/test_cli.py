@@ -24,7 +24,7 @@ from cliffscope.transcripts.datasets import read_transcripts, write_transcripts
 from cliffscope.transcripts.records import Outcome, Transcripts
 
 COMMANDS = (
-    *("demo", "study", "report", "roll-out", "fit-probe", "trace", "rank-heads"),
+    *("demo", "study", "report", "figures", "roll-out", "fit-probe", "trace", "rank-heads"),
     *("judge", "evaluate", "export", "score-pool", "select", "export-examples", "repair"),
     *("doctor", "template", "organisms", "organisms list", "organisms grow"),
 )

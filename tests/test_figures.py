@@ -1,8 +1,10 @@
 """Figures: what they say at three numbers and at thousands, and what hostile text can do in them."""
 
 import html
+import time
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
 import pytest
@@ -11,20 +13,24 @@ from cliffscope.figures import (
     Arm,
     Band,
     arms,
+    effect_pairs,
     head_grid,
     head_ranking,
     layer_heat,
     mean_trace,
+    measure_panels,
     plateau_final,
     printable,
     probe_quality,
     random_sets,
+    token_text,
     token_trace,
 )
 from cliffscope.figures.dose import Panel, agreement, dose_response
 from cliffscope.figures.safety import MOST_POINTS
 from cliffscope.figures.sources import source_bars
 from cliffscope.figures.theme import DIVERGING, INK, TEMPLATE, label
+from cliffscope.figures.tokens import LINE, MOST_SCORES
 
 LABELS = ["prompt 1/2", "prompt 2/2", "thinking 1/2", "thinking 2/2", "\n", "</think>"]
 SPANS = ["prompt", "prompt", "thinking", "thinking", "closing", "closing"]
@@ -126,7 +132,7 @@ def test_hostile_tokens_are_escaped_wherever_they_stand():
 
 
 def test_printable_shows_what_hides():
-    assert printable(" \t\n\u2066\x00", keep_spaces=False) == "␠⇥⏎\\u2066\\u0000"
+    assert printable(" \t\n\u2066\x00", keep_spaces=False) == "␣⇥⏎\\u2066\\u0000"
     assert printable("ab\n", keep_newlines=True) == "ab\n"
     assert printable("\ud800") == "\\ud800"
     assert printable("\U000e0041") == "\\U000e0041"
@@ -134,7 +140,7 @@ def test_printable_shows_what_hides():
 
 
 def test_label_is_short_and_safe_for_html():
-    assert label("<a href='x'>") == html.escape("<a␠href='x'>")
+    assert label("<a href='x'>") == html.escape("<a␣href='x'>")
     assert len(label("x" * 50, limit=10)) == 10
 
 
@@ -275,3 +281,129 @@ def test_source_bars_add_up_with_those_that_are_not_shown():
     assert "<b>" not in bars.y[1]
     assert bars.marker.color[0] != bars.marker.color[1], "writing against refusal and for it look alike"
     assert texts(source_bars([], [], np.zeros(0), np.zeros(0))) == ["No source token was measured."]
+
+
+def layer_scores(n_layers, n_pos):
+    return np.random.default_rng(0).uniform(size=(n_layers, n_pos))
+
+
+def test_token_text_writes_every_token_and_starts_a_line_with_each_span():
+    tokens = ["<user>", " how", " do", "<think>", " I", " see", "\n", "</think>"]
+    spans = ["prompt"] * 3 + ["thinking"] * 3 + ["closing"] * 2
+    fig = token_text(tokens, spans, layer_scores(3, 8), probe_layer=1)
+    (bars,) = fig.data
+    assert [text.replace("␣", "") for text in bars.text] == [html.escape(t.strip()) or "⏎" for t in tokens]
+    assert list(bars.y) == [0] * 3 + [1] * 3 + [2] * 2
+    assert list(bars.base) == [0, 6, 10, 0, 7, 9, 0, 1]
+    assert list(fig.layout.yaxis.ticktext) == ["prompt", "thinking", "closing"]
+    assert "(8 tokens)" in fig.layout.title.text
+
+
+def test_the_slider_of_token_text_begins_at_the_probes_layer():
+    score = layer_scores(3, 4)
+    fig = token_text(["a"] * 4, ["thinking"] * 4, score, layers=[4, 5, 6], probe_layer=5)
+    (slider,) = fig.layout.sliders
+    assert slider.active == 1
+    assert [step.label for step in slider.steps] == ["4", "5", "6"]
+    np.testing.assert_allclose(fig.data[0].marker.color, score[1], atol=1e-3)
+    np.testing.assert_allclose(slider.steps[2].args[0]["marker.color"][0], score[2], atol=1e-3)
+
+
+def test_lines_of_token_text_are_never_longer_than_the_page():
+    fig = token_text([f" word{i}" for i in range(500)], ["thinking"] * 500, np.zeros(500))
+    ends = np.array(fig.data[0].base) + np.array(fig.data[0].x)
+    assert ends.max() <= LINE
+    assert max(fig.data[0].y) > 20
+    assert not fig.layout.sliders
+
+
+def test_a_long_transcript_shows_its_end_and_says_so():
+    fig = token_text(["x"] * 5000, ["thinking"] * 5000, layer_scores(100, 5000))
+    shown = len(fig.data[0].x)
+    assert shown == MOST_SCORES // 100
+    assert f"5,000 tokens, the last {shown} shown" in fig.layout.title.text
+    assert fig.data[0].customdata[-1].startswith("4999 ")
+
+
+def test_measures_have_a_panel_each_and_an_arm_a_row():
+    rows = [("kl (nats)", "top heads", "top", 0.2, 0.1, 0.3, 40), ("kl (nats)", "random sets", "random", 0.1, 0, 1, 40)]
+    rows += [("kl (nats)", "random sets", "random", 0.15, 0, 1, 40), ("ppl", "top heads", "top", 9.0, 8, 10, 3)]
+    frame = pd.DataFrame(rows, columns=["measure", "arm", "kind", "value", "ci_low", "ci_high", "n"])
+    fig = measure_panels(frame)
+    assert [axis.title.text for axis in (fig.layout.xaxis, fig.layout.xaxis2)] == ["kl (nats) (n=40)", "ppl (n=3)"]
+    assert list(fig.layout.yaxis.ticktext) == ["top heads", "random sets"]
+    assert sorted(len(trace.x) for trace in fig.data) == [1, 1, 2]
+    assert fig.data[0].error_x.array[0] == pytest.approx(0.1)
+
+
+def test_effect_pairs_mark_what_both_runs_selected():
+    first, second = np.array([1.0, 0.5, np.nan]), np.array([2.0, -0.5, 1.0])
+    fig = effect_pairs(["L0H0", "L0H1", "L1H0"], first, second, np.array([2, 0, 1]), runs=("A", "B"))
+    assert {trace.name: list(trace.text) for trace in fig.data} == {
+        "selected in none (1)": ["L0H1"],
+        "selected in both (1)": ["L0H0"],
+    }
+    assert "(2 heads)" in fig.layout.title.text
+    assert fig.layout.yaxis.title.text.endswith(", B")
+
+
+@pytest.mark.parametrize(
+    "fig",
+    [
+        token_text([], [], np.zeros((2, 0))),
+        measure_panels(pd.DataFrame(columns=["measure", "arm", "kind", "value", "ci_low", "ci_high", "n"])),
+        effect_pairs(["L0H0"], np.array([np.nan]), np.array([1.0]), np.array([0])),
+    ],
+)
+def test_nothing_to_draw_says_why_here_too(fig):
+    assert len(fig.data) == 0
+    assert len(texts(fig)[0]) > 10
+
+
+def test_missing_scores_give_tokens_without_a_ground():
+    fig = token_text(["a", "b"], ["closing"] * 2, np.array([np.nan, 0.5]))
+    assert list(fig.data[0].marker.color) == [0.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    "text", ["\u05e9\u05dc\u05d5\u05dd", "\ufffd", "", "   ", "\u0000", "<b>", "\U0001f9d1\u200d\U0001f4bb"]
+)
+def test_odd_tokens_stay_visible_and_harmless(text):
+    fig = token_text([text], ["thinking"], np.ones(1))
+    assert fig.data[0].text[0]
+    assert fig.data[0].x[0] >= 1
+    for hidden in ("<b>", "\u0000", "\u200d"):
+        assert hidden not in fig.data[0].text[0] + fig.data[0].customdata[0]
+
+
+def many(n):
+    """Every figure that takes one value a transcript, or tables that grow with them, at n transcripts."""
+    rng = np.random.default_rng(0)
+    plateau, final = rng.uniform(size=n), rng.uniform(size=n)
+    groups = ["harmful, refused", "harmful, complied", "harmless"]
+    bands = {name: band(*rng.uniform(size=24)) for name in groups}
+    spans = ["prompt"] * 5 + ["thinking"] * 11 + ["closing"] * 8
+    yield lambda: mean_trace([f"x {i}" for i in range(24)], spans, bands)
+    yield lambda: plateau_final(plateau, final, plateau > 0.98, names=[f"id-{i}" for i in range(n)])
+    yield lambda: plateau_final(plateau, final, groups=[groups[i % 3] for i in range(n)])
+    yield lambda: head_grid(*[rng.normal(size=(128, 128))] * 3, harmless=rng.normal(size=(128, 128)))
+    yield lambda: token_text([" w"] * n, ["thinking"] * n, rng.uniform(size=(30, n)))
+    yield lambda: token_trace([" w"] * n, ["thinking"] * n, rng.uniform(size=n))
+    yield lambda: layer_heat([" w"] * n, ["thinking"] * n, rng.uniform(size=(30, n)))
+    yield lambda: probe_quality(["a", "b"], range(128), *[rng.uniform(size=(128, 2))] * 3)
+
+
+def test_figures_of_3000_transcripts_cost_less_than_ten_of_plotlys_own():
+    # The bar is a second each (benchmarks/figures.py); beside other work a ratio is fairer than a clock.
+    def seconds(make):
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            make().to_json()
+            times.append(time.perf_counter() - start)
+        return sorted(times)[1]
+
+    plain = seconds(lambda: go.Figure(go.Heatmap(z=np.zeros((128, 128)).tolist())))
+    for make in many(3000):
+        assert seconds(make) < max(10 * plain, 0.5)
+        assert len(make().to_json()) < 3_000_000

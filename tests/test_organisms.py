@@ -6,7 +6,7 @@ import torch
 
 import cliffscope as cs
 from cliffscope.heads.agreement import compare_rankings, split_half
-from cliffscope.heads.edits import Scope
+from cliffscope.heads.edits import HeadRef, Scope
 from cliffscope.heads.methods import CAUSAL, METHODS
 from cliffscope.heads.shares import decompose_logit
 from cliffscope.heads.sweep import sweep_branches
@@ -208,7 +208,31 @@ def test_attribution_agrees_with_zero_ablation(grown, name):
         method: cs.rank_heads(organism.model, organism.probe, asked, method=method)
         for method in ("zero", "attribution")
     }
-    assert compare_rankings(rankings).loc[0, "spearman"] >= 0.6
+    assert compare_rankings(rankings).frame.loc[0, "spearman"] >= 0.6
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_zeroing_the_planted_heads_removes_the_cliff_from_the_trace_and_random_heads_do_not(grown, name):
+    organism = grown(name)
+    asked = organism.wrapped.where(outcome=Outcome.COMPLIED)
+    planted = cs.zero(organism.truth.planted, scope="closing")
+    other = planted.on(_others(organism.model.shape, organism.truth.planted))
+    means = [
+        cs.trace_refusal(organism.model, organism.probe, asked, edit=edit).cliffs().to_frame()["cliff"].mean()
+        for edit in (None, planted, other)
+    ]
+    assert means[0] > 0.5
+    assert means[1] < 0.1
+    assert means[2] > 0.8 * means[0]
+
+
+def _others(shape, planted):
+    """As many heads of the same layers that were not planted."""
+    free = {
+        layer: [h for h in range(shape.n_heads) if HeadRef(layer=layer, head=h) not in planted]
+        for layer in {ref.layer for ref in planted}
+    }
+    return [HeadRef(layer=ref.layer, head=free[ref.layer].pop()) for ref in planted]
 
 
 @pytest.mark.parametrize("name", PLANTED)

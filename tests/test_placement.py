@@ -1,6 +1,7 @@
 """Models whose weights are not simply in memory: offloaded, quantised, or in half precision."""
 
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,8 @@ def texts() -> Transcripts:
 @pytest.fixture(scope="module")
 def offloaded(checkpoints: dict[str, Path]) -> LensModel:
     """Half of the blocks on disk, read whenever they run."""
+    if version("transformer-lens") < "4":
+        pytest.skip("TransformerLens 3.9 refuses blocks on disk; load_model says so")
     places = {f"model.layers.{i}": "cpu" if i < 4 else "disk" for i in range(8)}
     rest = dict.fromkeys(("model.embed_tokens", "model.rotary_emb", "model.norm", "lm_head"), "cpu")
     return load_model(checkpoints["llama"], device={**places, **rest})

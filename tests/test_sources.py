@@ -60,14 +60,17 @@ def test_the_bars_add_up_to_the_effect(model: LensModel, refused: Transcripts) -
     assert sum(bars.x) == pytest.approx(found.effect, abs=1e-3)
 
 
-def test_circuitsvis_shows_tokens_that_close_no_script(llama: LensModel, refused: Transcripts) -> None:
+def test_circuitsvis_shows_tokens_that_close_no_script_and_loads_nothing(
+    llama: LensModel, refused: Transcripts
+) -> None:
     found = trace_sources(llama, random_probe(llama, 3), refused[0], HEAD)
     for view in (found.attention_view(), found.token_view()):
-        text = str(view)
-        assert "circuitsvis" in text
-        body = text[text.index("render(") :]
-        assert body.count("</") == 1
-        assert r"\u2039/think>" in body
+        text = view._repr_html_()
+        assert text == str(view)
+        assert text.count("</script") == 1
+        assert "unpkg" not in text
+        body = text[text.rindex("CircuitsVis.render(") :]
+        assert r"\u2039/think\u003e" in body
 
 
 def test_what_cannot_be_traced_is_refused(

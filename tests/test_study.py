@@ -23,11 +23,12 @@ pytestmark = pytest.mark.skipif(
     not all((ASSETS / name / "truth.json").is_file() for name in ("planted-llama", "null-llama")),
     reason="the organisms' assets are not in the package yet",
 )
-STAGES = ("transcripts", "probe", "traces", "heads", "safety", "selection", "repair", "report")
+STAGES = ("transcripts", "probe", "traces", "heads", "edited", "safety", "selection", "repair", "report")
 FILES = {
     *("manifest.json", "transcripts.jsonl", "transcripts.parquet", "omitted.parquet", "report.html"),
     *("probe.json", "probe.safetensors", "probe_layers.parquet"),
     *("traces.parquet", "layer_traces.parquet", "aligned.parquet", "cliffs.parquet"),
+    *("edited_aligned.parquet", "edited_cliffs.parquet", "head_sources.parquet"),
     *("heads.parquet", "heads.json", "safety.parquet", "safety_pairs.parquet", "safety_quality.parquet"),
     *("side_effects.parquet", "arms.json"),
     *("arm-top-heads.jsonl", "arm-random-1.jsonl", "arm-random-2.jsonl", "arm-random-3.jsonl"),
@@ -97,6 +98,8 @@ def test_a_study_leaves_every_file_and_finds_what_was_planted(whole: Study) -> N
     asr = safety[safety["group"] == "harmful"].set_index("arm")["rate"]
     assert asr["top heads"] < asr["unedited"]
     heads = pd.read_parquet(whole.path / "heads.parquet")
+    edited = pd.read_parquet(whole.path / "edited_cliffs.parquet").groupby("group")["cliff"].mean()
+    assert edited["harmful, complied; top heads zeroed"] < 0.3 * edited["harmful, complied; random heads zeroed"]
     truth = json.loads((ASSETS / "planted-llama" / "truth.json").read_text())
     assert f"L{heads['layer'][0]}H{heads['head'][0]}" in truth["planted"]
 
@@ -149,8 +152,8 @@ def inside_the_first_roll_out(path: Path) -> bool:
     [
         (inside_the_first_roll_out, ()),
         (after_stage("probe"), STAGES[:2]),
-        (inside_an_arm, STAGES[:4]),
-        (after_the_first_random_arm, STAGES[:4]),
+        (inside_an_arm, STAGES[:5]),
+        (after_the_first_random_arm, STAGES[:5]),
     ],
     ids=["inside transcripts", "after the probe", "inside an arm", "inside safety"],
 )

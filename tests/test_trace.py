@@ -1,16 +1,21 @@
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from conftest import MakeCheckpoint, plain_residuals, random_probe, tokens_of
 
-from cliffscope.errors import ProbeError, SpanError
+from cliffscope.errors import DataError, ProbeError, SpanError
+from cliffscope.heads.edits import HeadEdit, HeadRef, zero
 from cliffscope.models import LensModel, load_model
+from cliffscope.probing import activations
 from cliffscope.probing.cliff import PROMPT_BINS, THINKING_BINS, align_trace
+from cliffscope.probing.probe import RefusalProbe
 from cliffscope.probing.trace import RefusalTraces, group_name, trace_refusal
 from cliffscope.transcripts.records import Message, Outcome, Transcript, Transcripts
-from cliffscope.transcripts.transcript import Span
+from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 
 LOGITS = [-9.0] * 6 + [0.0, 2.0, 2.0, 1.0, 3.0] + [2.0, -1.0, -3.0]
 
@@ -271,3 +276,82 @@ def test_a_plot_has_a_curve_for_each_group(llama: LensModel, refused: Transcript
 @pytest.mark.parametrize(("harmful", "word"), [(True, "harmful"), (False, "harmless"), (None, "unlabelled")])
 def test_a_group_is_named_in_words(harmful: bool | None, word: str) -> None:
     assert group_name(ask("a", "", harmful=harmful, outcome=Outcome.UNFINISHED)) == f"{word}, unfinished"
+
+
+def bridge_trace(model: LensModel, row: TokenizedTranscript, edit: HeadEdit, probe: RefusalProbe) -> np.ndarray:
+    """The probe's logits by TransformerLens alone, the heads set to zero at the edit's positions."""
+    where = edit.scope.positions(row)
+
+    def ablate(z: torch.Tensor, hook: object, *, head: int) -> torch.Tensor:
+        z[:, where, head] = 0.0
+        return z
+
+    hooks = [(f"blocks.{ref.layer}.attn.hook_z", partial(ablate, head=ref.head)) for ref in edit.heads]
+    name = f"blocks.{probe.layer}.hook_resid_post"
+    ids = torch.tensor([row.token_ids.tolist()])
+    with torch.no_grad(), model.bridge.hooks(fwd_hooks=hooks):
+        _, cache = model.bridge.run_with_cache(ids, names_filter=[name])
+    return cache[name][0].numpy() @ probe.weight + probe.bias
+
+
+@pytest.mark.parametrize("scope", ["closing", "thinking", "all"])
+def test_an_edited_trace_is_the_probe_on_ablated_residuals(
+    llama: LensModel, refused: Transcripts, scope: str, unchanged: Callable[[LensModel], Callable[[], None]]
+) -> None:
+    probe, edit = random_probe(llama, 5), zero([HeadRef(layer=1, head=2), HeadRef(layer=4, head=0)], scope=scope)
+    check = unchanged(llama)
+    found = trace_refusal(llama, probe, refused[:5], edit=edit, layers_of=[refused[0].id])
+    check()
+    plain = trace_refusal(llama, probe, refused[:5])
+    for row, ours, without in zip(found.tokens, found.logits, plain.logits, strict=True):
+        expected = bridge_trace(llama, row, edit, probe)
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4 * np.abs(expected).max())
+        before = edit.scope.positions(row).start
+        np.testing.assert_allclose(ours[:before], without[:before], rtol=0, atol=1e-4 * np.abs(without).max())
+        assert np.abs(ours - without).max() > 1e-2
+    np.testing.assert_allclose(found.layer_logits[refused[0].id][5], found.logits[0], rtol=0, atol=1e-4)
+
+
+def test_an_edited_trace_in_chunks_is_that_in_one_pass(
+    llama: LensModel, refused: Transcripts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe, edit = random_probe(llama, 5), zero([HeadRef(layer=1, head=2)], scope="closing")
+    whole = trace_refusal(llama, probe, refused[:1], edit=edit).logits[0]
+    monkeypatch.setattr(activations, "LONG", 8)
+    monkeypatch.setattr(activations, "CHUNK", 5)
+    parts = trace_refusal(llama, probe, refused[:1], edit=edit).logits[0]
+    np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-4 * np.abs(whole).max())
+
+
+def test_traces_beside_each_other_have_a_curve_each_and_count_transcripts_once(
+    llama: LensModel, refused: Transcripts
+) -> None:
+    probe = random_probe(llama, 5)
+    plain = trace_refusal(llama, probe, refused[:4])
+    edited = trace_refusal(llama, probe, refused[:4], edit=zero([HeadRef(layer=1, head=2)]))
+    fig = plain.plot(by=lambda t: f"id {t.id[-1]}", beside={"edited": edited})
+    names = [trace.name for trace in fig.data if trace.name]
+    assert names == [*(f"id {i} (n=1)" for i in range(4)), "edited (n=4)"]
+    assert "(n=4 transcripts)" in fig.layout.title.text
+
+
+def test_one_transcript_is_drawn_as_text_and_layer_by_layer(llama: LensModel, refused: Transcripts) -> None:
+    name, other = refused[0].id, refused[1].id
+    traces = trace_refusal(llama, random_probe(llama, 5), refused[:2], layers_of=[name])
+    assert len(traces.plot_tokens(name).layout.sliders[0].steps) == llama.shape.n_layers
+    assert not traces.plot_tokens(other).layout.sliders
+    np.testing.assert_allclose(traces.plot_tokens(other).data[0].marker.color, traces.scores()[1], rtol=0, atol=1e-3)
+    assert np.array(traces.plot_layers(name).data[0].z).shape == (llama.shape.n_layers, traces.tokens[0].n_pos)
+    with pytest.raises(DataError, match="Only layer 5"):
+        traces.plot_layers(other)
+    with pytest.raises(DataError, match="No transcript 'x' was traced; there are 2, such as"):
+        traces.plot_tokens("x")
+
+
+def test_cliffs_are_summed_up_by_group_and_drawn(by_hand: RefusalTraces) -> None:
+    cliffs = by_hand.cliffs()
+    row = cliffs.small_table().iloc[0]
+    valid = cliffs.frame[cliffs.frame["valid"]]
+    assert row["n"] == len(valid)
+    assert row["cliff"] == pytest.approx(valid["cliff"].mean())
+    assert len(cliffs.plot().data) >= 2

@@ -9,12 +9,14 @@ missing afterwards (nothing is complied with any more) there is no probe, and th
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
 from cliffscope.errors import DataError, ProbeError, SpanError
 from cliffscope.models import LensModel
+from cliffscope.notebook import Shown
 from cliffscope.probing.contrast import contrast_classes
 from cliffscope.probing.probe import fit_probe
 from cliffscope.probing.trace import trace_refusal
@@ -26,12 +28,15 @@ from cliffscope.safety.judges import judge as judge_answers
 from cliffscope.safety.side_effects import divergence
 from cliffscope.transcripts.records import Transcripts
 
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
 _COLUMNS = ["model", "measure", "n", "value", "ci_low", "ci_high", "note"]
 BEFORE, AFTER = "before", "after"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class RepairReport:
+class RepairReport(Shown):
     """A model before and after its repair."""
 
     frame: pd.DataFrame
@@ -42,6 +47,18 @@ class RepairReport:
     def to_frame(self) -> pd.DataFrame:
         """A copy of the table."""
         return self.frame.copy()
+
+    def small_table(self) -> pd.DataFrame:
+        """The table without its notes."""
+        return self.frame.drop(columns="note")
+
+    def plot(self) -> "Figure":
+        """Every measure before and after, with its interval."""
+        from cliffscope.figures.measures import measure_panels
+
+        measure = self.frame["measure"].str.replace("_", " ")
+        frame = self.frame.assign(measure=measure, arm=self.frame["model"], kind=self.frame["model"])
+        return measure_panels(frame, title="The model before and after its repair")
 
     def value(self, measure: str, model: str = AFTER) -> float:
         """One value; NaN where it was not measured."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -22,18 +22,22 @@ from cliffscope.alignment.distributed import RayEngine, score_on_ray
 from cliffscope.alignment.rows import COLUMNS, score_window
 from cliffscope.errors import DataError, StoreError
 from cliffscope.models import LensModel
+from cliffscope.notebook import Shown
 from cliffscope.probing.activations import BATCH_TOKENS
 from cliffscope.probing.probe import RefusalProbe
 from cliffscope.store import RunStore, open_run
 from cliffscope.transcripts.pools import STAGE, WINDOW, PoolSource, Window, read_windows
 from cliffscope.transcripts.records import Omission, Transcript
 
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
 Engine = Literal["local", "ray"]
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class PoolScores:
+class PoolScores(Shown):
     """One row an example of a pool."""
 
     frame: pd.DataFrame
@@ -44,6 +48,17 @@ class PoolScores:
     def to_frame(self) -> pd.DataFrame:
         """A copy of the table, in the pool's order."""
         return self.frame.copy()
+
+    def small_table(self) -> pd.DataFrame:
+        """The first rows: id, plateau_mean, final, cliff, valid, reason."""
+        return self.frame[["id", "plateau_mean", "final", "cliff", "valid", "reason"]]
+
+    def plot(self) -> "Figure":
+        """Plateau against final of every row with a valid cliff."""
+        from cliffscope.figures.safety import plateau_final
+
+        shown = self.frame[self.frame["valid"].astype(bool)]
+        return plateau_final(shown["plateau_mean"].to_numpy(float), shown["final"].to_numpy(float))
 
     @property
     def omitted(self) -> tuple[Omission, ...]:

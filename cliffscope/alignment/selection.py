@@ -24,6 +24,7 @@ from cliffscope.alignment.rows import UNCLOSED, judge_refusal
 from cliffscope.alignment.scoring import PoolScores
 from cliffscope.errors import DataError
 from cliffscope.models import LensModel
+from cliffscope.notebook import Shown
 from cliffscope.probing.cliff import Plateau
 from cliffscope.probing.probe import RefusalProbe
 from cliffscope.probing.trace import Cliffs, trace_refusal
@@ -39,7 +40,7 @@ STAGE = "select"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Selection:
+class Selection(Shown):
     """The chosen examples of a pool."""
 
     chosen: Transcripts
@@ -61,6 +62,10 @@ class Selection:
     def to_jsonl(self, path: str | Path) -> None:
         """Writes the chosen transcripts as JSONL."""
         write_transcripts(self.chosen, path)
+
+    def small_table(self) -> pd.DataFrame:
+        """The first of the chosen: rank, id, plateau, final, cliff, prompt."""
+        return self.frame[["rank", "id", "plateau", "final", "cliff", "prompt"]].sort_values("rank")
 
     def plot(self) -> "Figure":
         """Plateau against final, the chosen ones marked."""

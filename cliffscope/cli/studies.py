@@ -94,15 +94,43 @@ def study(
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="Run directory.")], as_json: JsonOption = False) -> None:
-    """Writes the HTML report of a run directory again.
+def report(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    other: Annotated[Path | None, typer.Argument(help="A second run directory, to compare with.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Where to write the page.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Writes the HTML report of a run directory again, or a page that compares two runs.
 
     Example: cliffscope report runs/demo
-    """
-    from cliffscope.report.page import write_report
 
-    page = write_report(run)
+    Example: cliffscope report runs/base runs/repaired --out comparison.html
+    """
+    from cliffscope.report.page import write_comparison, write_report
+
+    target = out or Path("comparison.html")
+    page = write_report(run, out) if other is None else write_comparison([run, other], target)
     say(as_json, {"report": str(page)}, f"Report: {page}")
+
+
+@app.command()
+def figures(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    out: OutOption,
+    formats: Annotated[list[str], typer.Option("--format", help="svg, png, pdf, webp or jpeg; may be repeated.")] = [  # noqa: B006
+        "svg"
+    ],
+    width: Annotated[int, typer.Option(min=100, help="Pixels.")] = 900,
+    as_json: JsonOption = False,
+) -> None:
+    """Writes every figure of a run's report as images.
+
+    Example: cliffscope figures runs/demo --out figures --format svg --format png
+    """
+    from cliffscope.report.images import write_images
+
+    written = write_images(run, out, formats=formats, width=width)
+    say(as_json, {"out": str(out), "files": [p.name for p in written]}, f"{len(written)} images in {out}")
 
 
 def _estimate(config: "StudyConfig", *, as_json: bool) -> None:

@@ -1,10 +1,12 @@
 """Arrays and labels in, plotly figures out: knows no result class and never shows or writes anything."""
 
 from cliffscope.figures.dose import Panel, agreement, dose_response
-from cliffscope.figures.heads import head_grid, head_ranking, random_sets
+from cliffscope.figures.heads import effect_pairs, head_grid, head_ranking, random_sets
+from cliffscope.figures.measures import measure_panels
 from cliffscope.figures.safety import Arm, arms, plateau_final
 from cliffscope.figures.sources import source_bars
-from cliffscope.figures.theme import printable
+from cliffscope.figures.theme import embed, printable
+from cliffscope.figures.tokens import token_text
 from cliffscope.figures.trace import Band, layer_heat, mean_trace, probe_quality, token_trace
 
 __all__ = [
@@ -14,14 +16,18 @@ __all__ = [
     "agreement",
     "arms",
     "dose_response",
+    "effect_pairs",
+    "embed",
     "head_grid",
     "head_ranking",
     "layer_heat",
     "mean_trace",
+    "measure_panels",
     "plateau_final",
     "printable",
     "probe_quality",
     "random_sets",
     "source_bars",
+    "token_text",
     "token_trace",
 ]

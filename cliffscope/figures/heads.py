@@ -44,15 +44,14 @@ def head_grid(
     limit = float(np.nanmax(np.abs(effect))) or 1.0
     fig = go.Figure(
         go.Heatmap(
-            z=np.round(effect, 4).tolist(),
+            z=np.round(effect, 4).astype(np.float32),
             zmin=-limit,
             zmax=limit,
             xgap=1 if n_heads <= 64 else 0,
             ygap=1 if n_layers <= 64 else 0,
             colorscale=theme.DIVERGING,
             colorbar=theme.colorbar(unit),
-            text=_grid_hover(low, high, harmless),
-            hovertemplate="L%{y}H%{x}<br>effect %{z:.3f} %{text}<extra></extra>",
+            **_grid_hover(low, high, harmless),
         )
     )
     theme.themed(fig, title=title, x="head", y="layer", height=int(np.clip(120 + 16 * n_layers, 180, 640)))
@@ -147,6 +146,53 @@ def random_sets(
     return fig
 
 
+def effect_pairs(
+    names: Sequence[str],
+    first: FloatArray,
+    second: FloatArray,
+    chosen: NDArray[np.integer],
+    *,
+    runs: tuple[str, str] = ("first run", "second run"),
+    title: str = "Effect of each head in both runs",
+) -> go.Figure:
+    """Every head's effect in one run against that in another.
+
+    Args:
+        names: [head] names such as "L12H5".
+        first: [head] effect in the first run; NaN = not measured.
+        second: [head] effect in the second run.
+        chosen: [head] in how many of the runs the head was selected: 0, 1 or 2.
+        runs: names of the runs, for the axes.
+        title: Title; the number of heads is added.
+    """
+    known = np.isfinite(first) & np.isfinite(second)
+    if not known.any():
+        return theme.empty_figure(title, "No head was measured in both runs.")
+    fig = go.Figure()
+    kinds = ((0, theme.GREY, "in none"), (1, theme.ORANGE, "in one run"), (2, theme.VERMILLION, "in both"))
+    for count, color, name in kinds:
+        mask = known & (chosen == count)
+        if mask.any():
+            marker = {"color": color, "size": 7 + 2 * count, "symbol": theme.SYMBOLS[count], "opacity": 0.8}
+            fig.add_scatter(
+                x=np.round(first[mask], 4),
+                y=np.round(second[mask], 4),
+                text=[theme.caption(names[i], limit=20) for i in np.flatnonzero(mask).tolist()],
+                mode="markers",
+                marker=marker,
+                name=f"selected {name} ({int(mask.sum()):,})",
+                hovertemplate="%{text}<br>%{x:.3f} and %{y:.3f}<extra></extra>",
+            )
+    shown = f"{title} ({int(known.sum()):,} heads)"
+    theme.themed(fig, title=shown, x=f"{EFFECT}, {runs[0]}", y=f"{EFFECT}, {runs[1]}", height=440)
+    line = {"color": theme.GREY, "width": 1}
+    fig.update_xaxes(zeroline=True, zerolinecolor=theme.GREY, zerolinewidth=1)
+    fig.update_yaxes(zeroline=True, zerolinecolor=theme.GREY, zerolinewidth=1)
+    low, high = float(np.min([first[known], second[known]])), float(np.max([first[known], second[known]]))
+    fig.add_shape(type="line", x0=low, y0=low, x1=high, y1=high, line={**line, "dash": "dot"}, layer="below")
+    return fig
+
+
 def _add_ranked(
     fig: go.Figure, rows: Sequence[str | int], value: FloatArray, bounds: tuple[FloatArray, FloatArray]
 ) -> None:
@@ -161,12 +207,20 @@ def _add_ranked(
     )
 
 
-def _grid_hover(low: FloatArray, high: FloatArray, harmless: FloatArray | None) -> list[list[str]]:
-    other = np.full(low.shape, np.nan) if harmless is None else harmless
-    cells = zip(low.ravel().tolist(), high.ravel().tolist(), other.ravel().tolist(), strict=True)
+def _grid_hover(low: FloatArray, high: FloatArray, harmless: FloatArray | None) -> dict[str, object]:
+    """Numbers where all are known, which take a fraction of the room of texts; else texts that say what is not."""
+    known = [low, high] if harmless is None else [low, high, harmless]
+    begin, other = "L%{y}H%{x}<br>effect %{z:.3f} ", "" if harmless is None else "; on harmless %{customdata[2]:.3f}"
+    if all(np.isfinite(values).all() for values in known):
+        bounds = "[%{customdata[0]:.3f}, %{customdata[1]:.3f}]"
+        numbers = np.stack(known, axis=-1).round(4).astype(np.float32)
+        return {"customdata": numbers, "hovertemplate": f"{begin}{bounds}{other}<extra></extra>"}
+    third = np.full(low.shape, np.nan) if harmless is None else harmless
+    cells = zip(low.ravel().tolist(), high.ravel().tolist(), third.ravel().tolist(), strict=True)
     flat = [theme.bounds(a, b) + (f"; on harmless {c:.3f}" if np.isfinite(c) else "") for a, b, c in cells]
     width = low.shape[1]
-    return [flat[start : start + width] for start in range(0, len(flat), width)]
+    rows = [flat[start : start + width] for start in range(0, len(flat), width)]
+    return {"text": rows, "hovertemplate": f"{begin}%{{text}}<extra></extra>"}
 
 
 def _outline_cells(fig: go.Figure, selected: NDArray[np.bool_]) -> None:

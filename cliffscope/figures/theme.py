@@ -11,6 +11,7 @@ It does not know what is drawn.
 """
 
 import html
+import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 
@@ -34,11 +35,16 @@ GROUP_COLORS: Mapping[str, str] = {
     "harmful": VERMILLION,
     "harmless, complied": GREEN,
     "edited": PURPLE,
+    "harmful, complied; top heads zeroed": PURPLE,
+    "harmful, complied; random heads zeroed": GREY,
 }
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x")
+SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "x", "triangle-down", "star", "pentagon", "hexagon")
 
 SEQUENTIAL = ((0.0, "rgba(0,114,178,0)"), (0.5, "rgba(0,114,178,0.5)"), (1.0, "rgba(0,114,178,1)"))
+TEXT_GROUND = ((0.0, "#f6f5f1"), (1.0, "#5aa9dd"))
+"""Under text: opaque, so that `TEXT` reads on every shade, on a light page and on a dark one."""
+TEXT = "#1d1d1b"
 DIVERGING = (
     (0.0, "rgba(0,114,178,1)"),
     (0.5, "rgba(0,114,178,0)"),
@@ -83,7 +89,7 @@ TEMPLATE = go.layout.Template(
 
 MOST_CROSSES = 2000
 """Cells marked as not measured; more marks than this would be slow and hide the rest."""
-_SHOWN = {" ": "␠", "\n": "⏎", "\t": "⇥"}
+_SHOWN = {" ": "␣", "\n": "⏎", "\t": "⇥"}
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
@@ -122,9 +128,20 @@ def caption(text: str, *, limit: int = 160) -> str:
     return html.escape(printable(text, limit=limit), quote=False)
 
 
+def embed(value: object) -> str:
+    r"""JSON that may stand inside a script element.
+
+    Example:
+        >>> embed({"a": "</script>"})
+        '{"a":"\\u003c/script\\u003e"}'
+    """
+    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
 def group_color(name: str, index: int) -> str:
-    """The colour of a group by its name, or else the next of the palette."""
-    return GROUP_COLORS.get(name, (PURPLE, ORANGE, SKY)[index % 3])
+    """The colour of a group by its name, with the name of a run before it or not; else the next of the palette."""
+    return GROUP_COLORS.get(name.rpartition(": ")[2], (PURPLE, ORANGE, SKY)[index % 3])
 
 
 def group_mark(name: str, index: int) -> tuple[str, str]:

@@ -39,6 +39,7 @@ def mean_trace(
     spans: Sequence[str],
     groups: Mapping[str, Band],
     *,
+    n: int | None = None,
     title: str = "Mean refusal score, aligned on spans",
     unit: str = "refusal score",
 ) -> go.Figure:
@@ -48,7 +49,8 @@ def mean_trace(
         labels: [bin] names, for instance "thinking 3/10"; a closing bin bears its token.
         spans: [bin] the span of each bin, in order: runs of equal names are marked and labelled.
         groups: Band by group name; the names choose the colours.
-        title: Title; the n of each group stands in the legend.
+        n: Transcripts in all, where groups share some; None adds up the groups.
+        title: Title; n is added, that of each group stands in the legend.
         unit: What the vertical axis measures, in [0, 1].
 
     Returns:
@@ -60,7 +62,7 @@ def mean_trace(
     fig = go.Figure()
     for index, (name, band) in enumerate(drawn.items()):
         _add_band(fig, name, band, labels, index)
-    total = sum(int(np.max(band.n, initial=0)) for band in drawn.values())
+    total = sum(int(np.max(band.n, initial=0)) for band in drawn.values()) if n is None else n
     shown = f"{title} (n={total:,} transcripts)"
     theme.themed(fig, title=shown, x="position, aligned on spans", y=f"mean {unit}", height=420)
     fig.update_yaxes(range=[-0.03, 1.03], tickvals=[0, 0.25, 0.5, 0.75, 1])

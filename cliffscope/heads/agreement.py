@@ -10,6 +10,7 @@ A ranking that its own halves do not share is no ranking, whatever its intervals
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import combinations
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,10 @@ from scipy.stats import spearmanr
 
 from cliffscope.errors import EditError
 from cliffscope.heads.ranking import FRACTION, HeadRanking, top_count
+from cliffscope.notebook import Shown
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -40,6 +45,43 @@ class Stability:
             f"{self.overlap.mean():.0%} of the first {self.count} shared, halves of n={self.n}, "
             f"{len(self.spearman)} splits)"
         )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RankingAgreement(Shown):
+    """How alike rankings of the same heads are, two by two."""
+
+    frame: pd.DataFrame
+    """One row a pair: first, second, spearman, overlap (share of the first heads that both have), count, n_first,
+    n_second."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """A copy of the table."""
+        return self.frame.copy()
+
+    def small_table(self) -> pd.DataFrame:
+        """The table."""
+        return self.frame
+
+    def plot(self) -> "Figure":
+        """Rank correlation of every two, as a matrix."""
+        from cliffscope.figures.dose import agreement
+
+        names = list(dict.fromkeys([*self.frame["first"], *self.frame["second"]]))
+        place = {name: i for i, name in enumerate(names)}
+        grid = np.eye(len(names))
+        for first, second, spearman in zip(*(self.frame[c] for c in ("first", "second", "spearman")), strict=True):
+            grid[place[first], place[second]] = grid[place[second], place[first]] = spearman
+        return agreement(names, grid, title=f"Agreement of methods ({self._n()})")
+
+    def _n(self) -> str:
+        n = sorted({*self.frame["n_first"], *self.frame["n_second"]})
+        return f"n={n[0]}" if len(n) == 1 else f"n={n[0]} to {n[-1]}"
+
+    def __repr__(self) -> str:
+        """One line: pairs, lowest and highest correlation, n."""
+        low, high = self.frame["spearman"].min(), self.frame["spearman"].max()
+        return f"RankingAgreement({len(self.frame)} pairs, Spearman {low:.2f} to {high:.2f}, {self._n()})"
 
 
 def split_half(ranking: HeadRanking, *, splits: int = 20, fraction: float = FRACTION, seed: int = 0) -> Stability:
@@ -74,7 +116,7 @@ def split_half(ranking: HeadRanking, *, splits: int = 20, fraction: float = FRAC
     )
 
 
-def compare_rankings(rankings: Mapping[str, HeadRanking], *, fraction: float = FRACTION) -> pd.DataFrame:
+def compare_rankings(rankings: Mapping[str, HeadRanking], *, fraction: float = FRACTION) -> RankingAgreement:
     """Compares every two rankings of the same model.
 
     Args:
@@ -82,8 +124,7 @@ def compare_rankings(rankings: Mapping[str, HeadRanking], *, fraction: float = F
         fraction: of the heads that count as the first ones.
 
     Returns:
-        One row a pair: first, second, spearman, overlap (share of the first heads that both have), count, n_first,
-        n_second.
+        One row a pair.
 
     Raises:
         EditError: rankings of different models, or fewer than two.
@@ -96,7 +137,8 @@ def compare_rankings(rankings: Mapping[str, HeadRanking], *, fraction: float = F
         spearman, _ = _agreement(a.effects.mean(0), b.effects.mean(0), _seen(a) & _seen(b), count)
         shared = len(set(a.top(fraction)) & set(b.top(fraction))) / count
         rows.append((first, second, spearman, shared, count, len(a.clean), len(b.clean)))
-    return pd.DataFrame(rows, columns=["first", "second", "spearman", "overlap", "count", "n_first", "n_second"])
+    columns = ["first", "second", "spearman", "overlap", "count", "n_first", "n_second"]
+    return RankingAgreement(frame=pd.DataFrame(rows, columns=columns))
 
 
 def _seen(ranking: HeadRanking) -> np.ndarray:

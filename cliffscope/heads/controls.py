@@ -9,8 +9,10 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+import pandas as pd
 from jaxtyping import Float32
 
 from cliffscope.errors import EditError
@@ -19,14 +21,18 @@ from cliffscope.heads.edits import HeadRef, Scope
 from cliffscope.heads.methods import HALF, Method, measure_effects
 from cliffscope.heads.usable import check_finite, usable_tokens
 from cliffscope.models import LensModel, ModelShape
+from cliffscope.notebook import Shown
 from cliffscope.probing.probe import RefusalProbe
 from cliffscope.resampling import bootstrap_mean
 from cliffscope.stats import random_set_p
 from cliffscope.transcripts.records import Transcripts
 
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class SetControl:
+class SetControl(Shown):
     """Joint effect of a set of heads against random sets of the same size."""
 
     heads: tuple[HeadRef, ...]
@@ -60,6 +66,29 @@ class SetControl:
     def p(self) -> float:
         """Share of random sets that reach the effect, counting the set itself."""
         return random_set_p(self.effect, self.random_effects)
+
+    def to_frame(self) -> pd.DataFrame:
+        """One row a set: set, kind (`chosen`, `same layers`, `all heads`), effect (logit), n."""
+        rows = [("chosen", "chosen", self.effect)]
+        for kind, drawn in (("same layers", self.random_layers), ("all heads", self.random_all)):
+            rows += [(f"random {i + 1}", kind, float(each.mean())) for i, each in enumerate(drawn)]
+        return pd.DataFrame(rows, columns=["set", "kind", "effect"]).assign(n=len(self.effects))
+
+    def small_table(self) -> pd.DataFrame:
+        """Mean and range of the effect by kind of set."""
+        frame = self.to_frame().groupby("kind", sort=False)["effect"].agg(["count", "mean", "min", "max"])
+        return frame.reset_index().rename(columns={"count": "sets"})
+
+    def plot(self) -> "Figure":
+        """The set's effect beside those of random sets."""
+        from cliffscope.figures.heads import random_sets as draw
+
+        return draw(
+            self.effect,
+            *self.interval,
+            self.random_effects,
+            title=f"{len(self.heads)} heads against random sets (n={len(self.effects)})",
+        )
 
     def __repr__(self) -> str:
         """One line: effect, interval, random sets, p and n."""

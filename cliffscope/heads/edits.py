@@ -14,7 +14,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from itertools import chain
@@ -149,6 +149,12 @@ class HeadEdit:
                 f"{model.shape.d_head}. Is the edit from another model?"
             )
 
+    def hooks(
+        self, model: LensModel, rows: Sequence[TokenizedTranscript], *, start: int = 0
+    ) -> AbstractContextManager[None]:
+        """Acts on every pass over these rows inside the context, as `edited_hooks` does."""
+        return edited_hooks(model, self, rows, start=start)
+
     def on(self, heads: Iterable[HeadRef]) -> "HeadEdit":
         """The same done to other heads; raises EditError where values belong to the heads they have."""
         if self.values:
@@ -226,6 +232,12 @@ class EditPlan:
         """Raises EditError if one of the edits does not fit the model."""
         for edit in self.edits:
             edit.check(model)
+
+    def hooks(
+        self, model: LensModel, rows: Sequence[TokenizedTranscript], *, start: int = 0
+    ) -> AbstractContextManager[None]:
+        """Acts on every pass over these rows inside the context, as `edited_hooks` does."""
+        return edited_hooks(model, self, rows, start=start)
 
     def to_dict(self) -> dict[str, object]:
         """JSON-ready."""

@@ -33,6 +33,7 @@ from cliffscope.heads.greedy import choose_greedily
 from cliffscope.heads.methods import HALF, NEED_DONORS, Effects, Method, measure_effects
 from cliffscope.heads.usable import check_finite, usable_tokens
 from cliffscope.models import LensModel, ModelShape
+from cliffscope.notebook import Shown
 from cliffscope.probing.probe import RefusalProbe
 from cliffscope.resampling import bootstrap_mean, sign_flip_p
 from cliffscope.stats import benjamini_hochberg
@@ -58,7 +59,7 @@ move the logit, but there is nothing to restore."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class HeadRanking:
+class HeadRanking(Shown):
     """Effects of all heads, each measured on its own."""
 
     heads: tuple[HeadRef, ...]
@@ -161,6 +162,13 @@ class HeadRanking:
     def _seen(self) -> Bool[np.ndarray, " head"]:
         """Which heads the probe can see."""
         return np.array([h.layer <= self.probe_layer for h in self.heads])
+
+    def small_table(self) -> pd.DataFrame:
+        """The first heads: head, effect, ci_low, ci_high, q, effect_harmless."""
+        frame = self.to_frame().sort_values("rank")
+        names = [f"L{layer}H{head}" for layer, head in zip(frame["layer"], frame["head"], strict=True)]
+        columns = ["effect", "ci_low", "ci_high", "q", "effect_harmless"]
+        return frame[columns].assign(head=names)[["head", *columns]]
 
     def plot(self) -> "Figure":
         """Layer by head grid of the effects, significant heads outlined."""

@@ -23,17 +23,19 @@ from cliffscope.bridges import TOLERANCE
 from cliffscope.errors import SpanError, UnsupportedModelError
 from cliffscope.heads.edits import HeadRef
 from cliffscope.models import LensModel
+from cliffscope.notebook import Shown
 from cliffscope.probing.probe import RefusalProbe
 from cliffscope.transcripts.records import Transcript
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript, tokenize
 
 if TYPE_CHECKING:
-    from circuitsvis.utils.render import RenderedHTML
     from plotly.graph_objects import Figure
+
+    from cliffscope.figures.circuits import CircuitsView
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class HeadSources:
+class HeadSources(Shown):
     """What one head reads at the closing of one transcript."""
 
     head: HeadRef
@@ -76,6 +78,10 @@ class HeadSources:
         last = last[last["query"] == self.tokens.final]
         return last.groupby("span", sort=False)[["attention", "share"]].sum().reset_index()
 
+    def small_table(self) -> pd.DataFrame:
+        """Attention and share by span."""
+        return self.by_span()
+
     def plot(self, *, most: int = 24) -> "Figure":
         """The sources with the largest shares at the final position.
 
@@ -93,25 +99,22 @@ class HeadSources:
             title=f"What {self.head} reads at the final position ({self.tokens.id})",
         )
 
-    def attention_view(self) -> "RenderedHTML":
-        """CircuitsVis' attention pattern of the closing tokens; its script is loaded from the network when shown."""
-        from circuitsvis.attention import attention_pattern
+    def attention_view(self) -> "CircuitsView":
+        """CircuitsVis' attention pattern; rows other than those of the closing tokens are empty."""
+        from cliffscope.figures.circuits import CircuitsView, harmless
 
         square = np.zeros((len(self.texts), len(self.texts)), np.float32)
         square[self.tokens.span(Span.CLOSING).start :] = self.attention
-        return attention_pattern(tokens=self._harmless_texts(), attention=torch.from_numpy(square))
+        props = {"tokens": [harmless(text) for text in self.texts], "attention": square.round(4).tolist()}
+        return CircuitsView(component="AttentionPattern", props=props)
 
-    def token_view(self) -> "RenderedHTML":
+    def token_view(self) -> "CircuitsView":
         """CircuitsVis' tokens coloured by what they make the head write against refusal at the final position."""
-        from circuitsvis.tokens import colored_tokens
+        from cliffscope.figures.circuits import SIGNS, CircuitsView, harmless
 
-        return colored_tokens(tokens=self._harmless_texts(), values=(-self.shares[-1]).tolist())
-
-    def _harmless_texts(self) -> list[str]:
-        """Token texts that close no script element, into which CircuitsVis writes them as they are."""
-        from cliffscope.figures.theme import printable
-
-        return [printable(text, keep_newlines=True).replace("<", "\u2039") for text in self.texts]
+        values = (-self.shares[-1]).round(4).tolist()
+        props = {"tokens": [harmless(text) for text in self.texts], "values": values, **SIGNS}
+        return CircuitsView(component="ColoredTokens", props=props)
 
     def __repr__(self) -> str:
         """One line: head, effect, and the token that it comes from most."""

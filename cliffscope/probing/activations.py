@@ -11,6 +11,8 @@ nothing of probes or labels.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -29,6 +31,16 @@ LONG, CHUNK = 2048, 512
 """Tokens above which a transcript that is alone in its batch is cut, and of a chunk: of 256 to 1,024 the fastest that
 keeps mask and activations small beside the cache (benchmarks/context.py)."""
 
+
+class Intervention(Protocol):
+    """What changes a model's passes while a context lasts, such as a `HeadEdit`."""
+
+    def hooks(
+        self, model: LensModel, rows: Sequence[TokenizedTranscript], *, start: int = 0
+    ) -> AbstractContextManager[None]:
+        """Acts on every pass inside the context over these rows, which begins at position `start` of them."""
+
+
 Reduced = Float32[np.ndarray, "layer ..."]
 _Kept = dict[int, dict[int, list[Tensor]]]
 
@@ -39,6 +51,7 @@ def project_residuals(
     weight: Float32[np.ndarray, "layer d_model"],
     bias: Float32[np.ndarray, " layer"],
     *,
+    edit: Intervention | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Float32[np.ndarray, "layer _"]]:
     """The probes' logits at every token of every transcript.
@@ -48,6 +61,7 @@ def project_residuals(
         transcripts: tokens; nothing after their last token is needed.
         weight: one direction a layer, on `hook_resid_post`.
         bias: one bias a layer.
+        edit: done to the model during the passes.
         progress: called with the number of transcripts done.
 
     Returns:
@@ -58,7 +72,7 @@ def project_residuals(
     def reduce(layer: int, residual: Float[Tensor, "pos d_model"], _row: int, _start: int) -> Tensor:
         return residual @ directions[layer].to(residual.device)
 
-    found = _reduce(model, transcripts, reduce, progress)
+    found = _reduce(model, transcripts, reduce, progress, edit)
     return [logits + bias[:, None] for logits in found]
 
 
@@ -99,6 +113,7 @@ def project_layer(
     bias: float,
     *,
     batch_tokens: int = BATCH_TOKENS,
+    edit: Intervention | None = None,
 ) -> Iterator[tuple[int, Float32[np.ndarray, " _"]]]:
     """One layer's probe at every token, batch by batch; the blocks above are not run.
 
@@ -109,6 +124,7 @@ def project_layer(
         weight: the direction.
         bias: its bias.
         batch_tokens: tokens of a batch, padding included.
+        edit: done to the model during the passes.
 
     Yields:
         Index of a transcript and its logits; the longest transcripts first.
@@ -122,7 +138,7 @@ def project_layer(
 
     for rows in length_batches([t.n_pos for t in transcripts], batch_tokens):
         with model.only_blocks(0, layer):
-            run_decoder(model, [transcripts[row] for row in rows], visit)
+            run_decoder(model, [transcripts[row] for row in rows], visit, edit)
         logits = torch.cat(found, 1).numpy()
         found.clear()
         for i, row in enumerate(rows):
@@ -133,6 +149,7 @@ def run_decoder(
     model: LensModel,
     rows: Sequence[TokenizedTranscript],
     visit: Callable[[int, Float[Tensor, "batch pos d_model"], int], None],
+    edit: Intervention | None = None,
 ) -> None:
     """One pass of the blocks over a batch; a long transcript that is alone in its batch goes through in chunks.
 
@@ -140,23 +157,34 @@ def run_decoder(
         model: the model; inside `only_blocks`, only those run.
         rows: one batch.
         visit: called with layer, residual after it, and the position at which that begins.
+        edit: done to the model during the pass.
     """
     batch = model.to_batch([row.token_ids.tolist() for row in rows])
     start, width = 0, batch.ids.shape[1]
     chunked = len(rows) == 1 and width > LONG
     with torch.inference_mode(), model.residual_hook(lambda layer, hidden: visit(layer, hidden, start)):
         if not chunked:
-            model.decoder(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False)
+            with _acting(edit, model, rows, 0):
+                model.decoder(
+                    input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False
+                )
             return
         cache = _reserved_cache(model, width)
         for start in range(0, width, CHUNK):
             part = slice(start, start + CHUNK)
-            model.decoder(
-                input_ids=batch.ids[:, part],
-                position_ids=batch.positions[:, part],
-                past_key_values=cache,
-                use_cache=True,
-            )
+            with _acting(edit, model, rows, start):
+                model.decoder(
+                    input_ids=batch.ids[:, part],
+                    position_ids=batch.positions[:, part],
+                    past_key_values=cache,
+                    use_cache=True,
+                )
+
+
+def _acting(
+    edit: Intervention | None, model: LensModel, rows: Sequence[TokenizedTranscript], start: int
+) -> AbstractContextManager[None]:
+    return nullcontext() if edit is None else edit.hooks(model, rows, start=start)
 
 
 class _ReservedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
@@ -209,6 +237,7 @@ def _reduce(
     transcripts: Sequence[TokenizedTranscript],
     reduce: Callable[[int, Tensor, int, int], Tensor],
     progress: Callable[[int], None] | None,
+    edit: Intervention | None = None,
 ) -> list[Reduced]:
     done: list[Reduced] = [np.empty(0, dtype=np.float32)] * len(transcripts)
     finished = 0
@@ -220,7 +249,7 @@ def _reduce(
                 residual = hidden[i, : transcripts[row].n_pos - start].float()
                 kept[row].setdefault(layer, []).append(reduce(layer, residual, row, start).cpu())
 
-        run_decoder(model, [transcripts[row] for row in rows], visit)
+        run_decoder(model, [transcripts[row] for row in rows], visit, edit)
         for row in rows:
             done[row] = torch.stack([torch.cat(parts) for _, parts in sorted(kept[row].items())]).numpy()
         finished += len(rows)

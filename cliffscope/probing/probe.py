@@ -18,7 +18,7 @@ fitted at the final token alone need not mean anything during the thinking. Know
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -27,11 +27,15 @@ from sklearn.linear_model import LogisticRegression
 
 from cliffscope.errors import ProbeError
 from cliffscope.models import LensModel
+from cliffscope.notebook import Shown
 from cliffscope.probing.activations import gather_residuals, project_residuals
 from cliffscope.probing.regions import FINAL, LATE_THINKING, balanced_positions, region_names, regions
 from cliffscope.probing.reports import ProbeReport, RegionReport, cells_of, one_sided_warning, region_report
 from cliffscope.transcripts.records import Omission, Transcript, Transcripts
 from cliffscope.transcripts.transcript import TokenizedTranscript, tokenize_all
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 Positions = Literal["final", "balanced"]
 THINKING_POSITIONS = 16
@@ -49,7 +53,7 @@ Residuals = Float32[np.ndarray, "n d_model"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class RefusalProbe:
+class RefusalProbe(Shown):
     """A linear refusal probe: score = sigmoid(residual . weight + bias)."""
 
     layer: int
@@ -83,6 +87,18 @@ class RefusalProbe:
                 f"The probe reads layer {self.layer} of width {self.weight.shape[0]}, but {model.name!r} has "
                 f"{shape.n_layers} layers of width {shape.d_model}. Fit a probe on this model."
             )
+
+    def to_frame(self) -> pd.DataFrame:
+        """Held-out quality, one row a layer and region, as the report has it."""
+        return self.report.to_frame()
+
+    def small_table(self) -> pd.DataFrame:
+        """Held-out AUROC where claims rest on it."""
+        return self.report.small_table()
+
+    def plot(self) -> "Figure":
+        """Held-out AUROC by layer and position; the probe's layer is outlined."""
+        return self.report.plot(layer=self.layer)
 
     def __repr__(self) -> str:
         """One line: layer, positions, held-out AUROC."""

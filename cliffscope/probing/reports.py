@@ -8,12 +8,17 @@ teach a probe harmfulness instead of refusal. Arrays and counts in, results out;
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
 
+from cliffscope.notebook import Shown
 from cliffscope.stats import Interval, auroc, auroc_interval, brier, expected_calibration_error, tpr_at_fpr
 from cliffscope.transcripts.records import Transcript
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 CAN_TELL = 0.75
 """Lower bound of the held-out AUROC from which a probe is said to be able to tell at a region."""
@@ -57,7 +62,7 @@ class RegionReport:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class ProbeReport:
+class ProbeReport(Shown):
     """What a probe can tell on its test split."""
 
     final: RegionReport
@@ -74,6 +79,45 @@ class ProbeReport:
     """Fitted transcripts by class and harmfulness, such as "refused, harmful"."""
     warnings: tuple[str, ...]
     """What a reader should know before believing the probe."""
+
+    def to_frame(self) -> pd.DataFrame:
+        """Held-out quality, one row a layer and region: layer, region and the fields of `RegionReport`."""
+        return self.by_region.copy()
+
+    def small_table(self) -> pd.DataFrame:
+        """Held-out AUROC where claims rest on it: region, auroc, ci_low, ci_high, n_refused, n_complied, can_tell."""
+        rows = []
+        for found in (self.final, self.late_thinking, self.within_harmful):
+            bounds = (found.interval.low, found.interval.high)
+            rows.append((found.region, found.auroc, *bounds, found.n_refused, found.n_complied, found.can_tell))
+        names = ["region", "auroc", "ci_low", "ci_high", "n_refused", "n_complied", "can_tell"]
+        return pd.DataFrame(rows, columns=names)
+
+    def plot(self, *, layer: int | None = None) -> "Figure":
+        """Held-out AUROC by layer and position.
+
+        Args:
+            layer: the layer to outline.
+        """
+        from cliffscope.figures.trace import probe_quality
+
+        frame = self.to_frame()
+        layers = sorted(int(i) for i in frame["layer"].unique()) if len(frame) else []
+        names = list(dict.fromkeys(frame["region"])) if len(frame) else []
+        grids = [
+            frame.pivot(index="layer", columns="region", values=value).reindex(layers, columns=names).to_numpy(float)
+            if len(frame)
+            else np.empty((0, 0))
+            for value in ("auroc", "auroc_low", "auroc_high")
+        ]
+        final = self.final
+        return probe_quality(
+            names,
+            layers,
+            *grids,
+            probe_layer=layer,
+            title=f"Held-out AUROC by layer and position (n={final.n_refused} refused, {final.n_complied} complied)",
+        )
 
     def __repr__(self) -> str:
         """One line: what it can tell at the end and late in the thinking."""

@@ -18,9 +18,10 @@ from jaxtyping import Float, Float32
 from scipy.special import expit
 from transformers import PreTrainedTokenizerBase
 
-from cliffscope.errors import SpanError
+from cliffscope.errors import DataError, SpanError
 from cliffscope.models import LensModel
-from cliffscope.probing.activations import project_layer, project_residuals
+from cliffscope.notebook import Shown
+from cliffscope.probing.activations import Intervention, project_layer, project_residuals
 from cliffscope.probing.cliff import PROMPT_BINS, THINKING_BINS, Cliff, Plateau, align_trace, measure_cliff
 from cliffscope.probing.probe import RefusalProbe
 from cliffscope.probing.regions import late_thinking
@@ -37,7 +38,7 @@ MOST_CLOSING = 8
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Cliffs:
+class Cliffs(Shown):
     """Plateau, final and cliff of every traced transcript."""
 
     frame: pd.DataFrame
@@ -50,6 +51,27 @@ class Cliffs:
         """A copy of the table."""
         return self.frame.copy()
 
+    def small_table(self) -> pd.DataFrame:
+        """Means of the valid cliffs by group: group, n, plateau, final, cliff, ci_low, ci_high."""
+        rows = []
+        for name, part in self.frame[self.frame["valid"].astype(bool)].groupby("group", sort=False):
+            low, high = bootstrap_mean(part["cliff"].to_numpy(float), seed=0)
+            means = part[[f"plateau_{self.plateau}", "final", "cliff"]].mean().astype(float)
+            rows.append((name, len(part), *means, float(low), float(high)))
+        return pd.DataFrame(rows, columns=["group", "n", "plateau", "final", "cliff", "ci_low", "ci_high"])
+
+    def plot(self) -> "Figure":
+        """Plateau against final of every valid cliff, by group."""
+        from cliffscope.figures.safety import plateau_final
+
+        shown = self.frame[self.frame["valid"].astype(bool)]
+        return plateau_final(
+            shown[f"plateau_{self.plateau}"].to_numpy(float),
+            shown["final"].to_numpy(float),
+            groups=shown["group"].tolist(),
+            names=shown["id"].tolist(),
+        )
+
     def __repr__(self) -> str:
         """One line: mean of the valid cliffs, n and plateau."""
         valid = self.frame[self.frame["valid"]]
@@ -58,7 +80,7 @@ class Cliffs:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class RefusalTraces:
+class RefusalTraces(Shown):
     """Refusal logits of every token of every transcript."""
 
     transcripts: tuple[Transcript, ...]
@@ -115,40 +137,55 @@ class RefusalTraces:
         rows = [self._cliff_row(i, plateau) for i in range(len(self.tokens))]
         return Cliffs(frame=pd.DataFrame(rows, columns=_CLIFF_COLUMNS), plateau=plateau)
 
-    def aligned(self, groups: Mapping[str, Sequence[str]], *, seed: int = 0) -> pd.DataFrame:
+    def aligned(
+        self, groups: Mapping[str, Sequence[str]], *, closing: int | None = None, seed: int = 0
+    ) -> pd.DataFrame:
         """Mean traces on a common axis.
 
         Args:
             groups: name to ids.
+            closing: closing tokens on the axis; None takes as many as these transcripts have, up to 8.
             seed: of the bootstrap.
 
         Returns:
             group, bin, label, span, mean, ci_low, ci_high, n; intervals are over transcripts.
         """
-        columns = ["group", "bin", "label", "span", "mean", "ci_low", "ci_high", "n"]
-        if not self.tokens:
-            return pd.DataFrame(columns=columns)
-        width = min(MOST_CLOSING, max((_length(t, Span.CLOSING) for t in self.tokens), default=1))
+        width = closing or self._closing_width()
         index = {row.id: i for i, row in enumerate(self.tokens)}
-        axis = self._axis(width)
         parts = []
         for name, ids in groups.items():
             rows = [self._align(index[i], width) for i in ids if i in index]
             if rows:
-                parts.append(axis.assign(group=name, **_band(np.stack(rows), seed)))
-        return pd.concat(parts, ignore_index=True)[columns] if parts else pd.DataFrame(columns=columns)
+                parts.append(self._axis(width).assign(group=name, **_band(np.stack(rows), seed)))
+        return pd.concat(parts, ignore_index=True)[_MEAN_COLUMNS] if parts else pd.DataFrame(columns=_MEAN_COLUMNS)
 
-    def plot(self) -> "Figure":
-        """Mean trace of the transcripts by group (harmful or harmless, and outcome), aligned on spans."""
+    def small_table(self) -> pd.DataFrame:
+        """Means of the cliffs by group, as `cliffs()` has them."""
+        return self.cliffs().small_table()
+
+    def plot(
+        self,
+        *,
+        by: Callable[[Transcript], str] | None = None,
+        beside: "Mapping[str, RefusalTraces] | None" = None,
+    ) -> "Figure":
+        """Mean traces by group, aligned on spans.
+
+        Args:
+            by: names the group of a transcript; None takes harmfulness and outcome. Give
+                `lambda t: t.source` for a curve a data set.
+            beside: further traces by name, such as those of the same transcripts with heads edited; a curve each.
+        """
         from cliffscope.figures.theme import empty_figure
         from cliffscope.figures.trace import Band, mean_trace
 
-        groups: dict[str, list[str]] = {}
-        for transcript in self.transcripts:
-            groups.setdefault(group_name(transcript), []).append(transcript.id)
-        if not self.tokens:
-            return empty_figure("Refusal score", "no transcript was traced")
-        table = self.aligned(groups)
+        width = max(own._closing_width() for own in (self, *(beside or {}).values()))
+        tables = [self.aligned(_grouped(self.transcripts, by or group_name), closing=width)]
+        for name, other in (beside or {}).items():
+            tables.append(other.aligned({name: [t.id for t in other.transcripts]}, closing=width))
+        table = pd.concat([found for found in tables if len(found)] or tables)
+        if not len(table):
+            return empty_figure("Refusal score", "No transcript was traced.")
         first = table[table["group"] == table["group"].iloc[0]]
         curves = {
             str(name): Band(
@@ -159,11 +196,66 @@ class RefusalTraces:
             )
             for name, part in table.groupby("group", sort=False)
         }
-        return mean_trace(first["label"].tolist(), first["span"].tolist(), curves)
+        return mean_trace(first["label"].tolist(), first["span"].tolist(), curves, n=self._n_with(beside or {}))
+
+    def plot_tokens(self, transcript_id: str) -> "Figure":
+        """One transcript as text, each token on a ground of its score; with a slider where its layers were kept.
+
+        Args:
+            transcript_id: of a traced transcript; `trace_refusal(layers_of=[...])` keeps its layers.
+
+        Raises:
+            DataError: no such transcript was traced.
+        """
+        from cliffscope.figures.tokens import token_text
+
+        row, score = self._one(transcript_id)
+        return token_text(
+            self.token_texts(row),
+            [str(span) for span in row.labels()],
+            score,
+            layers=None if len(score) > 1 else [self.probe.layer],
+            probe_layer=self.probe.layer,
+            title=f"Refusal score of {transcript_id}, token by token",
+        )
+
+    def plot_layers(self, transcript_id: str) -> "Figure":
+        """One transcript, layer by token; the layers are there where `layers_of` named it.
+
+        Args:
+            transcript_id: of a traced transcript.
+
+        Raises:
+            DataError: no such transcript was traced, or its layers were not kept.
+        """
+        from cliffscope.figures.trace import layer_heat
+
+        row, score = self._one(transcript_id)
+        if transcript_id not in self.layer_logits:
+            raise DataError(
+                f"Only layer {self.probe.layer} of {transcript_id!r} was traced. Give its id to "
+                "trace_refusal(layers_of=[...])."
+            )
+        labels = [str(span) for span in row.labels()]
+        return layer_heat(self.token_texts(row), labels, score, probe_layer=self.probe.layer)
 
     def __repr__(self) -> str:
         """One line: n, layer, how many were left out."""
         return f"RefusalTraces(n={len(self.tokens)}, layer {self.probe.layer}, left out {len(self.omitted)})"
+
+    def _n_with(self, beside: "Mapping[str, RefusalTraces]") -> int:
+        return len({t.id for own in (self, *beside.values()) for t in own.transcripts})
+
+    def _closing_width(self) -> int:
+        return min(MOST_CLOSING, max((_length(t, Span.CLOSING) for t in self.tokens), default=1))
+
+    def _one(self, transcript_id: str) -> tuple[TokenizedTranscript, Float[np.ndarray, "layer _"]]:
+        """A transcript's tokens, and its scores at every layer that was kept."""
+        for row, logits in zip(self.tokens, self.logits, strict=True):
+            if row.id == transcript_id:
+                return row, expit(self.layer_logits.get(transcript_id, logits[None]))
+        known = ", ".join(repr(row.id) for row in self.tokens[:3])
+        raise DataError(f"No transcript {transcript_id!r} was traced; there are {len(self.tokens)}, such as {known}.")
 
     def _cliff_row(self, i: int, plateau: Plateau) -> dict[str, object]:
         row, transcript = self.tokens[i], self.transcripts[i]
@@ -202,11 +294,13 @@ class RefusalTraces:
         labels = [f"prompt {i + 1}/{PROMPT_BINS}" for i in range(PROMPT_BINS)]
         labels += [f"thinking {i + 1}/{THINKING_BINS}" for i in range(THINKING_BINS)]
         longest = max(self.tokens, key=lambda t: _length(t, Span.CLOSING))
-        labels += self.token_texts(longest)[longest.span(Span.CLOSING)][-width:]
+        texts = self.token_texts(longest)[longest.span(Span.CLOSING)]
+        labels += [*[""] * width, *texts][-width:]
         spans = [Span.PROMPT] * PROMPT_BINS + [Span.THINKING] * THINKING_BINS + [Span.CLOSING] * width
         return pd.DataFrame({"bin": range(len(labels)), "label": labels, "span": [str(s) for s in spans]})
 
 
+_MEAN_COLUMNS = ["group", "bin", "label", "span", "mean", "ci_low", "ci_high", "n"]
 _CLIFF_COLUMNS = [
     *("id", "group", "harmful", "outcome", "plateau_max", "plateau_mean", "plateau_late", "final", "cliff"),
     *("drop_position", "drop", "drop_token", "valid", "reason"),
@@ -218,15 +312,17 @@ def trace_refusal(
     probe: RefusalProbe,
     transcripts: Transcripts,
     *,
+    edit: Intervention | None = None,
     layers_of: Sequence[str] = (),
     progress: Callable[[int], None] | None = None,
 ) -> RefusalTraces:
     """Traces the refusal score through each transcript, up to the final position.
 
     Args:
-        model: the model, edited or not.
+        model: the model.
         probe: fitted on this model.
         transcripts: with thinking, if the model thinks.
+        edit: done to the model meanwhile, such as `cs.zero(heads, scope="closing")`; the transcripts stay as they are.
         layers_of: ids of transcripts of which every layer's trace is kept.
         progress: called with the number of transcripts done.
 
@@ -244,9 +340,9 @@ def trace_refusal(
         raise SpanError(f"None of {len(transcripts)} transcripts can be traced: {why}. Give transcripts with thinking.")
     wanted = set(layers_of)
     deep = [t for t in tokens if t.id in wanted]
-    every = project_residuals(model, deep, probe.layer_weights, probe.layer_biases) if deep else []
+    every = project_residuals(model, deep, probe.layer_weights, probe.layer_biases, edit=edit) if deep else []
     read: dict[int, Float32[np.ndarray, " _"]] = {}
-    for row, values in project_layer(model, tokens, probe.layer, probe.weight, probe.bias):
+    for row, values in project_layer(model, tokens, probe.layer, probe.weight, probe.bias, edit=edit):
         read[row] = values
         if progress is not None:
             progress(len(read))
@@ -274,6 +370,13 @@ def group_name(transcript: Transcript) -> str:
     """Harmfulness and outcome in words: "harmful, complied"."""
     words = {True: "harmful", False: "harmless", None: "unlabelled"}
     return f"{words[transcript.harmful]}, {transcript.outcome}"
+
+
+def _grouped(transcripts: Sequence[Transcript], by: Callable[[Transcript], str]) -> dict[str, list[str]]:
+    groups: dict[str, list[str]] = {}
+    for transcript in transcripts:
+        groups.setdefault(str(by(transcript)), []).append(transcript.id)
+    return groups
 
 
 def cliff_of(tokens: TokenizedTranscript, logits: Float32[np.ndarray, " _"]) -> Cliff:

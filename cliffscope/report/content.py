@@ -14,7 +14,7 @@ from typing import TypeAlias
 import pandas as pd
 import plotly.graph_objects as go
 
-from cliffscope.figures import printable
+from cliffscope.figures import embed, printable
 
 CELL = 1200
 """Most characters of a text in a table cell."""
@@ -71,6 +71,24 @@ class Plot:
     spec: str
     """Plotly JSON that may stand inside a script element."""
     kind: str = "plot"
+    """Which macro draws it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Circuits:
+    """A component of CircuitsVis."""
+
+    id: str
+    """The element's id."""
+    title: str
+    """What is shown, with n."""
+    note: str
+    """How to read it."""
+    component: str
+    """Name of the component."""
+    props: str
+    """JSON that may stand inside a script element."""
+    kind: str = "circuits"
     """Which macro draws it."""
 
 
@@ -144,7 +162,7 @@ class TokenRun:
     """Tokens left out before the last ones shown."""
 
 
-Part: TypeAlias = "Table | Plot | Row | Facts | Remark | TokenView"
+Part: TypeAlias = "Table | Plot | Circuits | Row | Facts | Remark | TokenView"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,17 +209,6 @@ def plot(name: str, fig: go.Figure, note: str) -> Plot:
 def script_json(fig: go.Figure) -> str:
     """The figure as JSON that cannot end a script element or open a comment in one."""
     return embed(json.loads(fig.to_json()))
-
-
-def embed(value: object) -> str:
-    r"""JSON that may stand inside a script element.
-
-    Example:
-        >>> embed({"a": "</script>"})
-        '{"a":"\\u003c/script\\u003e"}'
-    """
-    text = json.dumps(value, ensure_ascii=True, separators=(",", ":"), allow_nan=False)
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def number(value: float, digits: int = 2) -> str:

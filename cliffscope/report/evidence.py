@@ -25,6 +25,7 @@ from cliffscope.report.content import (
     plot,
     text_cell,
 )
+from cliffscope.report.reading import reading_parts
 from cliffscope.report.stored import StoredRun, as_float, as_int, as_list, as_object
 from cliffscope.resampling import bootstrap_mean
 
@@ -45,17 +46,21 @@ CLAIMED = {
 
 def cliff_section(run: StoredRun) -> Section:
     """The mean trace by group, each transcript's plateau against its final score, and where the score drops."""
+    edited = run.tables["edited_aligned"]
     aligned, cliffs = run.tables["aligned"], run.tables["cliffs"]
+    aligned = pd.concat([aligned, edited]) if len(aligned) and len(edited) else aligned
     parts: list[Part] = []
     if len(aligned):
-        labels, spans, groups = _bands(aligned)
+        labels, spans, groups = bands(aligned)
+        n = sum(int(np.max(band.n, initial=0)) for name, band in groups.items() if name not in set(edited["group"]))
         note = (
             "Every span is cut into equal parts and the closing tokens keep one place each, so none is averaged into "
             "the thinking. Band: 95% bootstrap interval of the mean over transcripts. Hover for n by position."
+            + (" With heads zeroed, the same transcripts are read again." if len(edited) else "")
         )
-        parts.append(plot("cliff", mean_trace(labels, spans, groups), note))
+        parts.append(plot("cliff", mean_trace(labels, spans, groups, n=n), note))
     if len(cliffs):
-        parts += _cliff_parts(cliffs)
+        parts += _cliff_parts(cliffs, run.tables["edited_cliffs"])
     return Section(
         id="cliff",
         title="The cliff",
@@ -93,6 +98,7 @@ def heads_section(run: StoredRun) -> Section:
         parts.append(_random(run))
     if len(frame):
         parts.append(_head_table(frame))
+    parts += reading_parts(run)
     scope, method = facts.get("scope", "closing"), facts.get("method", "zero")
     return Section(
         id="heads",
@@ -141,11 +147,8 @@ def group_mean(frame: pd.DataFrame, column: str) -> tuple[float, float, float, i
     return float(values.mean()), float(low), float(high), len(values)
 
 
-def _verdict(run: StoredRun, name: str) -> str:
-    return str(run.section("verdict").get(name) or "")
-
-
-def _bands(aligned: pd.DataFrame) -> tuple[list[str], list[str], dict[str, Band]]:
+def bands(aligned: pd.DataFrame) -> tuple[list[str], list[str], dict[str, Band]]:
+    """Labels and spans of the aligned bins, and the curve of each group."""
     bins = aligned.drop_duplicates("bin").sort_values("bin")
     order = bins["bin"].to_list()
     groups = {}
@@ -161,7 +164,11 @@ def _bands(aligned: pd.DataFrame) -> tuple[list[str], list[str], dict[str, Band]
     return bins["label"].astype(str).to_list(), bins["span"].astype(str).to_list(), groups
 
 
-def _cliff_parts(cliffs: pd.DataFrame) -> list[Part]:
+def _verdict(run: StoredRun, name: str) -> str:
+    return str(run.section("verdict").get(name) or "")
+
+
+def _cliff_parts(cliffs: pd.DataFrame, edited: pd.DataFrame) -> list[Part]:
     plateau, valid = plateau_name(cliffs), cliffs["valid"].fillna(False).astype(bool)
     shown = cliffs[valid]
     fig = plateau_final(
@@ -173,7 +180,7 @@ def _cliff_parts(cliffs: pd.DataFrame) -> list[Part]:
     )
     note = f"Plateau: {plateau} over the thinking. The distance below the diagonal is the transcript's cliff."
     scatter = plot("plateau", fig, note)
-    parts: list[Part] = [_cliff_table(cliffs, plateau)]
+    parts: list[Part] = [_cliff_table(pd.concat([cliffs, edited]) if len(edited) else cliffs, plateau)]
     parts.append(Row(parts=(scatter, _drop_table(shown))) if shown["drop_token"].notna().any() else scatter)
     if not valid.all():
         why = cliffs.loc[~valid, "reason"].fillna("no reason given").astype(str).value_counts()
@@ -218,7 +225,7 @@ def _drop_table(cliffs: pd.DataFrame) -> Table:
 
 
 def _shown(token: object) -> str:
-    return str(token).replace(" ", "␠").replace("\n", "⏎")
+    return str(token).replace(" ", "␣").replace("\n", "⏎")
 
 
 def _floats(column: pd.Series) -> np.ndarray:

@@ -75,5 +75,10 @@ addEventListener("afterprint", () => {
   for (const plot of document.querySelectorAll(".js-plotly-plot")) Plotly.relayout(plot, {width: null, autosize: true});
 });
 
-// Plotly stands after this script.
-addEventListener("DOMContentLoaded", drawNext);
+// Plotly and CircuitsVis stand after this script.
+addEventListener("DOMContentLoaded", () => {
+  for (const script of document.querySelectorAll("script[data-circuits]")) {
+    CircuitsVis.render(script.dataset.circuits, CircuitsVis[script.dataset.component], JSON.parse(script.textContent));
+  }
+  drawNext();
+});

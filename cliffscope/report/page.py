@@ -12,15 +12,18 @@ Text from models and data is untrusted: it is made printable and capped where it
 
 import base64
 import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from cliffscope.errors import StoreError
+from cliffscope.errors import DataError, StoreError
 from cliffscope.figures import printable
-from cliffscope.report.content import Section
+from cliffscope.figures.circuits import circuits_script
+from cliffscope.report.comparison import NamedRun, comparison_sections, comparison_tiles
+from cliffscope.report.content import Circuits, Section
 from cliffscope.report.evidence import cliff_section, heads_section, probe_section
 from cliffscope.report.outcomes import (
     omitted_section,
@@ -55,8 +58,49 @@ def write_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
         StoreError: The directory holds no manifest.json, or the page cannot be written.
         DataError: A file of the run is there and cannot be read.
     """
-    page = render(read_run(run_dir))
-    target = Path(path) if path is not None else Path(run_dir) / "report.html"
+    return _write(render(read_run(run_dir)), Path(path) if path is not None else Path(run_dir) / "report.html")
+
+
+def write_comparison(run_dirs: Sequence[str | Path], path: str | Path) -> Path:
+    """Writes a page that compares two runs.
+
+    Args:
+        run_dirs: two run directories.
+        path: where to write.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        DataError: not two directories were given, or a file of a run cannot be read.
+        StoreError: a directory holds no run, or the page cannot be written.
+    """
+    if len(run_dirs) != 2:
+        raise DataError(f"{len(run_dirs)} runs were given; two can be compared.")
+    short = [Path(folder).resolve().name for folder in run_dirs]
+    full = [str(folder) for folder in run_dirs]
+    names = [printable(name, limit=60) for name in (short if len(set(short)) > 1 else full)]
+    runs = [
+        NamedRun(name=f"{letter}: {name}", run=read_run(folder))
+        for letter, name, folder in zip("AB", names, run_dirs, strict=True)
+    ]
+    page = _page(
+        comparison_sections(runs),
+        dict(
+            title=" and ".join(names),
+            kicker="comparison of two runs",
+            heading=[("What differs between ", names[0]), (" and ", names[1]), ("?", "")],
+            version=_version(runs[-1].run),
+            verdicts=[],
+            tiles=comparison_tiles(runs),
+            method=None,
+            reproduce=[{**_reproduce(one.run), "name": one.name} for one in runs],
+        ),
+    )
+    return _write(page, Path(path))
+
+
+def _write(page: str, target: Path) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -68,6 +112,27 @@ def write_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
 
 def render(run: StoredRun) -> str:
     """The page of a stored run as HTML."""
+    model = printable(str(run.section("model").get("name") or "this model"), limit=120)
+    return _page(
+        sections_of(run),
+        dict(
+            title=model,
+            kicker="refusal cliff report",
+            heading=[("Does ", model), (" lose its refusal between thinking and answer?", "")],
+            version=_version(run),
+            verdicts=_verdicts(run),
+            tiles=tiles(run),
+            method=_method(run),
+            reproduce=[{**_reproduce(run), "name": ""}],
+        ),
+    )
+
+
+def _version(run: StoredRun) -> str:
+    return printable(str(run.manifest.get("cliffscope") or "unknown"), limit=40)
+
+
+def _page(sections: list[Section], values: Mapping[str, object]) -> str:
     environment = Environment(
         loader=PackageLoader("cliffscope.report", ""),
         autoescape=True,
@@ -78,22 +143,17 @@ def render(run: StoredRun) -> str:
         auto_reload=False,
     )
     # Ours first: tables and controls work while the browser is still reading the megabytes of plotly.js.
-    scripts = (_asset("page.js"), get_plotlyjs())
+    scripts = [_asset("page.js"), get_plotlyjs()]
+    if any(isinstance(part, Circuits) for section in sections for part in section.parts):
+        scripts.append(circuits_script())
+    hashes = [_hash(script) for script in scripts]
     return environment.get_template("page.html.j2").render(
-        model=printable(str(run.section("model").get("name") or "this model"), limit=120),
-        version=printable(str(run.manifest.get("cliffscope") or "unknown"), limit=40),
-        verdicts=_verdicts(run),
-        tiles=tiles(run),
-        sections=_sections(run),
-        method=_method(run),
-        reproduce=_reproduce(run),
-        style=_asset("page.css"),
-        scripts=scripts,
-        hashes=[_hash(script) for script in scripts],
+        sections=sections, style=_asset("page.css"), scripts=scripts, hashes=hashes, **values
     )
 
 
-def _sections(run: StoredRun) -> list[Section]:
+def sections_of(run: StoredRun) -> list[Section]:
+    """The sections of a run's page, in the order of the argument."""
     builders = (
         run_section,
         cliff_section,

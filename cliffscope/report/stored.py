@@ -28,6 +28,9 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
         *("id", "group", "harmful", "outcome", "plateau_max", "plateau_mean", "final", "cliff"),
         *("drop_position", "drop_token", "valid", "reason", "split"),
     ),
+    "edited_aligned": ("group", "bin", "label", "span", "mean", "ci_low", "ci_high", "n"),
+    "edited_cliffs": ("id", "group", "plateau_max", "plateau_mean", "final", "cliff", "valid"),
+    "head_sources": ("id", "head", "kv_group", "query", "position", "token", "span", "attention", "share"),
     "heads": (
         *("layer", "head", "kv_group", "effect", "effect_score", "ci_low", "ci_high", "p", "q"),
         *("effect_harmless", "n", "rank", "selected"),

@@ -14,8 +14,8 @@ from itertools import groupby
 import numpy as np
 import pandas as pd
 
-from cliffscope.figures import layer_heat, printable
-from cliffscope.report.content import Part, Plot, Remark, Section, TokenRun, TokenView, embed, number, plot
+from cliffscope.figures import embed, layer_heat, printable
+from cliffscope.report.content import Part, Plot, Remark, Section, TokenRun, TokenView, number, plot
 from cliffscope.report.evidence import plateau_name
 from cliffscope.report.stored import StoredRun, as_int
 

@@ -23,6 +23,7 @@ from cliffscope.heads.methods import Method, measure_effects
 from cliffscope.heads.ranking import HeadRanking, top_count
 from cliffscope.heads.usable import check_finite, usable_tokens
 from cliffscope.models import LensModel
+from cliffscope.notebook import Shown
 from cliffscope.probing.probe import RefusalProbe
 from cliffscope.resampling import bootstrap_mean
 from cliffscope.safety.arms import TOP
@@ -39,7 +40,7 @@ _COLUMNS = ["fraction", "heads", "arm", "kind", "quantity", "value", "ci_low", "
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class DoseResponse:
+class DoseResponse(Shown):
     """What editing more and more heads does."""
 
     frame: pd.DataFrame
@@ -49,6 +50,11 @@ class DoseResponse:
     def to_frame(self) -> pd.DataFrame:
         """A copy of the table."""
         return self.frame.copy()
+
+    def small_table(self) -> pd.DataFrame:
+        """The chosen heads at every dose."""
+        frame = self.to_frame()
+        return frame[frame["kind"] == "top"].drop(columns="kind")
 
     def plot(self) -> "Figure":
         """Score and rates against the number of heads, chosen ones beside random sets."""

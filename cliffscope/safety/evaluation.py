@@ -22,6 +22,7 @@ import pandas as pd
 from cliffscope.errors import DataError
 from cliffscope.heads.edits import EditPlan, HeadEdit, edited_everywhere
 from cliffscope.models import LensModel
+from cliffscope.notebook import Shown
 from cliffscope.resampling import bootstrap_mean, bootstrap_ratio, paired_bootstrap_difference
 from cliffscope.safety.answers import answer_rows
 from cliffscope.safety.arms import TOP, UNEDITED, Arm, MakeEdit, plan_arms
@@ -41,7 +42,7 @@ QUALITIES = ("partial", "thinking_refuses", "answer_tokens", "repetition", "exac
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class SafetyReport:
+class SafetyReport(Shown):
     """Outcomes of every arm."""
 
     arms: tuple[Arm, ...]
@@ -107,6 +108,12 @@ class SafetyReport:
         """Mean rate of the random arms."""
         frame = self.to_frame()
         return float(frame[(frame["kind"] == "random") & (frame["group"] == group)]["rate"].mean())
+
+    def small_table(self) -> pd.DataFrame:
+        """The unedited and the edited arm: arm, group, n, rate, ci_low, ci_high."""
+        frame = self.to_frame()
+        shown = frame[frame["kind"] != "random"] if len(frame) else frame
+        return shown.reindex(columns=["arm", "group", "n", "rate", "ci_low", "ci_high"])
 
     def plot(self) -> "Figure":
         """ASR and over-refusal of every arm with their intervals."""

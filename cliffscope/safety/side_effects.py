@@ -12,6 +12,7 @@ fit a fixed room. Knows edits, not how they were chosen.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
@@ -22,10 +23,14 @@ from torch import Tensor
 from cliffscope.errors import DataError
 from cliffscope.heads.edits import EditPlan, HeadEdit, edited_everywhere
 from cliffscope.models import Batch, LensModel
+from cliffscope.notebook import Shown
 from cliffscope.resampling import bootstrap_mean, bootstrap_ratio
 from cliffscope.safety.arms import Arm, MakeEdit, plan_arms
 from cliffscope.transcripts.records import Omission, Transcripts
 from cliffscope.transcripts.transcript import Span, tokenize_all
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
 
 KL, PERPLEXITY = "kl", "perplexity"
 ROOM_BYTES = 256 * 2**20
@@ -34,7 +39,7 @@ _COLUMNS = ["arm", "kind", "measure", "n", "value", "ci_low", "ci_high", "unit"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class SideEffects:
+class SideEffects(Shown):
     """What an edit changes beside refusal."""
 
     frame: pd.DataFrame
@@ -45,6 +50,18 @@ class SideEffects:
     def to_frame(self) -> pd.DataFrame:
         """A copy of the table."""
         return self.frame.copy()
+
+    def small_table(self) -> pd.DataFrame:
+        """The table, arm by arm."""
+        return self.frame[["arm", "measure", "n", "value", "ci_low", "ci_high", "unit"]]
+
+    def plot(self) -> "Figure":
+        """Every measure of the edit beside that of random sets."""
+        from cliffscope.figures.measures import measure_panels
+
+        measure = self.frame["measure"] + " (" + self.frame["unit"] + ")"
+        arm = self.frame["arm"].where(self.frame["kind"] != "random", "random sets")
+        return measure_panels(self.frame.assign(measure=measure, arm=arm), title="What else the edit changes")
 
     def value(self, measure: str, kind: str = "top") -> float:
         """Mean value of a measure over the arms of one kind; NaN if it was not measured."""

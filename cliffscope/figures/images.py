@@ -1,0 +1,89 @@
+"""How does a figure get into a paper?
+
+Figures are drawn for pages that may be light or dark, with greys that read on both. An image is for paper: its text is
+dark, its ground white or none, its size that of a column. plotly's kaleido draws it, in a Chrome or chromium that must
+be there.
+"""
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import plotly.graph_objects as go
+
+from cliffscope.errors import DataError, MissingExtraError, StoreError
+from cliffscope.figures import theme
+
+FORMATS = ("svg", "png", "pdf", "webp", "jpeg")
+WIDTH = 900
+"""Pixels: legible at the width of a page of text."""
+
+
+def save_figure(
+    figure: go.Figure, path: str | Path, *, width: int = WIDTH, scale: float = 2.0, transparent: bool = False
+) -> Path:
+    """Writes a figure as an image; the figure itself stays as it is.
+
+    Args:
+        figure: any figure of CliffScope, or another of plotly's.
+        path: where to write; its suffix is the format: .svg, .png, .pdf, .webp or .jpeg.
+        width: in pixels; the height is the figure's own.
+        scale: device pixels a pixel, for formats that have pixels.
+        transparent: no ground, and the greys that read on light and dark pages alike.
+
+    Returns:
+        The path.
+
+    Raises:
+        DataError: the suffix is none of these.
+        MissingExtraError: kaleido, or a Chrome for it, is not installed.
+        StoreError: the file cannot be written.
+    """
+    target = Path(path)
+    save_figures({target: figure}, width=width, scale=scale, transparent=transparent)
+    return target
+
+
+def save_figures(
+    figures: Mapping[Path, go.Figure], *, width: int = WIDTH, scale: float = 2.0, transparent: bool = False
+) -> None:
+    """Writes several figures with one start of the browser; arguments and errors as of `save_figure`."""
+    for target in figures:
+        if target.suffix.removeprefix(".").lower() not in FORMATS:
+            raise DataError(f"{target.name}: expected a name that ends in one of .{', .'.join(FORMATS)}.")
+    try:
+        # plotly's own messages do not name the extra.
+        from choreographer.errors import ChromeNotFoundError
+        from plotly.io import write_images
+    except ImportError as error:
+        raise MissingExtraError("Writing images needs kaleido: pip install 'cliffscope[figures]'.") from error
+    # It tells of messages cut off as its browser closes, which is after the images were written.
+    driver = logging.getLogger("choreographer")
+    level = driver.level
+    driver.setLevel(logging.CRITICAL)
+    try:
+        for target in figures:
+            target.parent.mkdir(parents=True, exist_ok=True)
+        write_images(
+            fig=[_on_paper(figure, transparent=transparent) for figure in figures.values()],
+            file=list(figures),
+            format=[target.suffix.removeprefix(".").lower() for target in figures],
+            width=width,
+            height=[figure.layout.height for figure in figures.values()],
+            scale=scale,
+        )
+    except ChromeNotFoundError as error:
+        raise MissingExtraError(
+            "Writing images needs Chrome or chromium. Install one, or run kaleido_get_chrome."
+        ) from error
+    except OSError as error:
+        raise StoreError(f"An image cannot be written: {error}. Give another path.") from error
+    finally:
+        driver.setLevel(level)
+
+
+def _on_paper(figure: go.Figure, *, transparent: bool) -> go.Figure:
+    shown = go.Figure(figure)
+    if not transparent:
+        shown.update_layout(font_color=theme.TEXT, paper_bgcolor="white", plot_bgcolor="white")
+    return shown

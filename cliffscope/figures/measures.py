@@ -1,0 +1,70 @@
+"""What does each arm measure, quantity by quantity?
+
+One panel a quantity with its own unit, one row an arm, each value with its interval. Made for side effects, and for a
+model before and after its repair. It knows no result class.
+"""
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from cliffscope.figures import theme
+
+MOST_COLUMNS = 3
+"""Panels side by side; more would have no room for their axes."""
+_COLORS = {"top": theme.BLUE, "after": theme.BLUE, "random": theme.GREY}
+
+
+def measure_panels(frame: pd.DataFrame, *, title: str = "Measures by arm") -> go.Figure:
+    """One panel a quantity, one row an arm.
+
+    Args:
+        frame: One row a quantity and arm, in the order to show: measure (name, with its unit), arm (several values of
+            one name share a row), kind (`top`, `after`, `random` or another: the colour), value, ci_low, ci_high, n.
+        title: Title.
+
+    Returns:
+        The figure, or one that says that nothing was measured.
+    """
+    known = frame[np.isfinite(frame["value"].to_numpy(float))] if len(frame) else frame
+    if not len(known):
+        return theme.empty_figure(title, "Nothing was measured.")
+    measures, arms = known["measure"].astype(str).unique(), known["arm"].astype(str).unique()
+    width = min(MOST_COLUMNS, len(measures))
+    height = -(-len(measures) // width)
+    fig = make_subplots(
+        rows=height, cols=width, shared_yaxes=True, horizontal_spacing=0.06, vertical_spacing=0.3 / height
+    )
+    theme.themed(fig, title=title, x="", y="", height=height * (100 + 34 * len(arms)) + 60)
+    for place, measure in enumerate(measures):
+        cell = {"row": place // width + 1, "col": place % width + 1}
+        part = known[known["measure"] == measure]
+        for line, arm in enumerate(arms):
+            _add_arm(fig, part[part["arm"] == arm], line, cell)
+        least, most = int(part["n"].min()), int(part["n"].max())
+        n = f"n={least:,}" if least == most else f"n={least:,} to {most:,}"
+        fig.update_xaxes(title_text=f"{theme.caption(measure, limit=48)} ({n})", rangemode="tozero", **cell)
+    names = [theme.caption(name, limit=28) for name in arms]
+    fig.update_yaxes(tickvals=list(range(len(arms))), ticktext=names, range=[len(arms) - 0.5, -0.5], showgrid=False)
+    fig.update_layout(showlegend=False)
+    return fig
+
+
+def _add_arm(fig: go.Figure, rows: pd.DataFrame, line: int, cell: dict[str, int]) -> None:
+    if not len(rows):
+        return
+    value, low, high = (rows[name].to_numpy(float) for name in ("value", "ci_low", "ci_high"))
+    color, one = _COLORS.get(str(rows["kind"].iloc[0]), theme.INK), len(rows) == 1
+    name = theme.caption(str(rows["arm"].iloc[0]), limit=40)
+    told = zip(value, low, high, rows["n"].astype(int), strict=True)
+    fig.add_scatter(
+        x=np.round(value, 5),
+        y=line + (np.zeros(1) if one else theme.jitter(len(rows), 0.24)),
+        mode="markers",
+        marker={"color": color, "size": 11 if one else 7, "opacity": 1 if one else 0.55},
+        error_x=theme.error_bars(value, low, high, color) if one else None,
+        customdata=[f"{name}<br>{v:.4g} {theme.bounds(a, b)}, n={n:,}" for v, a, b, n in told],
+        hovertemplate="%{customdata}<extra></extra>",
+        **cell,
+    )

@@ -1,0 +1,78 @@
+"""How does a result show itself in a notebook?
+
+A result that is a `Shown` has a one-line headline (its repr), a small table (`small_table`) and a figure (`plot`).
+Jupyter gets headline and table as HTML and the figure from plotly's own renderer, which loads plotly.js once a
+notebook; a terminal gets the headline. All text is escaped and made printable. It knows no science.
+"""
+
+import html
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+if TYPE_CHECKING:
+    from plotly.graph_objects import Figure
+
+ROWS = 6
+"""Rows of the small table: what fits under a headline without scrolling."""
+TEXT = 60
+"""Most characters of a text in the table."""
+_HEAD = "padding:2px 12px 2px 0;text-align:left;font-weight:600;border-bottom:1px solid currentColor"
+_CELL = "padding:2px 12px 2px 0;text-align:left;font-variant-numeric:tabular-nums"
+
+
+class Shown:
+    """A result that shows itself: a headline, a small table, and a figure where it has one."""
+
+    def small_table(self) -> pd.DataFrame:
+        """What stands under the headline; of this only the first rows are shown."""
+        raise NotImplementedError
+
+    def plot(self) -> "Figure":
+        """The figure; a result without one raises NotImplementedError."""
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        """Headline and table, for every host that shows HTML."""
+        from cliffscope.figures.theme import printable
+
+        return f'<div style="margin:4px 0 8px">{html.escape(printable(repr(self), limit=400))}</div>{_table(self)}'
+
+    def _ipython_display_(self) -> None:
+        """Headline, table and figure in a notebook; elsewhere IPython falls back to the headline."""
+        from IPython import get_ipython
+        from IPython.display import HTML, display
+
+        if not hasattr(get_ipython(), "kernel"):
+            raise NotImplementedError
+        # IPython's display is not annotated.
+        show: Callable[[object], None] = display
+        make: Callable[[str], object] = HTML
+        show(make(self._repr_html_()))
+        with suppress(NotImplementedError):
+            show(self.plot())
+
+
+def _table(result: Shown) -> str:
+    frame = result.small_table()
+    if not len(frame.columns):
+        return ""
+    head = "".join(f'<th style="{_HEAD}">{html.escape(str(name))}</th>' for name in frame.columns)
+    rows = "".join(
+        "<tr>" + "".join(f'<td style="{_CELL}">{_cell(value)}</td>' for value in row) + "</tr>"
+        for row in frame.head(ROWS).itertuples(index=False)
+    )
+    left = len(frame) - ROWS
+    more = f'<div style="opacity:.7">{left:,} more rows</div>' if left > 0 else ""
+    return f'<table style="border-collapse:collapse"><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>{more}'
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return "n/a" if pd.isna(value) else f"{value:.3f}"
+    from cliffscope.figures.theme import printable
+
+    shown = str(value)
+    return html.escape(printable(shown, limit=TEXT))

@@ -1,0 +1,262 @@
+"""What differs between two runs, and what does not?
+
+1. What was run: every setting, model fact and version that differs.
+2. The cliff: the curves of the harmful groups side by side, and the cliffs with their intervals; where both runs traced
+   the same prompts, the paired difference too.
+3. The heads: each head's effect in the one run against that in the other, and the selected heads of both.
+4. The intervention: ASR and over-refusal of every arm.
+5. The probes, since numbers of a probe that cannot tell compare nothing.
+
+Two runs of different models share no scale of logits; effects are then compared by rank alone. It measures nothing but
+paired differences of stored cliffs and rank correlations of stored effects.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from scipy.stats import spearmanr
+
+from cliffscope.figures import effect_pairs, mean_trace, measure_panels
+from cliffscope.report.content import (
+    Cell,
+    Part,
+    Remark,
+    Section,
+    Table,
+    Tile,
+    columns,
+    count_cell,
+    interval,
+    interval_cell,
+    number,
+    number_cell,
+    plot,
+    text_cell,
+)
+from cliffscope.report.evidence import CLAIMED, bands, group_mean, plateau_name
+from cliffscope.report.stored import StoredRun, as_float, as_int, as_list, as_object
+from cliffscope.resampling import bootstrap_mean
+
+CURVES = ("harmful, complied", "harmful, refused", "harmless, complied")
+"""Groups whose curves are drawn; with more, two runs would hide each other."""
+ASKED = "harmful, complied"
+"""The group that has a cliff to compare."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class NamedRun:
+    """A run and what it is called on the page."""
+
+    name: str
+    """Such as "A: runs/base"."""
+    run: StoredRun
+    """What it holds."""
+
+
+def comparison_sections(runs: Sequence[NamedRun]) -> list[Section]:
+    """The sections of a page that compares runs."""
+    return [_differences(runs), _cliffs(runs), _heads(runs), _safety(runs), _probes(runs)]
+
+
+def comparison_tiles(runs: Sequence[NamedRun]) -> list[Tile]:
+    """The headline numbers, run beside run."""
+    cliffs, attacks, probes = [], [], []
+    for one in runs:
+        mean, low, high, n = group_mean(_asked(one.run), "cliff")
+        cliffs.append((number(mean), f"{one.name}: {interval(low, high, n)}, n={n:,}"))
+        rates = [_rate(one.run, kind) for kind in ("unedited", "top")]
+        attacks.append((" → ".join(number(100 * rate, 0) + "%" for rate in rates), f"{one.name}: unedited → edited"))
+        final = as_object(as_object(one.run.probe.get("report")).get("final"))
+        low, high = as_float(final.get("auroc_low")), as_float(final.get("auroc_high"))
+        probes.append((number(as_float(final.get("auroc"))), f"{one.name}: {interval(low, high, 0)}"))
+    named = (("Mean cliff", cliffs, "cliff"), ("ASR", attacks, "intervention"), ("Probe AUROC", probes, "probe"))
+    return [
+        Tile(name=name, value=value, detail=detail, href=href) for name, found, href in named for value, detail in found
+    ]
+
+
+def _asked(run: StoredRun) -> pd.DataFrame:
+    cliffs = run.tables["cliffs"]
+    return cliffs[cliffs["group"] == ASKED]
+
+
+def _rate(run: StoredRun, kind: str, group: str = "harmful") -> float:
+    frame = run.tables["safety"]
+    rows = frame[(frame["kind"] == kind) & (frame["group"] == group)]
+    return float(pd.to_numeric(rows["rate"], errors="coerce").mean())
+
+
+def _differences(runs: Sequence[NamedRun]) -> Section:
+    rows = []
+    for section in ("config", "model", "versions"):
+        values = [one.run.section(section) for one in runs]
+        for key in dict.fromkeys(key for found in values for key in found):
+            shown = [str(found.get(key, "–")) for found in values]
+            if len(set(shown)) > 1:
+                rows.append([text_cell(section), text_cell(key, 60), *(text_cell(text, 200) for text in shown)])
+    heads = columns("part", "setting|code", *(f"{one.name}|long" for one in runs))
+    same = "Settings, model and versions of the runs are the same."
+    return Section(
+        id="run",
+        title="What differs",
+        claim="",
+        lead="Every setting, fact of the model and version that is not the same in all runs.",
+        parts=[Table(caption="Settings that differ", columns=heads, rows=rows)] if rows else [Remark(text=same)],
+    )
+
+
+def _cliffs(runs: Sequence[NamedRun]) -> Section:
+    parts: list[Part] = []
+    drawn = [(one, bands(one.run.tables["aligned"])) for one in runs if len(one.run.tables["aligned"])]
+    layouts = {tuple(spans) for _, (_, spans, _) in drawn}
+    if len(layouts) == 1:
+        labels, spans, _ = drawn[0][1]
+        curves = {f"{one.name}: {g}": found[2][g] for one, found in drawn for g in CURVES if g in found[2]}
+        note = (
+            "Groups of each run, aligned on spans; closing tokens are named by the first run's template. Band: 95% "
+            "bootstrap interval of the mean."
+        )
+        parts.append(plot("cliff", mean_trace(labels, spans, curves), note))
+    elif drawn:
+        parts.append(Remark(text="The templates close with different numbers of tokens, so each run has its own axis."))
+        for place, (one, (labels, spans, found)) in enumerate(drawn):
+            fig = mean_trace(labels, spans, {g: found[g] for g in CURVES if g in found}, title=one.name)
+            parts.append(plot(f"cliff-{place + 1}", fig, "Band: 95% bootstrap interval of the mean."))
+    parts.append(_cliff_table(runs))
+    return Section(
+        id="cliff",
+        title="The cliff",
+        claim=_paired_claim(runs),
+        lead="Held-out transcripts of each run, read by each run's own probe.",
+        parts=parts,
+    )
+
+
+def _cliff_table(runs: Sequence[NamedRun]) -> Table:
+    rows = []
+    for one in runs:
+        cliffs = one.run.tables["cliffs"]
+        plateau = plateau_name(cliffs)
+        for name, group in cliffs.groupby("group", sort=False):
+            mean, low, high, n = group_mean(group, "cliff")
+            means = [group_mean(group, column)[0] for column in (f"plateau_{plateau}", "final")]
+            cells = [*(number_cell(value) for value in means), number_cell(mean), interval_cell(low, high, n)]
+            rows.append([text_cell(one.name, 80), text_cell(name), text_cell(plateau), count_cell(n), *cells])
+    heads = columns(
+        "run", "group", "plateau", "n|number", "plateau|number", "final|number", "cliff|number", "95% interval|number"
+    )
+    return Table(caption="Mean plateau, final score and cliff by run and group", columns=heads, rows=rows)
+
+
+def _paired_claim(runs: Sequence[NamedRun]) -> str:
+    first, second = (
+        found[found["valid"].fillna(False).astype(bool)].set_index("id")["cliff"]
+        for found in (_asked(one.run) for one in (runs[0], runs[-1]))
+    )
+    shared = first.index.intersection(second.index)
+    if len(shared) < 2:
+        return ""
+    gaps = (second[shared] - first[shared]).to_numpy(float)
+    low, high = bootstrap_mean(gaps, seed=0)
+    return (
+        f"On the {len(shared)} harmful prompts that both complied with, the cliff of {runs[-1].name} is "
+        f"{number(float(gaps.mean()))} {interval(float(low), float(high))} above that of {runs[0].name} (paired)."
+    )
+
+
+def _heads(runs: Sequence[NamedRun]) -> Section:
+    parts: list[Part] = []
+    claim = ""
+    first, second = (one.run.tables["heads"].set_index(["layer", "head"]) for one in (runs[0], runs[-1]))
+    shared = first.index.intersection(second.index)
+    if len(shared) and len(first) == len(second) == len(shared):
+        effect, other = (
+            pd.to_numeric(f.loc[shared, "effect"], errors="coerce").to_numpy(float) for f in (first, second)
+        )
+        names = [f"L{int(layer)}H{int(head)}" for layer, head in shared]
+        chosen = [set(_selected(one.run)) for one in (runs[0], runs[-1])]
+        both = np.array([(name in chosen[0]) + (name in chosen[1]) for name in names])
+        fig = effect_pairs(names, effect, other, both, runs=(runs[0].name, runs[-1].name))
+        parts.append(plot("pairs", fig, "Filled: selected in both runs. Half-tone: in one. Grey: in none."))
+        known = np.isfinite(effect) & np.isfinite(other) & ((effect != 0) | (other != 0))
+        varied = known.sum() > 2 and np.ptp(effect[known]) > 0 and np.ptp(other[known]) > 0
+        rank = float(spearmanr(effect[known], other[known]).statistic) if varied else float("nan")
+        claim = (
+            f"{len(chosen[0] & chosen[1])} heads are selected in both runs, of {len(chosen[0])} and {len(chosen[1])}; "
+            f"the effects' rank correlation is {number(rank)} over the {int(known.sum())} heads with one."
+        )
+    elif len(first) and len(second):
+        parts.append(Remark(text="The models have different heads, so that they cannot be compared one by one."))
+    rows = [
+        [text_cell(one.name, 80), text_cell(", ".join(_selected(one.run)) or "none", 400), *_set_cells(one.run)]
+        for one in runs
+    ]
+    heads = columns("run", "selected|long", "joint effect (logit)|number", "95% interval|number", "p (random)|number")
+    parts.append(Table(caption="The selected heads", columns=heads, rows=rows))
+    return Section(
+        id="heads", title="The heads", claim=claim, lead="Effects of single heads, run against run.", parts=parts
+    )
+
+
+def _selected(run: StoredRun) -> list[str]:
+    return [str(name) for name in as_list(run.heads.get("selected"))]
+
+
+def _set_cells(run: StoredRun) -> list[Cell]:
+    facts = run.heads
+    low, high = as_float(facts.get("set_effect_low")), as_float(facts.get("set_effect_high"))
+    effect, p = as_float(facts.get("set_effect")), as_float(facts.get("random_p"))
+    return [number_cell(effect), interval_cell(low, high, as_int(facts.get("n"))), number_cell(p, 3)]
+
+
+def _safety(runs: Sequence[NamedRun]) -> Section:
+    tables = []
+    names = {"harmful": "ASR", "harmless": "over-refusal"}
+    for one in runs:
+        frame = one.run.tables["safety"]
+        arm = frame["arm"].astype(str).where(frame["kind"] != "random", "random sets")
+        measure = frame["group"].map(names).fillna(frame["group"])
+        tables.append(frame.assign(arm=one.name + ", " + arm, measure=measure, value=frame["rate"]))
+    frame = pd.concat(tables, ignore_index=True)
+    numeric = ("value", "ci_low", "ci_high", "n")
+    shown = frame.assign(**{name: pd.to_numeric(frame[name], errors="coerce") for name in numeric})
+    rows = []
+    for key, part in shown.groupby(["arm", "measure"], sort=False):
+        low, high, n = (float(part[name].iloc[0]) for name in ("ci_low", "ci_high", "n"))
+        many = text_cell(f"{len(part)} sets")
+        bounds = interval_cell(low, high, int(np.nan_to_num(n))) if len(part) == 1 else many
+        shown_key = [text_cell(text, 120) for text in key]
+        rows.append([*shown_key, count_cell(n), number_cell(float(part["value"].mean())), bounds])
+    heads = columns("arm", "measure", "n|number", "rate|number", "95% interval|number")
+    fig = measure_panels(shown, title="Outcomes by run and arm")
+    note = "Bars: 95% Wilson intervals. Dots: random sets of as many heads."
+    parts: list[Part] = [plot("arms", fig, note)] if rows else []
+    return Section(
+        id="intervention",
+        title="The intervention",
+        claim="",
+        lead="ASR: complied / judged over harmful prompts. Over-refusal: refused / judged over harmless prompts.",
+        parts=[*parts, Table(caption="Outcomes by run and arm", columns=heads, rows=rows)] if rows else [],
+        missing=() if rows else ("No run evaluated an edit.",),
+    )
+
+
+def _probes(runs: Sequence[NamedRun]) -> Section:
+    rows = []
+    for one in runs:
+        for key, shown in CLAIMED.items():
+            found = as_object(as_object(one.run.probe.get("report")).get(key))
+            low, high = as_float(found.get("auroc_low")), as_float(found.get("auroc_high"))
+            n = [as_int(found.get("n_refused")), as_int(found.get("n_complied"))]
+            values = [number_cell(as_float(found.get("auroc"))), interval_cell(low, high, min(n))]
+            rows.append([text_cell(one.name, 80), text_cell(shown), *values, text_cell(f"{n[0]:,} + {n[1]:,}")])
+    heads = columns("run", "position", "AUROC|number", "95% interval|number", "refused + complied|number")
+    return Section(
+        id="probe",
+        title="Can the probes tell?",
+        claim="",
+        lead="A difference between runs means something only where both probes tell refused from complied.",
+        parts=[Table(caption="Held-out quality of each run's probe", columns=heads, rows=rows)],
+    )

@@ -1,0 +1,133 @@
+"""Results show themselves: a headline, a small table and a figure, with every text escaped."""
+
+import re
+import sys
+import types
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+
+import cliffscope as cs
+from cliffscope.alignment.comparison import RepairReport
+from cliffscope.alignment.scoring import PoolScores
+from cliffscope.heads.agreement import RankingAgreement
+from cliffscope.heads.controls import SetControl
+from cliffscope.heads.edits import HeadRef
+from cliffscope.heads.sources import HeadSources
+from cliffscope.notebook import ROWS, Shown
+from cliffscope.probing.probe import RefusalProbe
+from cliffscope.probing.reports import ProbeReport
+from cliffscope.probing.trace import Cliffs, RefusalTraces
+from cliffscope.safety.dose import DoseResponse
+
+RESULTS = (
+    *(RefusalProbe, ProbeReport, RefusalTraces, Cliffs, cs.HeadRanking, cs.SafetyReport, cs.SideEffects),
+    *(DoseResponse, cs.Selection, RepairReport, HeadSources, SetControl, RankingAgreement, PoolScores, cs.Study),
+)
+
+
+class Made(Shown):
+    """A result with given rows."""
+
+    def __init__(self, rows: int = 2, text: str = "a", figure: go.Figure | None = None) -> None:
+        self.rows, self.text, self.figure = rows, text, figure
+
+    def small_table(self) -> pd.DataFrame:
+        return pd.DataFrame({"<name>": [self.text] * self.rows, "value": [np.nan, *[1 / 3] * (self.rows - 1)]})
+
+    def plot(self) -> go.Figure:
+        if self.figure is None:
+            return super().plot()
+        return self.figure
+
+    def __repr__(self) -> str:
+        return f"Made({self.text})"
+
+
+@pytest.mark.parametrize("result", RESULTS)
+def test_every_result_shows_itself(result: type) -> None:
+    assert issubclass(result, Shown)
+    assert result.small_table is not Shown.small_table
+    assert result.__repr__ is not object.__repr__
+    assert result.plot is not Shown.plot or result is cs.Study
+
+
+@pytest.mark.parametrize("text", ["<script>x</script>", "a\u202eb", "x" * 5000, "{{ 7 * 7 }}"])
+def test_texts_are_escaped_printable_and_short(text: str) -> None:
+    page = Made(text=text)._repr_html_()
+    assert "<script" not in page
+    assert "\u202e" not in page
+    assert "x" * 500 not in page
+    assert "&lt;name&gt;" in page
+
+
+def test_numbers_are_rounded_and_what_is_not_known_says_so() -> None:
+    cells = re.findall(r"<td[^>]*>([^<]*)</td>", Made(rows=2)._repr_html_())
+    assert cells == ["a", "n/a", "a", "0.333"]
+
+
+def test_a_long_table_is_cut_and_says_so() -> None:
+    page = Made(rows=ROWS + 3)._repr_html_()
+    assert page.count("<tr>") == ROWS + 1
+    assert "3 more rows" in page
+
+
+def shell(monkeypatch: pytest.MonkeyPatch, *, kernel: bool) -> list[object]:
+    """Puts a false IPython in the place of the real one; returns what is displayed."""
+    shown: list[object] = []
+    found = types.SimpleNamespace(kernel=None) if kernel else types.SimpleNamespace()
+    module, display = types.ModuleType("IPython"), types.ModuleType("IPython.display")
+    module.get_ipython = lambda: found
+    display.HTML, display.display = lambda text: ("html", text), shown.append
+    monkeypatch.setitem(sys.modules, "IPython", module)
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+    return shown
+
+
+def test_a_notebook_gets_headline_table_and_figure(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = shell(monkeypatch, kernel=True)
+    figure = go.Figure()
+    Made(figure=figure)._ipython_display_()
+    assert [item[0] if isinstance(item, tuple) else item for item in shown] == ["html", figure]
+    assert "Made(a)" in shown[0][1]
+
+
+def test_a_result_without_a_figure_shows_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = shell(monkeypatch, kernel=True)
+    Made()._ipython_display_()
+    assert len(shown) == 1
+
+
+def test_a_terminal_falls_back_to_the_headline(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = shell(monkeypatch, kernel=False)
+    with pytest.raises(NotImplementedError):
+        Made(figure=go.Figure())._ipython_display_()
+    assert shown == []
+
+
+def test_the_table_of_a_set_counts_every_random_set() -> None:
+    drawn = np.arange(6, dtype=np.float32).reshape(3, 2)
+    control = SetControl(
+        heads=(HeadRef(layer=0, head=1),),
+        effects=np.array([2.0, 4.0], np.float32),
+        random_layers=drawn,
+        random_all=drawn[:2] - 1,
+        seed=0,
+    )
+    table = control.small_table().set_index("kind")
+    assert table["sets"].to_dict() == {"chosen": 1, "same layers": 3, "all heads": 2}
+    assert table.loc["same layers", "mean"] == pytest.approx(2.5)
+    assert table.loc["all heads", "max"] == pytest.approx(1.5)
+    assert table.loc["chosen", "mean"] == 3.0
+    assert len(control.plot().data) == 2
+
+
+def test_agreement_is_drawn_as_a_symmetric_matrix() -> None:
+    row = {"first": "zero", "second": "mean", "spearman": 0.5, "overlap": 1.0, "count": 1, "n_first": 4, "n_second": 6}
+    found = RankingAgreement(frame=pd.DataFrame([row]))
+    heat = found.plot().data[0]
+    np.testing.assert_allclose(np.array(heat.z, dtype=float), [[1, 0.5], [0.5, 1]])
+    assert "n=4 to 6" in found.plot().layout.title.text
+    assert repr(found) == "RankingAgreement(1 pairs, Spearman 0.50 to 0.50, n=4 to 6)"
