@@ -58,7 +58,9 @@ def open_page(browser: Browser) -> Iterator[Open]:
         contexts.append(context)
         watched = Watched(page=context.new_page())
         page = watched.page
-        page.on("console", lambda m: watched.complaints.append(m.text) if m.type in ("error", "warning") else None)
+        page.on(
+            "console", lambda m: watched.complaints.append(m.text) if m.type in ("error", "warning", "trace") else None
+        )
         page.on("pageerror", lambda error: watched.complaints.append(str(error)))
         page.on("request", lambda request: watched.requests.append(request.url))
         page.goto(path.as_uri())
@@ -187,12 +189,12 @@ def test_the_slider_of_a_token_figure_changes_the_layer(tmp_path: Path, open_pag
     target = tmp_path / "figure.html"
     figure.write_html(target, include_plotlyjs=True, div_id="figure")
     seen = open_page(target, drawn=False)
-    shade = "document.getElementById('figure').data[0].marker.color[0]"
+    shade = "document.getElementById('figure').data[0].hovertext[0]"
     seen.page.wait_for_function("document.querySelector('#figure .slider-grip-rect')")
-    assert seen.page.evaluate(shade) == 1
+    assert seen.page.evaluate(shade) == "1.000"
     box = seen.page.locator(".slider-rail-touch-rect").bounding_box()
     assert box is not None
     seen.page.mouse.click(box["x"] + 2, box["y"] + box["height"] / 2)
-    seen.page.wait_for_function(f"{shade} === 0")
+    seen.page.wait_for_function(f"{shade} === '0.000'")
     assert "layer 0" in (seen.page.locator(".slider-group").text_content() or "")
     seen.check_quiet()

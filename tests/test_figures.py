@@ -291,10 +291,10 @@ def test_token_text_writes_every_token_and_starts_a_line_with_each_span():
     tokens = ["<user>", " how", " do", "<think>", " I", " see", "\n", "</think>"]
     spans = ["prompt"] * 3 + ["thinking"] * 3 + ["closing"] * 2
     fig = token_text(tokens, spans, layer_scores(3, 8), probe_layer=1)
-    (bars,) = fig.data
+    bars, _ = fig.data
     assert [text.replace("␣", "") for text in bars.text] == [html.escape(t.strip()) or "⏎" for t in tokens]
     assert list(bars.y) == [0] * 3 + [1] * 3 + [2] * 2
-    assert list(bars.base) == [0, 6, 10, 0, 7, 9, 0, 1]
+    assert list(bars.base) == [0, 7, 11, 0, 8, 10, 0, 2]
     assert list(fig.layout.yaxis.ticktext) == ["prompt", "thinking", "closing"]
     assert "(8 tokens)" in fig.layout.title.text
 
@@ -305,15 +305,17 @@ def test_the_slider_of_token_text_begins_at_the_probes_layer():
     (slider,) = fig.layout.sliders
     assert slider.active == 1
     assert [step.label for step in slider.steps] == ["4", "5", "6"]
-    np.testing.assert_allclose(fig.data[0].marker.color, score[1], atol=1e-3)
-    np.testing.assert_allclose(slider.steps[2].args[0]["marker.color"][0], score[2], atol=1e-3)
+    for shown, layer in ((fig.data[0].hovertext, 1), (slider.steps[2].args[0]["hovertext"][0], 2)):
+        np.testing.assert_allclose([float(text) for text in shown], score[layer], atol=1e-3)
+    reds = [int(color[1:3], 16) for color in slider.steps[2].args[0]["marker.color"][0]]
+    assert list(np.argsort(reds)) == list(np.argsort(-score[2])), "the deeper the shade, the higher the score"
 
 
 def test_lines_of_token_text_are_never_longer_than_the_page():
     fig = token_text([f" word{i}" for i in range(500)], ["thinking"] * 500, np.zeros(500))
     ends = np.array(fig.data[0].base) + np.array(fig.data[0].x)
     assert ends.max() <= LINE
-    assert max(fig.data[0].y) > 20
+    assert max(fig.data[0].y) > 40
     assert not fig.layout.sliders
 
 
@@ -362,7 +364,8 @@ def test_nothing_to_draw_says_why_here_too(fig):
 
 def test_missing_scores_give_tokens_without_a_ground():
     fig = token_text(["a", "b"], ["closing"] * 2, np.array([np.nan, 0.5]))
-    assert list(fig.data[0].marker.color) == [0.0, 0.5]
+    assert list(fig.data[0].marker.color) == ["#ffffff", "#a8cfe7"]
+    assert list(fig.data[0].hovertext) == ["n/a", "0.500"]
 
 
 @pytest.mark.parametrize(
@@ -407,3 +410,12 @@ def test_figures_of_3000_transcripts_cost_less_than_ten_of_plotlys_own():
     for make in many(3000):
         assert seconds(make) < max(10 * plain, 0.5)
         assert len(make().to_json()) < 3_000_000
+
+
+def test_the_legend_has_room_for_every_row_that_it_takes():
+    few = mean_trace(LABELS, SPANS, {"harmless": band(0, 0, 0, 0, 0, 0)})
+    names = [f"{run}: harmful, complied; top heads zeroed" for run in "ABCD"]
+    many_named = mean_trace(LABELS, SPANS, {name: band(0, 0, 0, 0, 0, 0) for name in names})
+    assert many_named.layout.margin.t >= few.layout.margin.t + 3 * 20
+    title = few.layout.template.layout.title
+    assert (title.yref, title.yanchor) == ("container", "top")

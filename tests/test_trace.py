@@ -340,7 +340,8 @@ def test_one_transcript_is_drawn_as_text_and_layer_by_layer(llama: LensModel, re
     traces = trace_refusal(llama, random_probe(llama, 5), refused[:2], layers_of=[name])
     assert len(traces.plot_tokens(name).layout.sliders[0].steps) == llama.shape.n_layers
     assert not traces.plot_tokens(other).layout.sliders
-    np.testing.assert_allclose(traces.plot_tokens(other).data[0].marker.color, traces.scores()[1], rtol=0, atol=1e-3)
+    told = [float(text) for text in traces.plot_tokens(other).data[0].hovertext]
+    np.testing.assert_allclose(told, traces.scores()[1], rtol=0, atol=1e-3)
     assert np.array(traces.plot_layers(name).data[0].z).shape == (llama.shape.n_layers, traces.tokens[0].n_pos)
     with pytest.raises(DataError, match="Only layer 5"):
         traces.plot_layers(other)

@@ -23,6 +23,7 @@ import torch
 
 from cliffscope.alignment.export import check_place, write_checkpoint
 from cliffscope.alignment.formats import SAFE_ANSWER, Answer, Example, LossOn, examples, with_safe_answer
+from cliffscope.alignment.selection import Selection
 from cliffscope.errors import DataError, MissingExtraError
 from cliffscope.memory import few_threads
 from cliffscope.models import LensModel
@@ -58,7 +59,7 @@ class Repaired:
 
 def repair(
     model: LensModel,
-    chosen: Transcripts,
+    chosen: Transcripts | Selection,
     out: str | Path,
     *,
     harmless: Transcripts = Transcripts(),  # noqa: B008 - immutable
@@ -78,7 +79,7 @@ def repair(
 
     Args:
         model: the model; it is unchanged afterwards.
-        chosen: harmful transcripts with thinking, such as `Selection.chosen`.
+        chosen: a selection, or harmful transcripts with thinking.
         out: directory of the checkpoint to be made.
         harmless: transcripts with the answers that are to stay; those that were not complied with are not taken.
         harmless_share: share of the examples that are harmless, in [0, 1); as many as there are if there are fewer.
@@ -103,11 +104,12 @@ def repair(
         MissingExtraError: the packages trl and peft are missing.
         StoreError: the directory exists or cannot be written.
     """
-    _check(chosen, harmless_share, epochs, batch_size, steps, patience)
+    taken = chosen.chosen if isinstance(chosen, Selection) else chosen
+    _check(taken, harmless_share, epochs, batch_size, steps, patience)
     check_place(Path(out).absolute(), model, overwrite=False)
-    mixed = _mixed(harmless, len(chosen), harmless_share, seed)
+    mixed = _mixed(harmless, len(taken), harmless_share, seed)
     data = examples(
-        [*with_safe_answer(chosen, answer), *mixed],
+        [*with_safe_answer(taken, answer), *mixed],
         model.tokenizer,
         model.template,
         loss_on=loss_on,
@@ -126,9 +128,9 @@ def repair(
         seed=seed,
         work=work,
     )
-    card = _card(model, len(chosen), len(mixed), loss_on, losses)
+    card = _card(model, len(taken), len(mixed), loss_on, losses)
     path = write_checkpoint(network, model, out, card=card)
-    return Repaired(path=path, losses=losses, n_harmful=len(chosen), n_harmless=len(mixed))
+    return Repaired(path=path, losses=losses, n_harmful=len(taken), n_harmless=len(mixed))
 
 
 def _check(

@@ -70,6 +70,7 @@ def dose_response(counts: Sequence[int], panels: Sequence[Panel], *, n: int, tit
         )
         fig.add_hline(y=panel.unedited, line={"color": theme.GREY, "dash": "dot", "width": 1}, row=1, col=column)
     theme.themed(fig, title=named, x="heads edited", y="", height=340)
+    theme.make_room(fig)
     fig.update_xaxes(tickvals=places, ticktext=[str(count) for count in counts])
     for column, panel in enumerate(known, start=1):
         fig.update_yaxes(title_text=theme.caption(panel.name), row=1, col=column)

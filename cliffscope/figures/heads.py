@@ -103,6 +103,7 @@ def head_ranking(
         y, x = shown, np.round(harmless, 4)
         fig.add_scatter(x=x, y=y, mode="markers", marker=ring, name="harmless", hovertemplate=hover)
     theme.themed(fig, title=title, x=unit, y="head", height=max(180, 110 + 20 * len(names)))
+    theme.make_room(fig)
     fig.update_yaxes(type="category", categoryorder="array", categoryarray=shown[::-1], gridcolor=theme.RULE)
     fig.update_xaxes(zeroline=True, zerolinecolor=theme.GREY, zerolinewidth=1)
     return fig
@@ -185,6 +186,7 @@ def effect_pairs(
             )
     shown = f"{title} ({int(known.sum()):,} heads)"
     theme.themed(fig, title=shown, x=f"{EFFECT}, {runs[0]}", y=f"{EFFECT}, {runs[1]}", height=440)
+    theme.make_room(fig)
     line = {"color": theme.GREY, "width": 1}
     fig.update_xaxes(zeroline=True, zerolinecolor=theme.GREY, zerolinewidth=1)
     fig.update_yaxes(zeroline=True, zerolinecolor=theme.GREY, zerolinewidth=1)

@@ -99,6 +99,7 @@ def plateau_final(
         mask = known & (kinds == kind)
         _add_points(fig, kind, (plateau[mask], final[mask], texts[mask].tolist()), index)
     theme.themed(fig, title=f"{title} (n={int(known.sum()):,})", x="plateau score", y="final score", height=440)
+    theme.make_room(fig)
     square = {"range": [-0.03, 1.03], "constrain": "domain", "tickvals": [0, 0.25, 0.5, 0.75, 1]}
     fig.update_xaxes(**square)
     fig.update_yaxes(**square, scaleanchor="x")

@@ -75,7 +75,10 @@ TEMPLATE = go.layout.Template(
         "font": {"family": FONT, "size": 12, "color": INK},
         "paper_bgcolor": "rgba(0,0,0,0)",
         "plot_bgcolor": "rgba(0,0,0,0)",
-        "title": {"x": 0, "xref": "paper", "xanchor": "left", "font": {"size": 14}, "pad": {"b": 8}},
+        "title": {
+            **{"x": 0, "xref": "paper", "xanchor": "left", "y": 1, "yref": "container", "yanchor": "top"},
+            **{"font": {"size": 14}, "pad": {"t": 14}},
+        },
         "margin": {"l": 56, "r": 16, "t": 64, "b": 48},
         "hovermode": "closest",
         "hoverlabel": {"bgcolor": "#24272b", "bordercolor": "#24272b", "font": {"color": "#ffffff", "size": 12}},
@@ -87,6 +90,8 @@ TEMPLATE = go.layout.Template(
     }
 )
 
+NARROW = 600
+"""Pixels that a legend has in a narrow page."""
 MOST_CROSSES = 2000
 """Cells marked as not measured; more marks than this would be slow and hide the rest."""
 _SHOWN = {" ": "␣", "\n": "⏎", "\t": "⇥"}
@@ -167,6 +172,23 @@ def themed(fig: go.Figure, *, title: str, x: str, y: str, height: int) -> go.Fig
     fig.update_xaxes(title_text=caption(x))
     fig.update_yaxes(title_text=caption(y))
     return fig
+
+
+def make_room(fig: go.Figure, *, above: int = 0) -> None:
+    """Gives the legend the rows that it takes in a narrow page, so that it never runs into the title.
+
+    Args:
+        fig: The figure, its traces named.
+        above: Pixels between the plot and the legend.
+    """
+    names = [trace.name for trace in fig.data if trace.name and trace.showlegend is not False]
+    rows, left = 1, float(NARROW)
+    for name in names:
+        width = 46 + 6.6 * len(html.unescape(name))
+        if width > left and left < NARROW:
+            rows, left = rows + 1, float(NARROW)
+        left -= width
+    fig.update_layout(margin_t=44 + above + 21 * rows)
 
 
 def empty_figure(title: str, reason: str) -> go.Figure:

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from cliffscope.figures import theme
 
 FloatArray = NDArray[np.floating]
-LINE = 96
+LINE = 64
 """Characters of a line."""
 MOST_TOKENS = 1200
 """Tokens written; of a longer transcript the last ones."""
-MOST_SCORES = 60_000
+MOST_SCORES = 40_000
 """Scores that a figure holds: with many layers, fewer tokens are written."""
 TOKEN = 24
 """Most characters of a token."""
@@ -52,8 +52,9 @@ def token_text(
     first = names.index(probe_layer) if probe_layer in names else len(names) - 1
     kept = slice(max(0, len(tokens) - max(1, min(MOST_TOKENS, MOST_SCORES // len(grid)))), len(tokens))
     shown = [_written(token) for token in tokens[kept]]
-    lines, starts, marks = _placed([len(text) for text in shown], spans[kept])
-    fig = go.Figure(_bars(shown, (lines, starts), hover=_hover(tokens, spans, kept), score=grid[first, kept]))
+    lines, starts, marks = _placed([_width(text) for text in shown], spans[kept])
+    bars = _bars(shown, (lines, starts), hover=_hover(tokens, spans, kept), score=grid[first, kept])
+    fig = go.Figure([bars, _scale()])
     cut = f", the last {len(shown):,} shown" if kept.start else ""
     n_lines = max(lines) + 1
     theme.themed(fig, title=f"{title} ({len(tokens):,} tokens{cut})", x="", y="", height=ROW * n_lines + 150)
@@ -77,7 +78,7 @@ def _bars(texts: Sequence[str], places: tuple[list[int], list[int]], *, hover: l
     return go.Bar(
         orientation="h",
         base=starts,
-        x=[len(text) for text in texts],
+        x=[_width(text) for text in texts],
         y=lines,
         text=[theme.label(text.strip() or text, limit=TOKEN + 2) for text in texts],
         textposition="inside",
@@ -85,21 +86,27 @@ def _bars(texts: Sequence[str], places: tuple[list[int], list[int]], *, hover: l
         textangle=0,
         textfont={"family": theme.MONO, "size": 12, "color": theme.TEXT},
         customdata=hover,
-        marker={
-            "color": _colors(score),
-            "cmin": 0,
-            "cmax": 1,
-            "colorscale": theme.TEXT_GROUND,
-            "colorbar": theme.colorbar("refusal score", ticks=(0.0, 0.5, 1.0)),
-            "line": {"width": 0},
-        },
-        hovertemplate="%{customdata}<br>score %{marker.color:.3f}<extra></extra>",
+        hovertext=_told(score),
+        marker={"color": _grounds(score), "line": {"width": 0}},
+        hovertemplate="%{customdata}<br>score %{hovertext}<extra></extra>",
     )
+
+
+def _scale() -> go.Scatter:
+    # plotly looks for a text colour beside the colour of each bar, so that bars have colours and no numbers; the
+    # colour bar therefore belongs to a mark that is nowhere.
+    bar = theme.colorbar("refusal score", ticks=(0.0, 0.5, 1.0))
+    marker = {"color": [0], "cmin": 0, "cmax": 1, "colorscale": theme.TEXT_GROUND, "colorbar": bar, "showscale": True}
+    return go.Scatter(x=[None], y=[None], mode="markers", marker=marker, hoverinfo="skip", showlegend=False)
 
 
 def _slider(grid: FloatArray, names: Sequence[int], first: int) -> dict[str, object]:
     steps = [
-        {"method": "restyle", "label": str(name), "args": [{"marker.color": [_colors(row)]}]}
+        {
+            "method": "restyle",
+            "label": str(name),
+            "args": [{"marker.color": [_grounds(row)], "hovertext": [_told(row)]}, [0]],
+        }
         for name, row in zip(names, grid, strict=True)
     ]
     return {
@@ -114,9 +121,18 @@ def _slider(grid: FloatArray, names: Sequence[int], first: int) -> dict[str, obj
     }
 
 
-def _colors(score: FloatArray) -> list[float]:
-    # A token without a score stays without a ground; its hover says so.
-    return [float(value) for value in np.round(np.nan_to_num(score), 3)]
+def _grounds(score: FloatArray) -> list[str]:
+    """Colours of scores; a token without a score has no ground."""
+    ends = [[int(color[i : i + 2], 16) for i in (1, 3, 5)] for _, color in theme.TEXT_GROUND]
+    low, high = np.array(ends)
+    known = np.clip(np.nan_to_num(score), 0, 1)[:, None]
+    mixed = np.round(low + known * (high - low)).astype(int)
+    found = zip(mixed.tolist(), np.isfinite(score), strict=True)
+    return [f"#{r:02x}{g:02x}{b:02x}" if there else "#ffffff" for (r, g, b), there in found]
+
+
+def _told(score: FloatArray) -> list[str]:
+    return [f"{value:.3f}" if np.isfinite(value) else "n/a" for value in score]
 
 
 def _hover(tokens: Sequence[str], spans: Sequence[str], kept: slice) -> list[str]:
@@ -130,6 +146,11 @@ def _written(token: str) -> str:
     """A token as it is written: the space that begins a word is room, a token of white space alone its symbol."""
     text = theme.printable(token, limit=TOKEN, keep_spaces=bool(token.strip()))
     return text[: TOKEN + 1] or "∅"
+
+
+def _width(text: str) -> int:
+    # A character of room, since plotly shrinks a text that touches the ends of its bar.
+    return len(text.strip() or text) + 1
 
 
 def _placed(lengths: Sequence[int], spans: Sequence[str]) -> tuple[list[int], list[int], list[tuple[int, str]]]:

@@ -66,7 +66,8 @@ def mean_trace(
     shown = f"{title} (n={total:,} transcripts)"
     theme.themed(fig, title=shown, x="position, aligned on spans", y=f"mean {unit}", height=420)
     fig.update_yaxes(range=[-0.03, 1.03], tickvals=[0, 0.25, 0.5, 0.75, 1])
-    fig.update_layout(hovermode="x unified", legend={"y": 1.1}, margin={"t": 96})
+    fig.update_layout(hovermode="x unified", legend={"y": 1.09})
+    theme.make_room(fig, above=22)
     _name_bins(fig, labels, spans)
     _mark_spans(fig, spans)
     return fig
