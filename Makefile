@@ -7,11 +7,15 @@ STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export NO_MKDOCS_2_WARNING := 1
 
-.PHONY: demo test chromium test-oldest check format docs benchmarks clean
+.PHONY: demo picture test chromium test-oldest check format docs benchmarks clean
 
 demo: $(STAMP)
 	$(BIN)/cliffscope demo --out runs/demo
 	@echo "Open $(CURDIR)/runs/demo/report.html in a browser."
+
+# The picture of the README and of the documentation's first page.
+picture: demo
+	$(BIN)/cliffscope figures runs/demo --out docs/figures --only cliff --format svg --format json
 
 # One thread a worker: two workers on two cores are faster than one worker on both, and do not fight.
 test: $(STAMP) chromium

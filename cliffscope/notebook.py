@@ -67,7 +67,7 @@ def _table(result: Shown) -> str:
     left = len(frame) - ROWS
     more = f'<div style="opacity:.7">{left:,} more rows</div>' if left > 0 else ""
     body = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
-    table = f'<table style="border-collapse:collapse">{body}</table>'
+    table = f'<table class="cliffscope" style="border-collapse:collapse">{body}</table>'
     return f'<div style="overflow-x:auto;max-width:100%">{table}</div>{more}'
 
 

@@ -117,19 +117,22 @@ def report(
 def figures(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     out: OutOption,
-    formats: Annotated[list[str], typer.Option("--format", help="svg, png, pdf, webp or jpeg; may be repeated.")] = [  # noqa: B006
+    formats: Annotated[
+        list[str], typer.Option("--format", help="svg, png, pdf, webp, jpeg, html or json; may be repeated.")
+    ] = [  # noqa: B006
         "svg"
     ],
+    only: Annotated[list[str] | None, typer.Option(help="Name of a figure, such as cliff; may be repeated.")] = None,
     width: Annotated[int, typer.Option(min=100, help="Pixels.")] = 900,
     as_json: JsonOption = False,
 ) -> None:
-    """Writes every figure of a run's report as images.
+    """Writes the figures of a run's report as images.
 
     Example: cliffscope figures runs/demo --out figures --format svg --format png
     """
     from cliffscope.report.images import write_images
 
-    written = write_images(run, out, formats=formats, width=width)
+    written = write_images(run, out, formats=formats, only=only or (), width=width)
     say(as_json, {"out": str(out), "files": [p.name for p in written]}, f"{len(written)} images in {out}")
 
 

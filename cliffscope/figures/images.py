@@ -1,8 +1,8 @@
-"""How does a figure get into a paper?
+"""How does a figure get into a paper, or onto another page?
 
 Figures are drawn for pages that may be light or dark, with greys that read on both. An image is for paper: its text is
 dark, its ground white or none, its size that of a column. plotly's kaleido draws it, in a Chrome or chromium that must
-be there.
+be there. A page of its own (`.html`, which loads nothing) and plotly's JSON need neither.
 """
 
 import logging
@@ -14,7 +14,8 @@ import plotly.graph_objects as go
 from cliffscope.errors import DataError, MissingExtraError, StoreError
 from cliffscope.figures import theme
 
-FORMATS = ("svg", "png", "pdf", "webp", "jpeg")
+IMAGES = ("svg", "png", "pdf", "webp", "jpeg")
+FORMATS = (*IMAGES, "html", "json")
 WIDTH = 900
 """Pixels: legible at the width of a page of text."""
 
@@ -22,11 +23,11 @@ WIDTH = 900
 def save_figure(
     figure: go.Figure, path: str | Path, *, width: int = WIDTH, scale: float = 2.0, transparent: bool = False
 ) -> Path:
-    """Writes a figure as an image; the figure itself stays as it is.
+    """Writes a figure as an image, a page or JSON; the figure itself stays as it is.
 
     Args:
         figure: any figure of CliffScope, or another of plotly's.
-        path: where to write; its suffix is the format: .svg, .png, .pdf, .webp or .jpeg.
+        path: where to write; its suffix is the format: .svg, .png, .pdf, .webp, .jpeg, .html or .json.
         width: in pixels; the height is the figure's own.
         scale: device pixels a pixel, for formats that have pixels.
         transparent: no ground, and the greys that read on light and dark pages alike.
@@ -49,8 +50,23 @@ def save_figures(
 ) -> None:
     """Writes several figures with one start of the browser; arguments and errors as of `save_figure`."""
     for target in figures:
-        if target.suffix.removeprefix(".").lower() not in FORMATS:
+        if _kind(target) not in FORMATS:
             raise DataError(f"{target.name}: expected a name that ends in one of .{', .'.join(FORMATS)}.")
+    try:
+        for target, figure in figures.items():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if _kind(target) == "json":
+                figure.write_json(target)
+            elif _kind(target) == "html":
+                figure.write_html(target, include_plotlyjs=True, include_mathjax=False)
+        drawn = {t: _on_paper(f, transparent=transparent) for t, f in figures.items() if _kind(t) in IMAGES}
+        if drawn:
+            _draw(drawn, width=width, scale=scale)
+    except OSError as error:
+        raise StoreError(f"An image cannot be written: {error}. Give another path.") from error
+
+
+def _draw(figures: Mapping[Path, go.Figure], *, width: int, scale: float) -> None:
     try:
         # plotly's own messages do not name the extra.
         from choreographer.errors import ChromeNotFoundError
@@ -62,12 +78,10 @@ def save_figures(
     level = driver.level
     driver.setLevel(logging.CRITICAL)
     try:
-        for target in figures:
-            target.parent.mkdir(parents=True, exist_ok=True)
         write_images(
-            fig=[_on_paper(figure, transparent=transparent) for figure in figures.values()],
+            fig=list(figures.values()),
             file=list(figures),
-            format=[target.suffix.removeprefix(".").lower() for target in figures],
+            format=[_kind(target) for target in figures],
             width=width,
             height=[figure.layout.height for figure in figures.values()],
             scale=scale,
@@ -76,10 +90,12 @@ def save_figures(
         raise MissingExtraError(
             "Writing images needs Chrome or chromium. Install one, or run kaleido_get_chrome."
         ) from error
-    except OSError as error:
-        raise StoreError(f"An image cannot be written: {error}. Give another path.") from error
     finally:
         driver.setLevel(level)
+
+
+def _kind(path: Path) -> str:
+    return path.suffix.removeprefix(".").lower()
 
 
 def _on_paper(figure: go.Figure, *, transparent: bool) -> go.Figure:

@@ -17,30 +17,40 @@ from cliffscope.report.stored import read_run
 
 
 def write_images(
-    run_dir: str | Path, out: str | Path, *, formats: Sequence[str] = ("svg",), width: int = WIDTH
+    run_dir: str | Path,
+    out: str | Path,
+    *,
+    formats: Sequence[str] = ("svg",),
+    only: Sequence[str] = (),
+    width: int = WIDTH,
 ) -> list[Path]:
-    """Writes every figure of a run's report as images.
+    """Writes the figures of a run's report as images.
 
     Args:
         run_dir: a run directory.
         out: folder of the images, such as cliff.svg, grid.svg and arms.svg.
-        formats: svg, png, pdf, webp or jpeg.
+        formats: svg, png, pdf, webp, jpeg, html or json.
+        only: names of the figures, such as "cliff"; empty writes all.
         width: in pixels.
 
     Returns:
         The paths.
 
     Raises:
-        DataError: the run has no figure, or a format is none of these.
+        DataError: the run has no figure, none of a name in `only`, or a format is none of these.
         MissingExtraError: kaleido, or a Chrome for it, is not installed.
         StoreError: the directory holds no run, or a file cannot be written.
     """
-    plots = [plot for section in sections_of(read_run(run_dir)) for part in section.parts for plot in _plots(part)]
+    sections = sections_of(read_run(run_dir))
+    plots = {p.id.removeprefix("figure-"): p for section in sections for part in section.parts for p in _plots(part)}
     if not plots:
         raise DataError(f"{run_dir} holds no result that is drawn. Finish the study first.")
+    unknown = [name for name in only if name not in plots]
+    if unknown:
+        raise DataError(f"{run_dir} has no figure {', '.join(unknown)}; it has {', '.join(plots)}.")
     figures = {
-        Path(out) / f"{plot.id.removeprefix('figure-')}.{kind}": go.Figure(json.loads(plot.spec))
-        for plot in plots
+        Path(out) / f"{name}.{kind}": go.Figure(json.loads(plots[name].spec))
+        for name in (only or plots)
         for kind in formats
     }
     save_figures(figures, width=width)
