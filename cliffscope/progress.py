@@ -29,7 +29,7 @@ def log_to_standard_error() -> None:
 
 @contextmanager
 def show_progress() -> Iterator[Progress]:
-    """Progress bars with rates on a terminal; a log line a tenth elsewhere.
+    """Progress bars with rate and time left on a terminal; a log line a tenth elsewhere.
 
     Yields:
         What is to be called with stage, items done and items in all.
@@ -70,7 +70,8 @@ def _log_lines() -> Progress:
         if told.get(stage) != tenth:
             told[stage] = tenth
             seconds = time.perf_counter() - start
-            rate = f", {(done - before) / seconds:.2f}/s" if done > before and seconds > 0 else ""
+            speed = (done - before) / seconds if seconds > 0 else 0.0
+            rate = f", {speed:.2f}/s, {(total - done) / speed:.0f} s left" if speed else ""
             log.info("%s: %d of %d%s", stage, done, total, rate)
 
     return progress

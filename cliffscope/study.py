@@ -235,7 +235,9 @@ def _stage_traces(run: Run) -> None:
     frame = cliffs.to_frame()
     frame["split"] = [run.splits[i] for i in frame["id"]]
     run.store.write_frame("cliffs.parquet", frame)
-    shown = [*deep, *[i for i in frame["id"] if i not in deep]][:TOKEN_TRACES]
+    # Held-out ones first: what the probe was fitted on shows nothing.
+    order = frame["id"][(frame["split"] != "test").argsort(kind="stable")]
+    shown = [*deep, *[i for i in order if i not in deep]][:TOKEN_TRACES]
     tokens = traces.to_frame()
     run.store.write_frame("traces.parquet", tokens[tokens["id"].isin(shown)])
     run.store.write_frame("layer_traces.parquet", layer_frame(traces))

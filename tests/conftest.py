@@ -87,6 +87,16 @@ def words_tokenizer(*, chatml: bool = False) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+LONGEST = ("test_organisms", "test_docs", "test_study", "test_distributed", "test_examples", "test_cli", "test_models")
+"""Files that take the longest: they begin first, so that no worker is left alone with one at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the files that take the longest first."""
+    place = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: place.get(item.path.stem, len(LONGEST)))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Converted GGUF files of this run alone."""

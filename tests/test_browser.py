@@ -12,6 +12,7 @@ from synthetic import write_run
 
 from cliffscope.figures import token_text
 from cliffscope.report import write_report
+from cliffscope.report.page import write_comparison
 
 CHROMIUM = shutil.which("chromium")
 pytest.importorskip("playwright.sync_api", reason="needs playwright, of the extra dev")
@@ -77,6 +78,20 @@ def open_page(browser: Browser) -> Iterator[Open]:
 @pytest.fixture(scope="module")
 def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_report(write_run(tmp_path_factory.mktemp("run")))
+
+
+@pytest.fixture(scope="module")
+def comparison(tmp_path_factory: pytest.TempPathFactory, report: Path) -> Path:
+    other = write_run(tmp_path_factory.mktemp("other"), n=30)
+    return write_comparison([report.parent, other], tmp_path_factory.mktemp("pages") / "comparison.html")
+
+
+def test_a_comparison_draws_its_figures_and_asks_nobody_for_anything(comparison: Path, open_page: Open) -> None:
+    seen = open_page(comparison)
+    assert seen.page.locator(".js-plotly-plot").count() == seen.page.locator(".plot").count() == 3
+    assert seen.page.evaluate("window.bad") is None
+    assert seen.page.evaluate("document.documentElement.scrollWidth") <= 1280
+    seen.check_quiet()
 
 
 def test_the_report_draws_every_figure_and_asks_nobody_for_anything(report: Path, open_page: Open) -> None:
@@ -148,9 +163,10 @@ def test_the_first_tab_offers_to_skip_to_the_evidence(report: Path, open_page: O
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_no_serious_fault(report: Path, open_page: Open, scheme: str) -> None:
+@pytest.mark.parametrize("name", ["report", "comparison"])
+def test_axe_finds_no_serious_fault(name: str, scheme: str, open_page: Open, request: pytest.FixtureRequest) -> None:
     # axe is put into the page as a script, which the page's own policy forbids.
-    page = open_page(report, bypass_csp=True, color_scheme=scheme).page
+    page = open_page(request.getfixturevalue(name), bypass_csp=True, color_scheme=scheme).page
     for details in page.locator("details").all():
         details.evaluate("d => d.open = true")
     found = Axe().run(page).response["violations"]
@@ -197,4 +213,37 @@ def test_the_slider_of_a_token_figure_changes_the_layer(tmp_path: Path, open_pag
     seen.page.mouse.click(box["x"] + 2, box["y"] + box["height"] / 2)
     seen.page.wait_for_function(f"{shade} === '0.000'")
     assert "layer 0" in (seen.page.locator(".slider-group").text_content() or "")
+    seen.check_quiet()
+
+
+NOTEBOOK = """
+import numpy as np
+import pandas as pd
+from cliffscope.figures import token_text
+from cliffscope.heads.agreement import RankingAgreement
+
+row = {"first": "zero <b>", "second": "mean", "spearman": 0.5, "overlap": 1.0, "count": 1, "n_first": 4, "n_second": 6}
+RankingAgreement(frame=pd.DataFrame([row]))
+===
+token_text([" a", " b", "<script>window.bad = 1</script>"], ["thinking"] * 3, np.ones((2, 3)))
+"""
+
+
+def test_results_in_a_notebook_show_headline_table_and_figure(
+    tmp_path: Path, open_page: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nbformat, nbconvert, nbclient = (pytest.importorskip(name) for name in ("nbformat", "nbconvert", "nbclient"))
+    monkeypatch.setenv("PLOTLY_RENDERER", "notebook")
+    cells = [nbformat.v4.new_code_cell(source.strip()) for source in NOTEBOOK.split("===")]
+    notebook = nbclient.NotebookClient(nbformat.v4.new_notebook(cells=cells), kernel_name="python3").execute()
+    # The exporter and plotly ask servers for MathJax and require.js, of which nothing here has need.
+    quiet = {"mathjax_url": "", "require_js_url": "", "jquery_url": "", "widget_renderer_url": ""}
+    page, _ = nbconvert.HTMLExporter(**quiet).from_notebook_node(notebook)
+    target = tmp_path / "notebook.html"
+    target.write_text(re.sub(r'<script src="[^"]*"[^>]*></script>', "", page), encoding="utf-8")
+    seen = open_page(target, drawn=False)
+    seen.page.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length >= 2")
+    assert "RankingAgreement(1 pairs, Spearman 0.50 to 0.50" in (seen.page.text_content("body") or "")
+    assert seen.page.locator("table.cliffscope td").first.text_content() == "zero <b>"
+    assert seen.page.evaluate("window.bad") is None
     seen.check_quiet()

@@ -146,6 +146,13 @@ def test_the_commands_are_those_of_the_help_and_no_others(shell: Shell) -> None:
         assert command in found.out
 
 
+def test_a_shell_can_complete_commands() -> None:
+    asked = {"_CLIFFSCOPE_COMPLETE": "complete_bash", "COMP_WORDS": "cliffscope ra", "COMP_CWORD": "1"}
+    program = Path(sys.executable).parent / "cliffscope"
+    found = subprocess.run([program], env={**os.environ, **asked}, capture_output=True, text=True, timeout=60)
+    assert found.stdout.split() == ["rank-heads"]
+
+
 def test_the_command_line_without_words_shows_the_help(shell: Shell) -> None:
     found = shell()
     assert found.code == 2
@@ -684,7 +691,17 @@ def test_a_killed_study_goes_on_and_keeps_what_was_finished(
     assert found.code == 0, found.err
     assert (out / "transcripts.jsonl").read_bytes() == kept
     stages = json.loads((out / "manifest.json").read_text())["stages"]
-    assert list(stages) == ["transcripts", "probe", "traces", "heads", "safety", "selection", "repair", "report"]
+    assert list(stages) == [
+        "transcripts",
+        "probe",
+        "traces",
+        "heads",
+        "edited",
+        "safety",
+        "selection",
+        "repair",
+        "report",
+    ]
     whole = tmp_path / "whole"
     assert shell(*[str(whole) if word == str(out) else word for word in words]).code == 0
     tables = sorted(p.name for p in whole.glob("*.parquet"))

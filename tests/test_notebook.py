@@ -24,7 +24,8 @@ from cliffscope.safety.dose import DoseResponse
 
 RESULTS = (
     *(RefusalProbe, ProbeReport, RefusalTraces, Cliffs, cs.HeadRanking, cs.SafetyReport, cs.SideEffects),
-    *(DoseResponse, cs.Selection, RepairReport, HeadSources, SetControl, RankingAgreement, PoolScores, cs.Study),
+    *(DoseResponse, cs.Selection, RepairReport, HeadSources, SetControl, RankingAgreement, PoolScores),
+    *(cs.Study, cs.Transcripts),
 )
 
 
@@ -51,7 +52,7 @@ def test_every_result_shows_itself(result: type) -> None:
     assert issubclass(result, Shown)
     assert result.small_table is not Shown.small_table
     assert result.__repr__ is not object.__repr__
-    assert result.plot is not Shown.plot or result is cs.Study
+    assert result.plot is not Shown.plot or result in (cs.Study, cs.Transcripts)
 
 
 @pytest.mark.parametrize("text", ["<script>x</script>", "a\u202eb", "x" * 5000, "{{ 7 * 7 }}"])

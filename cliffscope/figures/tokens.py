@@ -54,7 +54,7 @@ def token_text(
     shown = [_written(token) for token in tokens[kept]]
     lines, starts, marks = _placed([_width(text) for text in shown], spans[kept])
     bars = _bars(shown, (lines, starts), hover=_hover(tokens, spans, kept), score=grid[first, kept])
-    fig = go.Figure([bars, _scale()])
+    fig = go.Figure([bars, _scale(max(lines) + 1)])
     cut = f", the last {len(shown):,} shown" if kept.start else ""
     n_lines = max(lines) + 1
     theme.themed(fig, title=f"{title} ({len(tokens):,} tokens{cut})", x="", y="", height=ROW * n_lines + 150)
@@ -92,10 +92,10 @@ def _bars(texts: Sequence[str], places: tuple[list[int], list[int]], *, hover: l
     )
 
 
-def _scale() -> go.Scatter:
+def _scale(n_lines: int) -> go.Scatter:
     # plotly looks for a text colour beside the colour of each bar, so that bars have colours and no numbers; the
     # colour bar therefore belongs to a mark that is nowhere.
-    bar = theme.colorbar("refusal score", ticks=(0.0, 0.5, 1.0))
+    bar = theme.colorbar("refusal score", ticks=(0.0, 0.5, 1.0) if n_lines > 3 else (0.0, 1.0))
     marker = {"color": [0], "cmin": 0, "cmax": 1, "colorscale": theme.TEXT_GROUND, "colorbar": bar, "showscale": True}
     return go.Scatter(x=[None], y=[None], mode="markers", marker=marker, hoverinfo="skip", showlegend=False)
 

@@ -18,6 +18,7 @@ from typing import TypeAlias, overload
 import pandas as pd
 
 from cliffscope.errors import DataError
+from cliffscope.notebook import Shown
 
 # None, bool, int, float, str, or lists and dicts of these; run-time type checkers cannot follow a recursive alias.
 JsonValue: TypeAlias = object
@@ -101,7 +102,7 @@ class Omission:
         return self.reason.replace(repr(self.id), "this transcript")
 
 
-class Transcripts(Sequence[Transcript]):
+class Transcripts(Shown, Sequence[Transcript]):
     """Transcripts with unique ids, in order, and what was left out before they got here.
 
     Args:
@@ -171,6 +172,11 @@ class Transcripts(Sequence[Transcript]):
         counts = "; ".join(f"{harmful}, {outcome} {n}" for (harmful, outcome), n in sorted(cells.items()))
         head = f"{len(self)}: {counts}" if counts else "0"
         return f"Transcripts({head}; omitted {len(self._omitted)})"
+
+    def small_table(self) -> pd.DataFrame:
+        """Counts by harmfulness and outcome."""
+        cells = Counter((_harmful_word(t.harmful), str(t.outcome)) for t in self._items)
+        return pd.DataFrame([(*cell, n) for cell, n in sorted(cells.items())], columns=["prompts", "outcome", "n"])
 
     def where(
         self,
