@@ -1,13 +1,13 @@
 """How does a result show itself in a notebook?
 
-A result that is a `Shown` has a one-line headline (its repr), a small table (`small_table`) and a figure (`plot`).
+A result that is `Shown` has a one-line headline (its repr) and a small table; one that is `Plotted` has a figure too.
 Jupyter gets headline and table as HTML and the figure from plotly's own renderer, which loads plotly.js once a
 notebook; a terminal gets the headline. All text is escaped and made printable. It knows no science.
 """
 
 import html
+from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import pandas as pd
@@ -23,16 +23,15 @@ _HEAD = "padding:2px 12px 2px 0;text-align:left;font-weight:600;border-bottom:1p
 _CELL = "padding:2px 12px 2px 0;text-align:left;font-variant-numeric:tabular-nums"
 
 
-class Shown:
-    """A result that shows itself: a headline, a small table, and a figure where it has one."""
+class Shown(ABC):
+    """A result that shows itself as a headline and a small table."""
 
+    @abstractmethod
     def small_table(self) -> pd.DataFrame:
         """What stands under the headline; of this only the first rows are shown."""
-        raise NotImplementedError
 
-    def plot(self) -> "Figure":
-        """The figure; a result without one raises NotImplementedError."""
-        raise NotImplementedError
+    def _figures(self) -> list["Figure"]:
+        return []
 
     def _repr_html_(self) -> str:
         """Headline and table, for every host that shows HTML."""
@@ -47,12 +46,23 @@ class Shown:
 
         if not hasattr(get_ipython(), "kernel"):
             raise NotImplementedError
-        # IPython's display is not annotated.
+        # IPython's functions are not annotated.
         show: Callable[[object], None] = display
         make: Callable[[str], object] = HTML
         show(make(self._repr_html_()))
-        with suppress(NotImplementedError):
-            show(self.plot())
+        for figure in self._figures():
+            show(figure)
+
+
+class Plotted(Shown):
+    """A result that has a figure too."""
+
+    @abstractmethod
+    def plot(self) -> "Figure":
+        """The figure."""
+
+    def _figures(self) -> list["Figure"]:
+        return [self.plot()]
 
 
 def _table(result: Shown) -> str:

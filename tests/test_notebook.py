@@ -16,7 +16,7 @@ from cliffscope.heads.agreement import RankingAgreement
 from cliffscope.heads.controls import SetControl
 from cliffscope.heads.edits import HeadRef
 from cliffscope.heads.sources import HeadSources
-from cliffscope.notebook import ROWS, Shown
+from cliffscope.notebook import ROWS, Plotted, Shown
 from cliffscope.probing.probe import RefusalProbe
 from cliffscope.probing.reports import ProbeReport
 from cliffscope.probing.trace import Cliffs, RefusalTraces
@@ -32,27 +32,31 @@ RESULTS = (
 class Made(Shown):
     """A result with given rows."""
 
-    def __init__(self, rows: int = 2, text: str = "a", figure: go.Figure | None = None) -> None:
-        self.rows, self.text, self.figure = rows, text, figure
+    def __init__(self, rows: int = 2, text: str = "a") -> None:
+        self.rows, self.text = rows, text
 
     def small_table(self) -> pd.DataFrame:
         return pd.DataFrame({"<name>": [self.text] * self.rows, "value": [np.nan, *[1 / 3] * (self.rows - 1)]})
-
-    def plot(self) -> go.Figure:
-        if self.figure is None:
-            return super().plot()
-        return self.figure
 
     def __repr__(self) -> str:
         return f"Made({self.text})"
 
 
+class Drawn(Made, Plotted):
+    """The same with a figure."""
+
+    figure = go.Figure()
+
+    def plot(self) -> go.Figure:
+        return self.figure
+
+
 @pytest.mark.parametrize("result", RESULTS)
 def test_every_result_shows_itself(result: type) -> None:
     assert issubclass(result, Shown)
-    assert result.small_table is not Shown.small_table
+    assert not getattr(result, "__abstractmethods__", None)
     assert result.__repr__ is not object.__repr__
-    assert result.plot is not Shown.plot or result in (cs.Study, cs.Transcripts)
+    assert issubclass(result, Plotted) or result in (cs.Study, cs.Transcripts)
 
 
 @pytest.mark.parametrize("text", ["<script>x</script>", "a\u202eb", "x" * 5000, "{{ 7 * 7 }}"])
@@ -89,9 +93,8 @@ def shell(monkeypatch: pytest.MonkeyPatch, *, kernel: bool) -> list[object]:
 
 def test_a_notebook_gets_headline_table_and_figure(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = shell(monkeypatch, kernel=True)
-    figure = go.Figure()
-    Made(figure=figure)._ipython_display_()
-    assert [item[0] if isinstance(item, tuple) else item for item in shown] == ["html", figure]
+    Drawn()._ipython_display_()
+    assert [item[0] if isinstance(item, tuple) else item for item in shown] == ["html", Drawn.figure]
     assert "Made(a)" in shown[0][1]
 
 
@@ -104,7 +107,7 @@ def test_a_result_without_a_figure_shows_its_table(monkeypatch: pytest.MonkeyPat
 def test_a_terminal_falls_back_to_the_headline(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = shell(monkeypatch, kernel=False)
     with pytest.raises(NotImplementedError):
-        Made(figure=go.Figure())._ipython_display_()
+        Drawn()._ipython_display_()
     assert shown == []
 
 

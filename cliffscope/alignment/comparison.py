@@ -16,7 +16,7 @@ import pandas as pd
 
 from cliffscope.errors import DataError, ProbeError, SpanError
 from cliffscope.models import LensModel
-from cliffscope.notebook import Shown
+from cliffscope.notebook import Plotted
 from cliffscope.probing.contrast import contrast_classes
 from cliffscope.probing.probe import fit_probe
 from cliffscope.probing.trace import trace_refusal
@@ -36,7 +36,7 @@ BEFORE, AFTER = "before", "after"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class RepairReport(Shown):
+class RepairReport(Plotted):
     """A model before and after its repair."""
 
     frame: pd.DataFrame

@@ -22,7 +22,7 @@ from cliffscope.alignment.distributed import RayEngine, score_on_ray
 from cliffscope.alignment.rows import COLUMNS, score_window
 from cliffscope.errors import DataError, StoreError
 from cliffscope.models import LensModel
-from cliffscope.notebook import Shown
+from cliffscope.notebook import Plotted
 from cliffscope.probing.activations import BATCH_TOKENS
 from cliffscope.probing.probe import RefusalProbe
 from cliffscope.store import RunStore, open_run
@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class PoolScores(Shown):
+class PoolScores(Plotted):
     """One row an example of a pool."""
 
     frame: pd.DataFrame

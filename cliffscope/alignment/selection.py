@@ -24,7 +24,7 @@ from cliffscope.alignment.rows import UNCLOSED, judge_refusal
 from cliffscope.alignment.scoring import PoolScores
 from cliffscope.errors import DataError
 from cliffscope.models import LensModel
-from cliffscope.notebook import Shown
+from cliffscope.notebook import Plotted
 from cliffscope.probing.cliff import Plateau
 from cliffscope.probing.probe import RefusalProbe
 from cliffscope.probing.trace import Cliffs, trace_refusal
@@ -40,7 +40,7 @@ STAGE = "select"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Selection(Shown):
+class Selection(Plotted):
     """The chosen examples of a pool."""
 
     chosen: Transcripts

@@ -19,7 +19,7 @@ from scipy.stats import spearmanr
 
 from cliffscope.errors import EditError
 from cliffscope.heads.ranking import FRACTION, HeadRanking, top_count
-from cliffscope.notebook import Shown
+from cliffscope.notebook import Plotted
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -48,7 +48,7 @@ class Stability:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class RankingAgreement(Shown):
+class RankingAgreement(Plotted):
     """How alike rankings of the same heads are, two by two."""
 
     frame: pd.DataFrame

@@ -21,7 +21,7 @@ from cliffscope.heads.edits import HeadRef, Scope
 from cliffscope.heads.methods import HALF, Method, measure_effects
 from cliffscope.heads.usable import check_finite, usable_tokens
 from cliffscope.models import LensModel, ModelShape
-from cliffscope.notebook import Shown
+from cliffscope.notebook import Plotted
 from cliffscope.probing.probe import RefusalProbe
 from cliffscope.resampling import bootstrap_mean
 from cliffscope.stats import random_set_p
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class SetControl(Shown):
+class SetControl(Plotted):
     """Joint effect of a set of heads against random sets of the same size."""
 
     heads: tuple[HeadRef, ...]

@@ -33,7 +33,7 @@ from cliffscope.heads.greedy import choose_greedily
 from cliffscope.heads.methods import HALF, NEED_DONORS, Effects, Method, measure_effects
 from cliffscope.heads.usable import check_finite, usable_tokens
 from cliffscope.models import LensModel, ModelShape
-from cliffscope.notebook import Shown
+from cliffscope.notebook import Plotted
 from cliffscope.probing.probe import RefusalProbe
 from cliffscope.resampling import bootstrap_mean, sign_flip_p
 from cliffscope.stats import benjamini_hochberg
@@ -59,7 +59,7 @@ move the logit, but there is nothing to restore."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class HeadRanking(Shown):
+class HeadRanking(Plotted):
     """Effects of all heads, each measured on its own."""
 
     heads: tuple[HeadRef, ...]

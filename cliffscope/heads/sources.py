@@ -23,7 +23,7 @@ from cliffscope.bridges import TOLERANCE
 from cliffscope.errors import SpanError, UnsupportedModelError
 from cliffscope.heads.edits import HeadRef
 from cliffscope.models import LensModel
-from cliffscope.notebook import Shown
+from cliffscope.notebook import Plotted
 from cliffscope.probing.probe import RefusalProbe
 from cliffscope.transcripts.records import Transcript
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript, tokenize
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class HeadSources(Shown):
+class HeadSources(Plotted):
     """What one head reads at the closing of one transcript."""
 
     head: HeadRef

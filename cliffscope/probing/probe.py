@@ -27,7 +27,7 @@ from sklearn.linear_model import LogisticRegression
 
 from cliffscope.errors import ProbeError
 from cliffscope.models import LensModel
-from cliffscope.notebook import Shown
+from cliffscope.notebook import Plotted
 from cliffscope.probing.activations import gather_residuals, project_residuals
 from cliffscope.probing.regions import FINAL, LATE_THINKING, balanced_positions, region_names, regions
 from cliffscope.probing.reports import ProbeReport, RegionReport, cells_of, one_sided_warning, region_report
@@ -53,7 +53,7 @@ Residuals = Float32[np.ndarray, "n d_model"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class RefusalProbe(Shown):
+class RefusalProbe(Plotted):
     """A linear refusal probe: score = sigmoid(residual . weight + bias)."""
 
     layer: int

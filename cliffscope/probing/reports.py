@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from cliffscope.notebook import Shown
+from cliffscope.notebook import Plotted
 from cliffscope.stats import Interval, auroc, auroc_interval, brier, expected_calibration_error, tpr_at_fpr
 from cliffscope.transcripts.records import Transcript
 
@@ -62,7 +62,7 @@ class RegionReport:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class ProbeReport(Shown):
+class ProbeReport(Plotted):
     """What a probe can tell on its test split."""
 
     final: RegionReport

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cliffscope.errors import DataError, SpanError
 from cliffscope.models import LensModel
-from cliffscope.notebook import Shown
+from cliffscope.notebook import Plotted
 from cliffscope.probing.activations import Intervention, project_layer, project_residuals
 from cliffscope.probing.cliff import PROMPT_BINS, THINKING_BINS, Cliff, Plateau, align_trace, measure_cliff
 from cliffscope.probing.probe import RefusalProbe
@@ -38,7 +38,7 @@ MOST_CLOSING = 8
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Cliffs(Shown):
+class Cliffs(Plotted):
     """Plateau, final and cliff of every traced transcript."""
 
     frame: pd.DataFrame
@@ -80,7 +80,7 @@ class Cliffs(Shown):
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class RefusalTraces(Shown):
+class RefusalTraces(Plotted):
     """Refusal logits of every token of every transcript."""
 
     transcripts: tuple[Transcript, ...]

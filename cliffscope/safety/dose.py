@@ -23,7 +23,7 @@ from cliffscope.heads.methods import Method, measure_effects
 from cliffscope.heads.ranking import HeadRanking, top_count
 from cliffscope.heads.usable import check_finite, usable_tokens
 from cliffscope.models import LensModel
-from cliffscope.notebook import Shown
+from cliffscope.notebook import Plotted
 from cliffscope.probing.probe import RefusalProbe
 from cliffscope.resampling import bootstrap_mean
 from cliffscope.safety.arms import TOP
@@ -40,7 +40,7 @@ _COLUMNS = ["fraction", "heads", "arm", "kind", "quantity", "value", "ci_low", "
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class DoseResponse(Shown):
+class DoseResponse(Plotted):
     """What editing more and more heads does."""
 
     frame: pd.DataFrame

@@ -22,7 +22,7 @@ import pandas as pd
 from cliffscope.errors import DataError
 from cliffscope.heads.edits import EditPlan, HeadEdit, edited_everywhere
 from cliffscope.models import LensModel
-from cliffscope.notebook import Shown
+from cliffscope.notebook import Plotted
 from cliffscope.resampling import bootstrap_mean, bootstrap_ratio, paired_bootstrap_difference
 from cliffscope.safety.answers import answer_rows
 from cliffscope.safety.arms import TOP, UNEDITED, Arm, MakeEdit, plan_arms
@@ -42,7 +42,7 @@ QUALITIES = ("partial", "thinking_refuses", "answer_tokens", "repetition", "exac
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class SafetyReport(Shown):
+class SafetyReport(Plotted):
     """Outcomes of every arm."""
 
     arms: tuple[Arm, ...]

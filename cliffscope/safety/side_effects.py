@@ -23,7 +23,7 @@ from torch import Tensor
 from cliffscope.errors import DataError
 from cliffscope.heads.edits import EditPlan, HeadEdit, edited_everywhere
 from cliffscope.models import Batch, LensModel
-from cliffscope.notebook import Shown
+from cliffscope.notebook import Plotted
 from cliffscope.resampling import bootstrap_mean, bootstrap_ratio
 from cliffscope.safety.arms import Arm, MakeEdit, plan_arms
 from cliffscope.transcripts.records import Omission, Transcripts
@@ -39,7 +39,7 @@ _COLUMNS = ["arm", "kind", "measure", "n", "value", "ci_low", "ci_high", "unit"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class SideEffects(Shown):
+class SideEffects(Plotted):
     """What an edit changes beside refusal."""
 
     frame: pd.DataFrame
