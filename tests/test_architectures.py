@@ -24,6 +24,7 @@ from cliffscope.errors import DataError, EditError, UnsupportedModelError
 from cliffscope.heads.controls import random_set
 from cliffscope.heads.edits import HeadRef, Scope, edited_weights
 from cliffscope.heads.shares import decompose_logit
+from cliffscope.heads.sources import trace_sources
 from cliffscope.heads.sweep import sweep_branches
 from cliffscope.models import LensModel, load_model
 from cliffscope.probing import activations
@@ -302,6 +303,25 @@ def test_shares_of_heads_add_up_or_are_refused(case: Case) -> None:
         assert_close(shares.logits, expected)
 
 
+def test_what_a_head_reads_adds_up_to_what_it_writes_or_is_refused(case: Case) -> None:
+    layer = [i for i in case.model.shape.attention_layers if i <= 2][-1]
+    probe, transcript = random_probe(case.model, 2), written(1, harmful=True, outcome=Outcome.COMPLIED)[0]
+    (row,) = tokens_of(case.model, Transcripts([transcript]))
+    with noted(case, "sources"):
+        found = trace_sources(case.model, probe, transcript, HeadRef(layer=layer, head=1))
+        # The oracle: what plain transformers' residual after the block loses with the head's write taken out.
+        size = case.plain.get_decoder().layers[layer].self_attn.o_proj.in_features // 4
+        kept: list[Tensor] = []
+        projection = case.plain.get_decoder().layers[layer].self_attn.o_proj
+        handle = projection.register_forward_pre_hook(lambda _m, inputs: kept.append(inputs[0][0, row.final]))
+        case.states(row.token_ids.tolist())
+        handle.remove()
+        columns = projection.weight.detach()[:, size : 2 * size]
+        expected = float(kept[0][size : 2 * size] @ columns.T.float() @ torch.from_numpy(probe.weight))
+        assert_close(found.effect, -expected)
+        assert_close(found.attention.sum(1).max() <= 1 + 1e-5, True)
+
+
 def test_an_architecture_without_the_projection_of_its_heads_is_refused_by_name(tmp_path: Path) -> None:
     tokenizer = words_tokenizer()
     sizes = {"vocab_size": len(tokenizer) + 5, "n_embd": 32, "n_layer": 2, "n_head": 4}
@@ -336,7 +356,7 @@ def test_a_config_that_lies_about_its_heads_is_refused(tmp_path: Path) -> None:
 
 def table() -> str:
     """What this run found, as Markdown."""
-    columns = ("trace", "long", "sweep, closing", "sweep, all", "weight edit", "export", "exact shares")
+    columns = ("trace", "long", "sweep, closing", "sweep, all", "weight edit", "export", "exact shares", "sources")
     lines = [f"| architecture | models | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     for name, kind in KINDS.items():
         cells = [FOUND.get(name, {}).get(column, "not run") for column in columns]

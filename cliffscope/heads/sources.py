@@ -22,6 +22,7 @@ from torch import Tensor
 from cliffscope.bridges import TOLERANCE
 from cliffscope.errors import SpanError, UnsupportedModelError
 from cliffscope.heads.edits import HeadRef
+from cliffscope.heads.shares import decompose_logit
 from cliffscope.models import LensModel
 from cliffscope.notebook import Plotted
 from cliffscope.probing.probe import RefusalProbe
@@ -140,7 +141,8 @@ def trace_sources(model: LensModel, probe: RefusalProbe, transcript: Transcript,
     Raises:
         EditError: the model lacks the head.
         SpanError: the probe does not see the head.
-        UnsupportedModelError: attention x values is not what the head gives on this model.
+        UnsupportedModelError: attention x values is not what the head gives on this model, or what heads write is not
+            added to the residual as it is.
     """
     probe.check_model(model)
     head.check(model)
@@ -148,21 +150,24 @@ def trace_sources(model: LensModel, probe: RefusalProbe, transcript: Transcript,
         raise SpanError(f"{head} writes above layer {probe.layer}, where the probe reads. Choose a head below.")
     tokens = tokenize(transcript, model.tokenizer, model.template, max_length=model.shape.context)
     closing, stop = tokens.span(Span.CLOSING).start, tokens.final + 1
+    # That the parts add up to the logit is checked there; this one must be the head's.
+    parts = decompose_logit(model, probe, [tokens])
     pattern, values, z = _read(model, tokens, head)
     if not torch.allclose(pattern @ values, z, atol=TOLERANCE.get(model.dtype, 1e-1) * float(z.abs().max() + 1)):
-        raise UnsupportedModelError(
-            f"Layer {head.layer} of {model.name!r}: attention x values is not what {head} gives, so its sources "
-            "cannot be told apart."
-        )
+        raise _inexact(model, head)
     columns = model.output_columns(head.layer)[:, head.head]
     written = columns.T.cpu() @ torch.from_numpy(probe.weight)
+    shares = (pattern[closing:] * (values @ written)[None]).numpy()
+    scale = float(pattern[-1] @ (values.abs() @ written.abs())) + 1
+    if abs(shares[-1].sum() - parts.heads[0, head.layer, head.head]) > TOLERANCE.get(model.dtype, 1e-1) * scale:
+        raise _inexact(model, head)
     return HeadSources(
         head=head,
         kv_group=model.shape.kv_group(head.head),
         tokens=tokens,
         texts=tuple(str(model.tokenizer.decode([int(i)])) for i in tokens.token_ids[:stop]),
         attention=pattern[closing:].numpy(),
-        shares=(pattern[closing:] * (values @ written)[None]).numpy(),
+        shares=shares,
     )
 
 
@@ -186,4 +191,13 @@ def _read(model: LensModel, tokens: TokenizedTranscript, head: HeadRef) -> tuple
     ids = torch.from_numpy(tokens.token_ids[: tokens.final + 1])[None].to(model.device)
     with torch.inference_mode():
         model.bridge.run_with_hooks(ids, return_type=None, fwd_hooks=hooks)
+    if set(kept) != set(wanted) or kept["hook_v"].shape != kept["hook_z"].shape:
+        raise _inexact(model, head)
     return kept["hook_pattern"], kept["hook_v"], kept["hook_z"]
+
+
+def _inexact(model: LensModel, head: HeadRef) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"Layer {head.layer} of {model.name!r}: attention x values is not what {head} gives, so its sources cannot be "
+        "told apart."
+    )
