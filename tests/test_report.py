@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import re
 from html.parser import HTMLParser
 
 import numpy as np
@@ -265,8 +266,9 @@ def test_a_comparison_pairs_cliffs_and_shows_what_differs(run_dir, tmp_path):
     page = Page(compared(run_dir, other, tmp_path))
     both = cliffs[(cliffs["group"] == "harmful, complied") & cliffs["valid"]]
     assert f"On the {len(both)} harmful prompts that both complied with" in page.text
-    assert "is 0.25 [0.25, 0.25] above that of" in page.text
+    assert re.search(r"the cliff of B: other minus that of A: \w+ is 0\.25 \[0\.25, 0\.25\] \(paired\)", page.text)
     assert "2 heads are selected in both runs, of 2 and 2" in page.text
+    assert "different weights" not in page.text
     assert "cliffscope study --seed 1" in page.text
     settings = page.text[: page.text.index("Held-out transcripts")]
     assert "max_thinking" in settings
@@ -278,6 +280,7 @@ def test_runs_of_different_models_are_compared_without_pairing_heads(run_dir, tm
     other = write_run(tmp_path / "other", n=6, n_layers=4, n_heads=2, length=12)
     frame = pd.read_parquet(other / "aligned.parquet")
     frame[frame["bin"] < frame["bin"].max()].to_parquet(other / "aligned.parquet")
+    change_manifest(other, model={"name": "other", "fingerprint": "sha256:0"})
     text = Page(compared(run_dir, other, tmp_path)).text
     assert "The models have different heads" in text
     assert "each run has its own axis" in text
@@ -318,3 +321,9 @@ def test_what_heads_read_is_shown_as_bars_and_as_text(page):
     assert len(circuits) == 2
     assert not any("<" in token or "&" in token for found in circuits for token in found["tokens"])
     assert "What L4H3 reads at the final token (n=1 transcript, 33 tokens)" in page.text
+
+
+def test_runs_of_other_weights_say_what_that_means_for_their_heads(run_dir, tmp_path):
+    other = write_run(tmp_path / "other", n=24)
+    change_manifest(other, model={"name": "repaired", "fingerprint": "sha256:0"})
+    assert "The runs are of different weights" in Page(compared(run_dir, other, tmp_path)).text

@@ -41,6 +41,10 @@ from cliffscope.resampling import bootstrap_mean
 
 CURVES = ("harmful, complied", "harmful, refused", "harmless, complied")
 """Groups whose curves are drawn; with more, two runs would hide each other."""
+OTHER_WEIGHTS = (
+    "The runs are of different weights. A head of one model is the same head of the other only where one was trained "
+    "from the other, or both from a third."
+)
 ASKED = "harmful, complied"
 """The group that has a cliff to compare."""
 
@@ -161,8 +165,8 @@ def _paired_claim(runs: Sequence[NamedRun]) -> str:
     gaps = (second[shared] - first[shared]).to_numpy(float)
     low, high = bootstrap_mean(gaps, seed=0)
     return (
-        f"On the {len(shared)} harmful prompts that both complied with, the cliff of {runs[-1].name} is "
-        f"{number(float(gaps.mean()))} {interval(float(low), float(high))} above that of {runs[0].name} (paired)."
+        f"On the {len(shared)} harmful prompts that both complied with, the cliff of {runs[-1].name} minus that of "
+        f"{runs[0].name} is {number(float(gaps.mean()))} {interval(float(low), float(high))} (paired)."
     )
 
 
@@ -179,7 +183,9 @@ def _heads(runs: Sequence[NamedRun]) -> Section:
         chosen = [set(_selected(one.run)) for one in (runs[0], runs[-1])]
         both = np.array([(name in chosen[0]) + (name in chosen[1]) for name in names])
         fig = effect_pairs(names, effect, other, both, runs=(runs[0].name, runs[-1].name))
-        parts.append(plot("pairs", fig, "Filled: selected in both runs. Half-tone: in one. Grey: in none."))
+        parts.append(plot("pairs", fig, "Vermillion: selected in both runs. Orange: in one. Grey: in none."))
+        if len({str(one.run.section("model").get("fingerprint")) for one in runs}) > 1:
+            parts.append(Remark(text=OTHER_WEIGHTS))
         known = np.isfinite(effect) & np.isfinite(other) & ((effect != 0) | (other != 0))
         varied = known.sum() > 2 and np.ptp(effect[known]) > 0 and np.ptp(other[known]) > 0
         rank = float(spearmanr(effect[known], other[known]).statistic) if varied else float("nan")

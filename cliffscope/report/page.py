@@ -52,7 +52,7 @@ def write_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
         path: Where to write; by default report.html in the run directory.
 
     Returns:
-        The path of the page. It loads nothing from anywhere, and holds about 5 MB, most of it plotly.js.
+        The path of the page. It loads nothing from anywhere, and holds about 6 MB, most of it scripts.
 
     Raises:
         StoreError: The directory holds no manifest.json, or the page cannot be written.
