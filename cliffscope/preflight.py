@@ -19,6 +19,7 @@ from cliffscope.config import StudyConfig, read_inputs
 from cliffscope.memory import few_threads, free_bytes, held_bytes
 from cliffscope.models import LensModel, load_model
 from cliffscope.probing.activations import BATCH_TOKENS
+from cliffscope.probing.contrast import check_contrast
 from cliffscope.safety.generation import find_batch_size, roll_out, row_bytes
 from cliffscope.transcripts.records import Transcripts
 from cliffscope.transcripts.transcript import Span, tokenize
@@ -76,6 +77,8 @@ def estimate_study(config: StudyConfig) -> Preflight:
     config.check()
     prompts = read_inputs(config).transcripts
     model = load_model(config.model, template=config.template, device=config.device)
+    if config.transcripts is None:
+        check_contrast(prompts, config.contrast, thinks=model.template.thinks)
     budget = (config.max_thinking if model.template.thinks else 0) + config.max_answer
     some = prompts[:: max(1, len(prompts) // 32)]
     bare = some.map(lambda t: t.replace(thinking="" if model.template.thinks else None, answer=None))

@@ -62,15 +62,21 @@ def show_progress() -> Iterator[Progress]:
 def _log_lines() -> Progress:
     started: dict[str, tuple[float, int]] = {}
     told: dict[str, int] = {}
+    last: dict[str, int] = {}
 
     def progress(stage: str, done: int, total: int) -> None:
-        # The first call comes when something has been done already, so the rate counts from there.
+        # The first call comes when something has been done already, so the rate counts from there; a stage that goes
+        # over its items again starts anew.
+        if done < last.get(stage, 0):
+            started.pop(stage)
+        last[stage] = done
         start, before = started.setdefault(stage, (time.perf_counter(), done))
         tenth = 10 * done // max(1, total)
         if told.get(stage) != tenth:
             told[stage] = tenth
             seconds = time.perf_counter() - start
-            speed = (done - before) / seconds if seconds > 0 else 0.0
+            # Items come in batches: what is seen within a second is no speed.
+            speed = (done - before) / seconds if seconds >= 1 else 0.0
             rate = f", {speed:.2f}/s, {(total - done) / speed:.0f} s left" if speed else ""
             log.info("%s: %d of %d%s", stage, done, total, rate)
 

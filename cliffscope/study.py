@@ -35,7 +35,7 @@ from cliffscope.heads.ranking import rank_heads
 from cliffscope.heads.sources import trace_sources
 from cliffscope.models import load_model
 from cliffscope.notebook import Shown
-from cliffscope.probing.contrast import contrast_classes
+from cliffscope.probing.contrast import check_contrast, contrast_classes
 from cliffscope.probing.files import save_probe
 from cliffscope.probing.probe import FEWEST, fit_probe
 from cliffscope.probing.trace import Cliffs, trace_refusal
@@ -121,7 +121,8 @@ def run_study(config: StudyConfig, *, command: str | None = None, progress: Prog
             )
             for name, stage in _STAGES.items():
                 if not store.finished(name):
-                    log.info("stage %s", name)
+                    if name != "repair" or config.repair:
+                        log.info("stage %s", name)
                     with store.stage(name):
                         stage(run)
         return open_study(store.path)
@@ -148,6 +149,8 @@ def open_study(path: str | Path) -> Study:
 def _stage_transcripts(run: Run) -> None:
     inputs = read_inputs(run.config)
     transcripts = inputs.transcripts
+    if run.config.transcripts is None:
+        check_contrast(transcripts, run.config.contrast, thinks=run.model.template.thinks)
     with open_answers(run.store) as kept:
         if run.config.transcripts is None:
             transcripts = judge(_roll_out(run, transcripts, kept))

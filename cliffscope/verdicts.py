@@ -79,7 +79,7 @@ def of_heads(ranking: HeadRanking, control: SetControl, *, can_tell: bool = True
     joint = (
         f"Zeroing the first {len(control.heads)} of {len(ranking.heads)} at the closing changes the refusal logit of "
         f"{len(control.effects)} test transcripts by {control.effect:+.2f} {_interval(low, high, '+.2f')}; "
-        f"random sets of the same size by {control.random_effects.mean():+.2f} (p = {control.p:.3f})."
+        f"random sets of the same size by {control.random_effects.mean():+.2f} ({_random_p(control)})."
     )
     if not can_tell:
         return f"No head can be claimed to suppress refusal, since the probe cannot tell at the final token. {joint}"
@@ -87,6 +87,13 @@ def of_heads(ranking: HeadRanking, control: SetControl, *, can_tell: bool = True
         return f"No head's effect passes its controls (q <= 0.05, n = {len(ranking.clean)}). {joint}"
     subject = "1 head suppresses" if len(found) == 1 else f"{len(found)} heads suppress"
     return f"{subject} refusal (q <= 0.05, n = {len(ranking.clean)}): {names}. {joint}"
+
+
+def _random_p(control: SetControl) -> str:
+    """The p of a set of heads, and whether as few random sets could have given less."""
+    sets = len(control.random_effects)
+    floor = control.p <= 1 / (1 + sets)
+    return f"p = {control.p:.3f}" + (f", the least that {sets} sets allow" if floor else "")
 
 
 def of_safety(report: SafetyReport, effects: SideEffects | None = None) -> str:

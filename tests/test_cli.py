@@ -345,7 +345,8 @@ def test_prompts_beyond_the_context_end_with_3_and_the_reason(
     shell: Shell, files: Path, model: Path, tmp_path: Path
 ) -> None:
     words = ("--model", model, "--max-thinking", 4, "--max-answer", 4)
-    study = shell.fails(3, "study", *words, "--harmful", files / "long.csv", "--out", tmp_path / "run")
+    given = ("--harmful", files / "long.csv", "--contrast", "harmful", "--out", tmp_path / "run")
+    study = shell.fails(3, "study", *words, *given)
     assert "every prompt was omitted" in study
     assert "context" in study, "the reason is not said"
     rolled = shell("roll-out", *words, "--prompts", files / "long.csv", "--out", tmp_path / "out.jsonl")
@@ -612,6 +613,8 @@ def test_the_doctor_says_what_is_missing_and_ends_with_1_only_where_it_matters(
 def test_a_study_is_estimated_without_being_run(shell: Shell, files: Path, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = ("study", "--model", model, "--harmful", files / "prompts.csv", "--out", out, "--dry-run")
+    assert "None of the 6 prompts is harmless" in shell.fails(3, *words)
+    words += ("--contrast", "harmful")
     small = json.loads(shell(*words, "--max-thinking", 8, "--json").out)
     large = json.loads(shell(*words, "--max-thinking", 64, "--json").out)
     assert not out.exists()

@@ -71,5 +71,5 @@ def test_a_run_without_results_has_no_images(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(DataError, match="holds no result that is drawn"):
         write_images(tmp_path, tmp_path / "out")
-    with pytest.raises(StoreError, match="not a run directory"):
+    with pytest.raises(StoreError, match="does not exist"):
         write_images(tmp_path / "none", tmp_path / "out")

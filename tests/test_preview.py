@@ -18,8 +18,11 @@ def test_every_token_is_shown_once_with_its_span() -> None:
 
 
 def test_what_deserves_a_look_is_told() -> None:
-    assert preview(build_word_tokenizer(ORGANISM)).warnings == ()
-    (warning,) = preview(build_word_tokenizer(CHATML)).warnings
+    words = "How do I bake bread ? The wants to . Mix flour and water"
+    assert preview(build_word_tokenizer(ORGANISM, words)).warnings == ()
+    (warning,) = preview(build_word_tokenizer(ORGANISM)).warnings
+    assert "words of the sample that this vocabulary lacks appear as '<unk>'" in warning
+    (warning,) = preview(build_word_tokenizer(CHATML, words)).warnings
     assert "chatml-think" in warning
     smollm = shared_tokenizer("smollm2_from_gguf", "gguf__SmolLM2-135M-Instruct")
     told = preview(smollm, "chatml-think").warnings

@@ -257,8 +257,8 @@ def compared(first, second, tmp_path):
     return write_comparison([first, second], tmp_path / "comparison.html").read_text(encoding="utf-8")
 
 
-def test_a_comparison_pairs_cliffs_and_shows_what_differs(run_dir, tmp_path):
-    other = write_run(tmp_path / "other", n=24)
+def test_a_comparison_pairs_cliffs_and_shows_what_differs(tmp_path):
+    run_dir, other = (write_run(tmp_path / name, n=60) for name in ("base", "other"))
     change_manifest(other, config={"seed": 1, "model": "planted-llama"}, command="cliffscope study --seed 1")
     cliffs = pd.read_parquet(other / "cliffs.parquet")
     shift = np.where(cliffs["group"] == "harmful, complied", 0.25, 0.0)
@@ -266,7 +266,7 @@ def test_a_comparison_pairs_cliffs_and_shows_what_differs(run_dir, tmp_path):
     page = Page(compared(run_dir, other, tmp_path))
     both = cliffs[(cliffs["group"] == "harmful, complied") & cliffs["valid"]]
     assert f"On the {len(both)} harmful prompts that both complied with" in page.text
-    assert re.search(r"the cliff of B: other minus that of A: \w+ is 0\.25 \[0\.25, 0\.25\] \(paired\)", page.text)
+    assert re.search(r"the cliff of B: other minus that of A: base is 0\.25 \[0\.25, 0\.25\] \(paired\)", page.text)
     assert "2 heads are selected in both runs, of 2 and 2" in page.text
     assert "different weights" not in page.text
     assert "cliffscope study --seed 1" in page.text
@@ -274,6 +274,9 @@ def test_a_comparison_pairs_cliffs_and_shows_what_differs(run_dir, tmp_path):
     assert "max_thinking" in settings
     titles = [attrs["id"] for tag, attrs in page.elements if attrs.get("class") == "plot"]
     assert titles == ["figure-cliff", "figure-pairs", "figure-arms"]
+    assert "The runs have different seeds" in page.text
+    few = compared(write_run(tmp_path / "few", n=9), other, tmp_path)
+    assert "too few for a paired difference" in few
 
 
 def test_runs_of_different_models_are_compared_without_pairing_heads(run_dir, tmp_path):

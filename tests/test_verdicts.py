@@ -206,7 +206,7 @@ def test_significant_heads_are_named_with_the_joint_effect_and_its_control(llama
     assert told.startswith("2 heads suppress refusal (q <= 0.05, n = 12): L0H0, L0H1.")
     assert "Zeroing the first 2 of 64 at the closing changes the refusal logit of 6 test transcripts by +4.25" in told
     assert "[+4.25, +4.25]" in told
-    assert "random sets of the same size by +0.50 (p = 0.050)" in told
+    assert "random sets of the same size by +0.50 (p = 0.050, the least that 19 sets allow)" in told
 
 
 def test_six_heads_are_named_at_most(llama: LensModel) -> None:

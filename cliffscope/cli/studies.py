@@ -49,7 +49,7 @@ def study(
     contrast: Annotated[str, typer.Option(help="Complied class of the probe: auto, harmless or harmful.")] = "auto",
     plateau: Annotated[str, typer.Option(help="mean or max.")] = "mean",
     top_fraction: Annotated[float, typer.Option(help="Share of heads that is edited.")] = 0.03,
-    controls: Annotated[int, typer.Option(min=1, help="Random sets of heads.")] = 20,
+    controls: Annotated[int, typer.Option(min=1, help="Random sets of heads of each kind.")] = 20,
     select_fraction: Annotated[float, typer.Option(help="Share of the pool that is selected.")] = 0.017,
     repair: Annotated[bool, typer.Option("--repair", help="Repair the model on the selection, measure again.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows generated together at most.")] = 64,

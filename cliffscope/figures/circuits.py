@@ -5,7 +5,7 @@ inlines that once. Text from models must be made harmless first: CircuitsVis wri
 """
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -40,6 +40,18 @@ class CircuitsView:
 def harmless(token: str, *, limit: int = 60) -> str:
     """A token as CircuitsVis may write it: printable, and with nothing that begins an element or an entity."""
     return printable(token, limit=limit).replace("<", "‹").replace("&", "＆")
+
+
+def coloured_tokens(tokens: Sequence[str], values: Sequence[float]) -> dict[str, object]:
+    """Properties of `ColoredTokens`: harmless texts, and one scale for both signs, so that equal shades are equal."""
+    most = max((abs(value) for value in values), default=0.0) or 1.0
+    return {
+        "tokens": [harmless(token) for token in tokens],
+        "values": [round(float(value), 4) for value in values],
+        "minValue": -most,
+        "maxValue": most,
+        **SIGNS,
+    }
 
 
 @cache

@@ -84,7 +84,8 @@ def _draw(figures: Mapping[Path, go.Figure], *, width: int, scale: float) -> Non
             format=[_kind(target) for target in figures],
             width=width,
             height=[figure.layout.height for figure in figures.values()],
-            scale=scale,
+            # Vectors have no pixels: scaled, they would only open larger.
+            scale=[1.0 if _kind(target) in ("svg", "pdf") else scale for target in figures],
         )
     except ChromeNotFoundError as error:
         raise MissingExtraError(

@@ -16,12 +16,13 @@ MOST_COLUMNS = 3
 _COLORS = {"top": theme.BLUE, "after": theme.BLUE, "random": theme.GREY}
 
 
-def measure_panels(frame: pd.DataFrame, *, title: str = "Measures by arm") -> go.Figure:
+def measure_panels(frame: pd.DataFrame, *, share: bool = False, title: str = "Measures by arm") -> go.Figure:
     """One panel a quantity, one row an arm.
 
     Args:
         frame: One row a quantity and arm, in the order to show: measure (name, with its unit), arm (several values of
             one name share a row), kind (`top`, `after`, `random` or another: the colour), value, ci_low, ci_high, n.
+        share: Whether all quantities are shares, on axes from 0 to 100%.
         title: Title.
 
     Returns:
@@ -44,9 +45,12 @@ def measure_panels(frame: pd.DataFrame, *, title: str = "Measures by arm") -> go
             _add_arm(fig, part[part["arm"] == arm], line, cell)
         least, most = int(part["n"].min()), int(part["n"].max())
         n = f"n={least:,}" if least == most else f"n={least:,} to {most:,}"
-        fig.update_xaxes(title_text=f"{theme.caption(measure, limit=48)} ({n})", rangemode="tozero", **cell)
+        fig.update_xaxes(title_text=f"{theme.caption(measure, limit=48)} ({n})", **cell)
     names = [theme.caption(name, limit=28) for name in arms]
     fig.update_yaxes(tickvals=list(range(len(arms))), ticktext=names, range=[len(arms) - 0.5, -0.5], showgrid=False)
+    if share:
+        fig.update_xaxes(range=[-0.03, 1.03], tickformat=".0%", tickvals=[0, 0.25, 0.5, 0.75, 1])
+    fig.update_xaxes(zeroline=True, zerolinecolor=theme.GREY, zerolinewidth=1)
     fig.update_layout(showlegend=False)
     return fig
 

@@ -60,8 +60,13 @@ def mean_trace(
     if not drawn:
         return theme.empty_figure(title, "No group holds a transcript that could be measured.")
     fig = go.Figure()
+    runs = list(dict.fromkeys(name.rpartition(": ")[0] for name in drawn))
     for index, (name, band) in enumerate(drawn.items()):
         _add_band(fig, name, band, labels, index)
+        if len(runs) > 1:
+            # Of several runs each has one kind of line, and each group its colour and mark.
+            dash = theme.DASHES[runs.index(name.rpartition(": ")[0]) % len(theme.DASHES)]
+            fig.data[-1].update(line_dash=dash, marker_symbol=theme.group_mark(name.rpartition(": ")[2], index)[1])
     total = sum(int(np.max(band.n, initial=0)) for band in drawn.values()) if n is None else n
     shown = f"{title} (n={total:,} transcripts)"
     theme.themed(fig, title=shown, x="position, aligned on spans", y=f"mean {unit}", height=420)

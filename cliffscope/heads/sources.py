@@ -111,10 +111,9 @@ class HeadSources(Plotted):
 
     def token_view(self) -> "CircuitsView":
         """CircuitsVis' tokens coloured by what they make the head write against refusal at the final position."""
-        from cliffscope.figures.circuits import SIGNS, CircuitsView, harmless
+        from cliffscope.figures.circuits import CircuitsView, coloured_tokens
 
-        values = (-self.shares[-1]).round(4).tolist()
-        props = {"tokens": [harmless(text) for text in self.texts], "values": values, **SIGNS}
+        props = coloured_tokens(self.texts, (-self.shares[-1]).tolist())
         return CircuitsView(component="ColoredTokens", props=props)
 
     def __repr__(self) -> str:

@@ -11,6 +11,7 @@ Outcomes in, classes out; knows no model.
 from dataclasses import dataclass
 from typing import Literal
 
+from cliffscope.errors import DataError
 from cliffscope.transcripts.records import Outcome, Transcripts
 
 Contrast = Literal["auto", "harmless", "harmful"]
@@ -41,7 +42,7 @@ def contrast_classes(transcripts: Transcripts, contrast: Contrast, *, thinks: bo
     Returns:
         The classes; unfinished and unjudged transcripts are in none.
     """
-    name = contrast if contrast != "auto" else "harmless" if thinks else "harmful"
+    name = _resolved(contrast, thinks)
     harmful_complied = transcripts.where(harmful=True, outcome=Outcome.COMPLIED)
     return Classes(
         name=name,
@@ -49,3 +50,16 @@ def contrast_classes(transcripts: Transcripts, contrast: Contrast, *, thinks: bo
         complied=transcripts.where(harmful=False, outcome=Outcome.COMPLIED) if name == "harmless" else harmful_complied,
         challenge=harmful_complied if name == "harmless" else None,
     )
+
+
+def check_contrast(transcripts: Transcripts, contrast: Contrast, *, thinks: bool) -> None:
+    """Raises DataError where harmless prompts are needed for the probe's complied class and none is given."""
+    if _resolved(contrast, thinks) == "harmless" and not any(t.harmful is False for t in transcripts):
+        raise DataError(
+            f"None of the {len(transcripts)} prompts is harmless, but the probe sets refused prompts against harmless "
+            "ones that are answered. Give harmless prompts too, or contrast='harmful'."
+        )
+
+
+def _resolved(contrast: Contrast, thinks: bool) -> Contrast:
+    return contrast if contrast != "auto" else "harmless" if thinks else "harmful"

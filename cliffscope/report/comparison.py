@@ -35,18 +35,19 @@ from cliffscope.report.content import (
     plot,
     text_cell,
 )
-from cliffscope.report.evidence import CLAIMED, bands, group_mean, plateau_name
+from cliffscope.report.evidence import ASKED, CLAIMED, bands, group_mean, plateau_name
 from cliffscope.report.stored import StoredRun, as_float, as_int, as_list, as_object
 from cliffscope.resampling import bootstrap_mean
 
 CURVES = ("harmful, complied", "harmful, refused", "harmless, complied")
 """Groups whose curves are drawn; with more, two runs would hide each other."""
+FEWEST_PAIRS = 10
+"""Prompts that both runs complied with, below which their difference claims nothing."""
+OTHER_SEEDS = "The runs have different seeds, so that prompts were drawn and split in different ways."
 OTHER_WEIGHTS = (
     "The runs are of different weights. A head of one model is the same head of the other only where one was trained "
     "from the other, or both from a third."
 )
-ASKED = "harmful, complied"
-"""The group that has a cliff to compare."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -102,12 +103,16 @@ def _differences(runs: Sequence[NamedRun]) -> Section:
                 rows.append([text_cell(section), text_cell(key, 60), *(text_cell(text, 200) for text in shown)])
     heads = columns("part", "setting|code", *(f"{one.name}|long" for one in runs))
     same = "Settings, model and versions of the runs are the same."
+    seeds = {str(one.run.section("config").get("seed")) for one in runs}
     return Section(
         id="run",
         title="What differs",
         claim="",
         lead="Every setting, fact of the model and version that is not the same in all runs.",
-        parts=[Table(caption="Settings that differ", columns=heads, rows=rows)] if rows else [Remark(text=same)],
+        parts=[
+            *([Table(caption="Settings that differ", columns=heads, rows=rows)] if rows else [Remark(text=same)]),
+            *([Remark(text=OTHER_SEEDS)] if len(seeds) > 1 else []),
+        ],
     )
 
 
@@ -160,8 +165,10 @@ def _paired_claim(runs: Sequence[NamedRun]) -> str:
         for found in (_asked(one.run) for one in (runs[0], runs[-1]))
     )
     shared = first.index.intersection(second.index)
-    if len(shared) < 2:
+    if not len(shared):
         return ""
+    if len(shared) < FEWEST_PAIRS:
+        return f"Both complied with {len(shared)} of the same prompts: too few for a paired difference of cliffs."
     gaps = (second[shared] - first[shared]).to_numpy(float)
     low, high = bootstrap_mean(gaps, seed=0)
     return (
@@ -236,7 +243,7 @@ def _safety(runs: Sequence[NamedRun]) -> Section:
         shown_key = [text_cell(text, 120) for text in key]
         rows.append([*shown_key, count_cell(n), number_cell(float(part["value"].mean())), bounds])
     heads = columns("arm", "measure", "n|number", "rate|number", "95% interval|number")
-    fig = measure_panels(shown, title="Outcomes by run and arm")
+    fig = measure_panels(shown, title="Outcomes by run and arm", share=True)
     note = "Bars: 95% Wilson intervals. Dots: random sets of as many heads."
     parts: list[Part] = [plot("arms", fig, note)] if rows else []
     return Section(
@@ -257,8 +264,9 @@ def _probes(runs: Sequence[NamedRun]) -> Section:
             low, high = as_float(found.get("auroc_low")), as_float(found.get("auroc_high"))
             n = [as_int(found.get("n_refused")), as_int(found.get("n_complied"))]
             values = [number_cell(as_float(found.get("auroc"))), interval_cell(low, high, min(n))]
-            rows.append([text_cell(one.name, 80), text_cell(shown), *values, text_cell(f"{n[0]:,} + {n[1]:,}")])
-    heads = columns("run", "position", "AUROC|number", "95% interval|number", "refused + complied|number")
+            told = text_cell(f"{n[0]:,} + {n[1]:,}" if sum(n) else None)
+            rows.append([text_cell(one.name, 80), text_cell(shown), *values, told])
+    heads = columns("run", "position", "AUROC|number", "95% interval (or range)|number", "refused + complied|number")
     return Section(
         id="probe",
         title="Can the probes tell?",

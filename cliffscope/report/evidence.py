@@ -29,6 +29,8 @@ from cliffscope.report.reading import reading_parts
 from cliffscope.report.stored import StoredRun, as_float, as_int, as_list, as_object
 from cliffscope.resampling import bootstrap_mean
 
+ASKED = "harmful, complied"
+"""The group that has a cliff to fall from."""
 RANKED = 15
 """Heads named in the ranking figure."""
 LISTED = 40
@@ -39,7 +41,7 @@ CLAIMED = {
     "final": "At the final token, all transcripts",
     "late_thinking": "Late thinking (the plateau)",
     "within_harmful_final": "At the final token, harmful only",
-    "shuffled_final": "Control: shuffled labels",
+    "shuffled_final": "Control: shuffled labels, mean and range of refits",
 }
 """The parts of the probe's report that the claim rests on."""
 
@@ -56,7 +58,7 @@ def cliff_section(run: StoredRun) -> Section:
         note = (
             "Every span is cut into equal parts and the closing tokens keep one place each, so none is averaged into "
             "the thinking. Band: 95% bootstrap interval of the mean over transcripts. Hover for n by position."
-            + (" With heads zeroed, the same transcripts are read again." if len(edited) else "")
+            + (_edited_note(run) if len(edited) else "")
         )
         parts.append(plot("cliff", mean_trace(labels, spans, groups, n=n), note))
     if len(cliffs):
@@ -131,7 +133,7 @@ def probe_section(run: StoredRun) -> Section:
         lead=(
             "A plateau means something only where the probe tells refused from complied on held-out transcripts, at "
             f"that position. Probe of layer {layer}, fitted on positions “{positions}”. An AUROC of 0.5 is chance; "
-            "with shuffled labels it should be near it."
+            "with shuffled labels it is near it on average, and scatters widely where there are few transcripts."
         ),
         parts=parts,
         missing=() if parts else ("No probe was fitted in this run.", *run.notes("probe")),
@@ -164,6 +166,14 @@ def bands(aligned: pd.DataFrame) -> tuple[list[str], list[str], dict[str, Band]]
     return bins["label"].astype(str).to_list(), bins["span"].astype(str).to_list(), groups
 
 
+def _edited_note(run: StoredRun) -> str:
+    chosen = ", ".join(str(head) for head in as_list(run.heads.get("selected"))[:6])
+    return (
+        f" The same transcripts are read again with the selected heads ({chosen}) and with one random set of as many "
+        "heads in the same layers set to zero, at every token."
+    )
+
+
 def _verdict(run: StoredRun, name: str) -> str:
     return str(run.section("verdict").get(name) or "")
 
@@ -181,7 +191,10 @@ def _cliff_parts(cliffs: pd.DataFrame, edited: pd.DataFrame) -> list[Part]:
     note = f"Plateau: {plateau} over the thinking. The distance below the diagonal is the transcript's cliff."
     scatter = plot("plateau", fig, note)
     parts: list[Part] = [_cliff_table(pd.concat([cliffs, edited]) if len(edited) else cliffs, plateau)]
-    parts.append(Row(parts=(scatter, _drop_table(shown))) if shown["drop_token"].notna().any() else scatter)
+    # Transcripts without a cliff fall somewhere too, by next to nothing.
+    asked = shown[shown["group"] == ASKED]
+    fallen = asked if len(asked) else shown
+    parts.append(Row(parts=(scatter, _drop_table(fallen))) if fallen["drop_token"].notna().any() else scatter)
     if not valid.all():
         why = cliffs.loc[~valid, "reason"].fillna("no reason given").astype(str).value_counts()
         text = "; ".join(f"{count:,} {reason}" for reason, count in why.items())
@@ -211,13 +224,13 @@ def _cliff_table(cliffs: pd.DataFrame, plateau: str) -> Table:
 
 def _drop_table(cliffs: pd.DataFrame) -> Table:
     tokens = cliffs["drop_token"].dropna().astype(str)
-    counts = tokens.value_counts()
+    counts, groups = tokens.value_counts(), "; ".join(sorted(set(cliffs["group"].astype(str))))
     rows = [
         [text_cell(_shown(token)), count_cell(count), number_cell(100 * count / len(tokens), 0)]
         for token, count in counts.head(8).items()
     ]
     return Table(
-        caption=f"Token of the steepest drop (n={len(tokens):,})",
+        caption=f"Token of the steepest drop, {groups} (n={len(tokens):,})",
         columns=columns("token|code", "transcripts|number", "share (%)|number"),
         rows=rows,
         left_out=max(0, len(counts) - 8),
@@ -289,13 +302,14 @@ def _random(run: StoredRun) -> Part:
     facts = run.heads
     control = np.array([as_float(value) for value in as_list(facts.get("random_sets"))])
     low, high = as_float(facts.get("set_effect_low")), as_float(facts.get("set_effect_high"))
-    count, n = as_int(facts.get("n_selected")), as_int(facts.get("n"))
+    count, n = as_int(facts.get("n_selected")), as_int(facts.get("set_n")) or as_int(facts.get("n"))
     title = f"The selected set against random sets of heads (n={n:,} transcripts)"
     fig = random_sets(as_float(facts.get("set_effect")), low, high, control, title=title)
     note = (
-        f"{count} selected heads edited together, against {len(control)} random sets of as many heads. "
+        f"{count} selected heads edited together, against {len(control)} random sets of as many heads, drawn within "
+        "the same layers and over all. "
         f"p = {number(as_float(facts.get('random_p')), 3)}: the share of random sets, the selected one counted in, "
-        "with at least its effect."
+        f"with at least its effect; {len(control)} sets allow no less than {number(1 / (1 + len(control)), 3)}."
     )
     return plot("random", fig, note)
 
@@ -352,7 +366,14 @@ def _probe_table(run: StoredRun) -> Table:
                 text_cell(f"{n[0]:,} + {n[1]:,}" if sum(n) else None),
             ]
         )
-    names = ("position", "AUROC|number", "95% interval|number", "TPR at 1% FPR|number", "Brier|number", "ECE|number")
+    names = (
+        "position",
+        "AUROC|number",
+        "95% interval (or range)|number",
+        "TPR at 1% FPR|number",
+        "Brier|number",
+        "ECE|number",
+    )
     heads = columns(*names, "refused + complied|number")
     return Table(caption="Held-out quality of the probe, where the claim rests on it", columns=heads, rows=rows)
 

@@ -1,6 +1,6 @@
 """Which figures of a run become images?
 
-Every figure of the report, with the caption left to the paper that shows it. It measures and draws nothing itself.
+Every plotly figure of the report, with the title that is its caption there. It measures and draws nothing itself.
 """
 
 import json
@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 
 from cliffscope.errors import DataError
 from cliffscope.figures.images import WIDTH, save_figures
+from cliffscope.figures.theme import caption
 from cliffscope.report.content import Part, Plot, Row, TokenView
 from cliffscope.report.page import sections_of
 from cliffscope.report.stored import read_run
@@ -48,13 +49,17 @@ def write_images(
     unknown = [name for name in only if name not in plots]
     if unknown:
         raise DataError(f"{run_dir} has no figure {', '.join(unknown)}; it has {', '.join(plots)}.")
-    figures = {
-        Path(out) / f"{name}.{kind}": go.Figure(json.loads(plots[name].spec))
-        for name in (only or plots)
-        for kind in formats
-    }
+    figures = {Path(out) / f"{name}.{kind}": _titled(plots[name]) for name in (only or plots) for kind in formats}
     save_figures(figures, width=width)
     return list(figures)
+
+
+def _titled(plot: Plot) -> go.Figure:
+    """The figure with the title, and its n, that stands in the caption on the page."""
+    figure = go.Figure(json.loads(plot.spec))
+    top = figure.layout.margin.t or 0
+    figure.update_layout(title_text=caption(plot.title), margin_t=top + 24, height=plot.height + 24)
+    return figure
 
 
 def _plots(part: Part) -> Iterator[Plot]:

@@ -72,7 +72,10 @@ MEASURES = {
 def run_section(run: StoredRun) -> Section:
     """Model, transcripts by group and outcome, and the time of each stage."""
     model, stages = run.section("model"), run.section("stages")
-    seconds = [(name, as_float(as_object(stage).get("seconds"))) for name, stage in stages.items()]
+    asked = bool(run.section("config").get("repair"))
+    seconds = [
+        (name, as_float(as_object(stage).get("seconds"))) for name, stage in stages.items() if name != "repair" or asked
+    ]
     shape = pairs((shown, model.get(name)) for name, shown in MODEL_FACTS.items())
     parts: list[Part] = [Facts(caption="Model", rows=shape)]
     if as_list(run.section("counts").get("by")):
@@ -339,7 +342,9 @@ def _head_tile(run: StoredRun) -> Tile | None:
         return None
     count = as_int(run.heads.get("n_selected")) or int(frame["selected"].fillna(False).astype(bool).sum())
     p = as_float(run.heads.get("random_p"))
-    detail = f"of {len(frame):,}; against random sets p={number(p, 3)}"
+    sets = len(as_list(run.heads.get("random_sets")))
+    least = " (the least possible)" if sets and p <= 1 / (1 + sets) else ""
+    detail = f"of {len(frame):,}; against {sets:,} random sets p={number(p, 3)}{least}"
     return Tile(name="Heads selected", value=f"{count:,}", detail=detail, href="heads")
 
 

@@ -13,6 +13,7 @@ Text from models and data is untrusted: it is made printable and capped where it
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
+from itertools import count
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -142,6 +143,8 @@ def _page(sections: list[Section], values: Mapping[str, object]) -> str:
         lstrip_blocks=True,
         auto_reload=False,
     )
+    # Counted here and not by the style: what is closed on screen keeps its number.
+    environment.globals["figure_number"] = count(1).__next__
     # Ours first: tables and controls work while the browser is still reading the megabytes of plotly.js.
     scripts = [_asset("page.js"), get_plotlyjs()]
     if any(isinstance(part, Circuits) for section in sections for part in section.parts):

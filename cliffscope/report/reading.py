@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from cliffscope.figures import embed, printable
-from cliffscope.figures.circuits import SIGNS, harmless
+from cliffscope.figures.circuits import coloured_tokens
 from cliffscope.figures.sources import source_bars
 from cliffscope.report.content import Circuits, Part, Remark, plot
 from cliffscope.report.stored import StoredRun
@@ -49,11 +49,7 @@ def _of_head(head: str, final: pd.DataFrame, share: np.ndarray, place: int) -> l
     note = "Vermillion: written against refusal. Blue: for it. Hover for the attention; the bars add up."
     last = slice(max(0, len(texts) - TOKENS), None)
     cut = f" The last {TOKENS:,} tokens." if len(texts) > TOKENS else ""
-    props = {
-        "tokens": [harmless(text) for text in texts[last]],
-        "values": np.round(-np.nan_to_num(share[last]), 4).tolist(),
-        **SIGNS,
-    }
+    props = coloured_tokens(texts[last], (-np.nan_to_num(share[last])).tolist())
     coloured = Circuits(
         id=f"circuits-{place}",
         title=f"The same as text: tokens coloured by what they make {head} write against refusal",

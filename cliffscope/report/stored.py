@@ -86,6 +86,8 @@ def read_run(run_dir: str | Path) -> StoredRun:
         DataError: A file is there and cannot be read.
     """
     folder = Path(run_dir)
+    if not folder.exists():
+        raise StoreError(f"{folder} does not exist. Pass the directory that a study wrote.")
     if not (folder / "manifest.json").is_file():
         raise StoreError(
             f"{folder} holds no manifest.json, so it is not a run directory. Pass the directory that a study wrote."

@@ -297,8 +297,8 @@ def _prepare(model: LensModel, prompts: Sequence[Transcript], budget: Budget) ->
             continue
         if len(ids) + room > model.shape.context:
             reason = (
-                f"prompt of {len(ids)} tokens and budgets of {room} exceed the context of {model.shape.context}; "
-                "lower the budgets or drop it"
+                f"prompt of {len(ids)} tokens and budgets of {room}, closing included, exceed the context of "
+                f"{model.shape.context}; lower the budgets or drop it"
             )
             omitted.append(Omission(stage=STAGE, reason=reason, id=transcript.id))
             continue

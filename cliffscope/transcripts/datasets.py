@@ -191,7 +191,8 @@ def _find_column(rows: list[Row], path: Path, column: str | None) -> str:
         return usual[0]
     wanted = f"the column {column!r}" if column is not None else f"any of the columns {', '.join(PROMPT_COLUMNS)}"
     raise DataError(
-        f"{path} does not have {wanted}. It has: {', '.join(columns)}. Say which holds the prompt with column=..."
+        f"{path} does not have {wanted}. It has: {', '.join(columns)}. Rename the one that holds the prompt to "
+        "'prompt', or name it with read_prompts(column=...)."
     )
 
 

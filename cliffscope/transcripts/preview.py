@@ -69,10 +69,11 @@ def preview(
     seen = tokenize(transcript, tokenizer, found, with_answer=True)
     texts = [str(tokenizer.decode([int(i)], clean_up_tokenization_spaces=False)) for i in seen.token_ids]
     tokens = tuple(zip(texts, seen.labels(), strict=True))
-    return Preview(template=found, tokens=tokens, warnings=_warnings(found, tokenizer))
+    unknown = tokenizer.unk_token_id is not None and tokenizer.unk_token_id in seen.token_ids
+    return Preview(template=found, tokens=tokens, warnings=_warnings(found, tokenizer, unknown=unknown))
 
 
-def _warnings(template: Template, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+def _warnings(template: Template, tokenizer: PreTrainedTokenizerBase, *, unknown: bool) -> tuple[str, ...]:
     found: list[str] = []
     if template.thinks and not template.closing_seen and template.models:
         found.append(
@@ -83,4 +84,8 @@ def _warnings(template: Template, tokenizer: PreTrainedTokenizerBase) -> tuple[s
         found.append(f"{template.think_close!r} is no token of this vocabulary: the closing has several tokens for it.")
     if not template.thinks:
         found.append("a model that thinks all the same needs --template chatml-think, or a template of its own.")
+    if unknown:
+        found.append(
+            f"words of the sample that this vocabulary lacks appear as {tokenizer.unk_token!r}; spans are right."
+        )
     return tuple(found)

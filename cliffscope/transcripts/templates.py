@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 Turn = Mapping[str, str]
 
+TAIL = 40
+"""Characters of the generation prompt that are told."""
 _PROBE_TURN: Turn = {"role": "user", "content": "Hello"}
 _THINKING = re.compile(r"think|reason", re.IGNORECASE)
 
@@ -143,7 +145,8 @@ def detect_template(tokenizer: PreTrainedTokenizerBase) -> Template:
             f"Pass template=NAME with one of {', '.join(TEMPLATES)}, a .json file with the fields of Template, or "
             "template=Template(name=..., think_open=..., think_close=..., opening=..., closing=...)."
         )
-    logger.info("template %s: the generation prompt ends in %r", found.name, rendered[-40:])
+    tail = rendered if len(rendered) <= TAIL else f"…{rendered[-TAIL:]}"
+    logger.info("template %s: the generation prompt ends in %r", found.name, tail)
     return found
 
 
