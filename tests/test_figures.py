@@ -396,8 +396,8 @@ def many(n):
     yield lambda: probe_quality(["a", "b"], range(128), *[rng.uniform(size=(128, 2))] * 3)
 
 
-def test_figures_of_3000_transcripts_cost_less_than_ten_of_plotlys_own():
-    # The bar is a second each (benchmarks/figures.py); beside other work a ratio is fairer than a clock.
+def test_figures_of_3000_transcripts_take_less_than_a_second_each():
+    # benchmarks/report.py prints the times; beside other work ten plain heat maps may take longer than a second.
     def seconds(make):
         times = []
         for _ in range(3):
@@ -408,7 +408,7 @@ def test_figures_of_3000_transcripts_cost_less_than_ten_of_plotlys_own():
 
     plain = seconds(lambda: go.Figure(go.Heatmap(z=np.zeros((128, 128)).tolist())))
     for make in many(3000):
-        assert seconds(make) < max(10 * plain, 0.5)
+        assert seconds(make) < max(10 * plain, 1.0)
         assert len(make().to_json()) < 3_000_000
 
 
