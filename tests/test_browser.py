@@ -1,5 +1,6 @@
 """What people see: the pages in Debian's chromium, driven by Playwright, with the network watched."""
 
+import importlib.util
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -214,6 +215,22 @@ def test_the_slider_of_a_token_figure_changes_the_layer(tmp_path: Path, open_pag
     seen.page.wait_for_function(f"{shade} === '0.000'")
     assert "layer 0" in (seen.page.locator(".slider-group").text_content() or "")
     seen.check_quiet()
+
+
+def test_the_live_figure_of_the_documentation_draws_from_its_own_files(tmp_path: Path, open_page: Open) -> None:
+    spec = importlib.util.spec_from_file_location("hooks", Path(__file__).parents[1] / "docs" / "hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    hooks = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(hooks)
+    hooks.on_post_build({"site_dir": str(tmp_path)})
+    page = tmp_path / "index.html"
+    page.write_text(f"<!doctype html><meta charset=utf-8>{hooks.on_page_markdown(hooks.MARK)}", encoding="utf-8")
+    seen = open_page(page, drawn=False)
+    seen.page.wait_for_selector("#cliff .main-svg")
+    assert "top heads zeroed" in (seen.page.locator("#cliff .legend").text_content() or "")
+    assert seen.complaints == []
+    assert seen.requests == [(tmp_path / hooks.PLOTLY).as_uri()]
 
 
 NOTEBOOK = """
