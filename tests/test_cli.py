@@ -1,6 +1,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -644,6 +645,24 @@ def test_organisms_are_listed_with_their_planted_heads(shell: Shell) -> None:
 
 
 # The process
+
+
+def test_log_lines_tell_no_speed_of_a_burst_and_none_that_is_negative(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from cliffscope import progress
+
+    now = iter((0.0, 0.01, 5.0, 6.0, 6.0, 9.0, 9.0))
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(now))
+    tell = progress._log_lines()
+    with caplog.at_level(logging.INFO, logger="cliffscope.progress"):
+        tell("probe", 10, 40)  # 0.00 and 0.01 s: a burst
+        tell("probe", 20, 40)  # 5.00 and, for the rate, 6 s: 10 in 6 s
+        tell("probe", 8, 40)  # the stage begins again
+    first, second, third = caplog.messages
+    assert first == "probe: 10 of 40"
+    assert re.fullmatch(r"probe: 20 of 40, \d\.\d\d/s, \d+ s left", second)
+    assert third == "probe: 8 of 40"
 
 
 def test_progress_goes_to_log_lines_on_standard_error_where_there_is_no_terminal(

@@ -330,3 +330,34 @@ def test_runs_of_other_weights_say_what_that_means_for_their_heads(run_dir, tmp_
     other = write_run(tmp_path / "other", n=24)
     change_manifest(other, model={"name": "repaired", "fingerprint": "sha256:0"})
     assert "The runs are of different weights" in Page(compared(run_dir, other, tmp_path)).text
+
+
+def test_figures_are_numbered_in_the_page_itself(run_dir):
+    text = write_report(run_dir).read_text(encoding="utf-8")
+    numbers = [int(n) for n in re.findall(r'class="figure-name">Figure (\d+)\.<', text)]
+    assert numbers == list(range(1, text.count("<figcaption") + 1))
+
+
+def test_the_selected_set_is_told_with_the_transcripts_that_it_was_tested_on(small_run):
+    path = small_run / "heads.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "n": 41, "set_n": 17, "random_sets": [0.0] * 4}))
+    text = written(small_run).text
+    assert "against random sets of heads (n=17 transcripts)" in text
+    assert "4 sets allow no less than 0.200" in text
+
+
+def test_a_p_that_could_not_be_smaller_says_so(small_run):
+    path = small_run / "heads.json"
+    facts = json.loads(path.read_text())
+    for p, told in ((0.2, True), (0.4, False)):
+        path.write_text(json.dumps({**facts, "random_sets": [0.0] * 4, "random_p": p}))
+        assert ("(the least possible)" in written(small_run).text) is told
+
+
+def test_the_steepest_drop_is_that_of_the_transcripts_that_have_a_cliff(page):
+    assert "Token of the steepest drop, harmful, complied (n=" in page.text
+
+
+def test_a_directory_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(StoreError, match=r"none does not exist\. Pass the directory that a study wrote"):
+        write_report(tmp_path / "none")

@@ -6,6 +6,7 @@ import torch
 from conftest import random_probe, tokens_of
 
 from cliffscope.errors import EditError, SpanError, UnsupportedModelError
+from cliffscope.figures.circuits import coloured_tokens
 from cliffscope.heads.edits import HeadRef
 from cliffscope.heads.shares import decompose_logit
 from cliffscope.heads.sources import trace_sources
@@ -88,3 +89,11 @@ def test_what_cannot_be_traced_is_refused(
     monkeypatch.setattr(sources, "_read", lambda *args: (real(*args)[0] * 0.9, *real(*args)[1:]))
     with pytest.raises(UnsupportedModelError, match="attention x values"):
         trace_sources(llama, random_probe(llama, 3), refused[0], HEAD)
+
+
+def test_both_signs_of_coloured_tokens_share_one_scale() -> None:
+    props = coloured_tokens([" a", "<b>", "&lt;"], [0.004, -1.2, 0.0])
+    assert (props["minValue"], props["maxValue"]) == (-1.2, 1.2)
+    assert props["values"] == [0.004, -1.2, 0.0]
+    assert props["tokens"] == [" a", "‹b>", "＆lt;"]
+    assert coloured_tokens([], [])["maxValue"] == 1.0
