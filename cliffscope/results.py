@@ -43,6 +43,12 @@ def source_frame(sources: Sequence[HeadSources]) -> pd.DataFrame:
     return pd.concat(parts, ignore_index=True)[order]
 
 
+def held_out_first(cliffs: pd.DataFrame, first: Sequence[str]) -> list[str]:
+    """Ids as they are worth showing: those given, then held-out ones, then what the probe was fitted on."""
+    order = cliffs["id"][(cliffs["split"] != "test").argsort(kind="stable")].tolist()
+    return [*first, *(i for i in order if i not in first)]
+
+
 def heads_json(ranking: HeadRanking, control: SetControl, fraction: float) -> dict[str, object]:
     """The ranking's headline: the selected set against its random sets."""
     low, high = control.interval

@@ -41,7 +41,7 @@ from cliffscope.probing.probe import FEWEST, fit_probe
 from cliffscope.probing.trace import Cliffs, trace_refusal
 from cliffscope.progress import Progress
 from cliffscope.report.page import write_report
-from cliffscope.results import counts, heads_json, layer_frame, source_frame, transcript_frame, versions
+from cliffscope.results import counts, heads_json, held_out_first, layer_frame, source_frame, transcript_frame, versions
 from cliffscope.run import TRANSCRIPTS, Run, silent
 from cliffscope.safety.arms import UNEDITED, arm_names, plan_arms
 from cliffscope.safety.evaluation import SafetyReport, evaluate_safety
@@ -238,9 +238,7 @@ def _stage_traces(run: Run) -> None:
     frame = cliffs.to_frame()
     frame["split"] = [run.splits[i] for i in frame["id"]]
     run.store.write_frame("cliffs.parquet", frame)
-    # Held-out ones first: what the probe was fitted on shows nothing.
-    order = frame["id"][(frame["split"] != "test").argsort(kind="stable")]
-    shown = [*deep, *[i for i in order if i not in deep]][:TOKEN_TRACES]
+    shown = held_out_first(frame, deep)[:TOKEN_TRACES]
     tokens = traces.to_frame()
     run.store.write_frame("traces.parquet", tokens[tokens["id"].isin(shown)])
     run.store.write_frame("layer_traces.parquet", layer_frame(traces))
@@ -296,16 +294,18 @@ def _stage_edited(run: Run) -> None:
     curves, cliffs = [], []
     for arm in plan_arms(run.model, zero(chosen), controls=controls, seed=run.config.seed)[1:]:
         traces = trace_refusal(run.model, run.probe, asked, edit=arm.edit)
-        name = EDITED[arm.kind]
-        curves.append(traces.aligned({name: [t.id for t in asked]}, closing=closing, seed=run.config.seed))
-        cliffs.append(traces.cliffs(plateau=run.config.plateau).to_frame().assign(group=name, split="test"))
+        curves.append(traces.aligned({EDITED[arm.kind]: [t.id for t in asked]}, closing=closing, seed=run.config.seed))
+        cliffs.append(traces.cliffs(plateau=run.config.plateau).to_frame().assign(group=EDITED[arm.kind]))
     run.store.write_frame("edited_aligned.parquet", pd.concat(curves, ignore_index=True))
     run.store.write_frame("edited_cliffs.parquet", pd.concat(cliffs, ignore_index=True))
-    _read_sources(run, chosen, [t.id for t in traces.tokens if t.n_pos <= SOURCE_TOKENS])
+    _read_sources(run, chosen, {t.id: t.n_pos for t in traces.tokens})
 
 
-def _read_sources(run: Run, chosen: Sequence[HeadRef], short: list[str]) -> None:
+def _read_sources(run: Run, chosen: Sequence[HeadRef], lengths: dict[str, int]) -> None:
+    short = [name for name, n_pos in lengths.items() if n_pos <= SOURCE_TOKENS]
     cliffs = run.store.read_frame("cliffs.parquet").set_index("id")["cliff"].reindex(short).dropna()
+    if len(short) < len(lengths):
+        run.note(f"What heads read: {len(short)} of {len(lengths)} transcripts have {SOURCE_TOKENS:,} tokens or fewer.")
     if run.probe is None or cliffs.empty:
         return
     median = run.transcripts.where(ids=[str((cliffs - cliffs.median()).abs().idxmin())])[0]
@@ -314,7 +314,7 @@ def _read_sources(run: Run, chosen: Sequence[HeadRef], short: list[str]) -> None
         try:
             found.append(trace_sources(run.model, run.probe, median, head))
         except UnsupportedModelError as error:
-            run.note(f"What {head} reads was not traced: {error}")
+            run.note(f"What heads read: {head} was not traced. {error}")
     if found:
         run.store.write_frame("head_sources.parquet", source_frame(found))
 

@@ -336,6 +336,8 @@ def test_measures_have_a_panel_each_and_an_arm_a_row():
     assert list(fig.layout.yaxis.ticktext) == ["top heads", "random sets"]
     assert sorted(len(trace.x) for trace in fig.data) == [1, 1, 2]
     assert fig.data[0].error_x.array[0] == pytest.approx(0.1)
+    unknown = measure_panels(frame.assign(n=np.nan))
+    assert unknown.layout.xaxis.title.text == "kl (nats) (n not stored)"
 
 
 def test_effect_pairs_mark_what_both_runs_selected():
@@ -347,6 +349,9 @@ def test_effect_pairs_mark_what_both_runs_selected():
     }
     assert "(2 heads)" in fig.layout.title.text
     assert fig.layout.yaxis.title.text.endswith(", B")
+    assert len(fig.layout.shapes) == 1
+    apart = effect_pairs(["L0H0", "L0H1", "L1H0"], first, second, np.array([2, 0, 1]), same_scale=False)
+    assert len(apart.layout.shapes) == 0
 
 
 @pytest.mark.parametrize(

@@ -275,8 +275,12 @@ def test_a_comparison_pairs_cliffs_and_shows_what_differs(tmp_path):
     titles = [attrs["id"] for tag, attrs in page.elements if attrs.get("class") == "plot"]
     assert titles == ["figure-cliff", "figure-pairs", "figure-arms"]
     assert "The runs have different seeds" in page.text
+    assert "n/a%" not in page.text
     few = compared(write_run(tmp_path / "few", n=9), other, tmp_path)
     assert "too few for a paired difference" in few
+    renamed = pd.read_parquet(other / "transcripts.parquet")
+    renamed.assign(prompt=[f"another {i}" for i in range(len(renamed))]).to_parquet(other / "transcripts.parquet")
+    assert "(paired)" not in compared(run_dir, other, tmp_path), "the ids are those of other prompts"
 
 
 def test_runs_of_different_models_are_compared_without_pairing_heads(run_dir, tmp_path):
@@ -296,6 +300,47 @@ def test_a_run_without_results_can_be_compared(run_dir, tmp_path):
         text = compared(*pair, tmp_path)
         assert "Reproduce" in text
         assert "<script>window.bad" not in text
+
+
+def test_cliffs_from_different_plateaus_are_not_paired(tmp_path):
+    first, second = (write_run(tmp_path / name, n=60) for name in ("mean", "max"))
+    cliffs = pd.read_parquet(second / "cliffs.parquet")
+    cliffs.assign(cliff=cliffs["plateau_max"] - cliffs["final"]).to_parquet(second / "cliffs.parquet")
+    assert "different plateaus (mean and max), so they are not paired" in compared(first, second, tmp_path)
+
+
+def test_runs_that_differ_in_method_or_probe_share_no_scale(run_dir, tmp_path):
+    other = write_run(tmp_path / "a|b", n=24)
+    for name, change in (("heads.json", {"method": "patch", "scope": "thinking"}), ("probe.json", {"layer": 2})):
+        (other / name).write_text(json.dumps({**json.loads((other / name).read_text()), **change}))
+    page = Page(compared(run_dir, other, tmp_path))
+    assert "the two axes share no scale" in page.text
+    settings = page.text[: page.text.index("Held-out transcripts")]
+    assert "patch" in settings
+    heads = [attrs.get("class") for tag, attrs in page.elements if tag == "th"]
+    assert set(heads) <= {"text", "number", "long", "code"}
+
+
+def test_long_names_of_runs_do_not_hide_what_the_curves_are(run_dir, tmp_path):
+    other = write_run(tmp_path / "deepseek-r1-distill-qwen-7b-repaired-on-chosen", n=24)
+    page = Page(compared(run_dir, other, tmp_path))
+    names = [t["name"] for t in json.loads(page.data()[0])["data"] if t.get("name")]
+    assert [name.partition(" (n=")[0] for name in names[:2]] == ["A: harmful, complied", "A: harmful, refused"]
+
+
+def test_many_selected_heads_and_a_missing_random_arm_are_told_as_they_are(small_run):
+    path = small_run / "heads.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "selected": [f"L0H{i}" for i in range(35)]}))
+    frame = pd.read_parquet(small_run / "edited_aligned.parquet")
+    assert "L0H5 and 29 more), and with one random set" in written(small_run).text
+    frame[~frame["group"].str.contains("random")].to_parquet(small_run / "edited_aligned.parquet")
+    assert "L0H5 and 29 more) set to zero at every token" in written(small_run).text
+
+
+def test_what_was_not_read_for_what_heads_read_is_told(small_run):
+    change_manifest(small_run, notes=["What heads read: 2 of 5 transcripts have 2,048 tokens or fewer."])
+    section = written(small_run).text
+    assert section.count("2 of 5 transcripts have 2,048 tokens or fewer") == 2, "once where it belongs, once at the end"
 
 
 def test_one_run_cannot_be_compared(run_dir, tmp_path):

@@ -10,7 +10,7 @@ from cliffscope.heads.edits import HeadRef, Scope
 from cliffscope.heads.ranking import HeadRanking, rank_heads
 from cliffscope.models import LensModel
 from cliffscope.probing.trace import trace_refusal
-from cliffscope.results import counts, heads_json, layer_frame, transcript_frame, versions
+from cliffscope.results import counts, heads_json, held_out_first, layer_frame, transcript_frame, versions
 from cliffscope.transcripts.records import Outcome, Transcripts
 
 
@@ -181,3 +181,8 @@ def test_versions_name_what_numbers_depend_on() -> None:
     found = versions()
     assert {"python", "torch", "transformers", "transformer-lens", "numpy", "scikit-learn"} == set(found)
     assert all(v[0].isdigit() for v in found.values())
+
+
+def test_held_out_transcripts_are_shown_before_those_that_were_fitted_on() -> None:
+    cliffs = pd.DataFrame({"id": list("abcde"), "split": ["fit", "test", "validate", "test", "fit"]})
+    assert held_out_first(cliffs, ["d"]) == ["d", "b", "a", "c", "e"]

@@ -66,8 +66,8 @@ def test_circuitsvis_shows_tokens_that_close_no_script_and_loads_nothing(
 ) -> None:
     found = trace_sources(llama, random_probe(llama, 3), refused[0], HEAD)
     for view in (found.attention_view(), found.token_view()):
-        text = view._repr_html_()
-        assert text == str(view)
+        text, again = view._repr_html_(), str(view)
+        assert text[:40] != again[:40], "shown twice it is two elements"
         assert text.count("</script") == 1
         assert "unpkg" not in text
         body = text[text.rindex("CircuitsVis.render(") :]

@@ -98,9 +98,6 @@ def test_a_study_leaves_every_file_and_finds_what_was_planted(whole: Study) -> N
     asr = safety[safety["group"] == "harmful"].set_index("arm")["rate"]
     assert asr["top heads"] < asr["unedited"]
     heads = pd.read_parquet(whole.path / "heads.parquet")
-    shown = set(pd.read_parquet(whole.path / "traces.parquet")["id"])
-    splits = pd.read_parquet(whole.path / "transcripts.parquet").set_index("id")["split"]
-    assert set(splits[splits == "test"].index) & set(pd.read_parquet(whole.path / "cliffs.parquet")["id"]) <= shown
     edited = pd.read_parquet(whole.path / "edited_cliffs.parquet").groupby("group")["cliff"].mean()
     assert edited["harmful, complied; top heads zeroed"] < 0.3 * edited["harmful, complied; random heads zeroed"]
     truth = json.loads((ASSETS / "planted-llama" / "truth.json").read_text())

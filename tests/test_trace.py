@@ -8,6 +8,7 @@ import torch
 from conftest import MakeCheckpoint, plain_residuals, random_probe, tokens_of
 
 from cliffscope.errors import DataError, ProbeError, SpanError
+from cliffscope.heads.donors import mean
 from cliffscope.heads.edits import HeadEdit, HeadRef, zero
 from cliffscope.models import LensModel, load_model
 from cliffscope.probing import activations
@@ -312,15 +313,22 @@ def test_an_edited_trace_is_the_probe_on_ablated_residuals(
     np.testing.assert_allclose(found.layer_logits[refused[0].id][5], found.logits[0], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("chunk", [3, 5, 64])
+@pytest.mark.parametrize("kind", ["zero", "mean"])
 def test_an_edited_trace_in_chunks_is_that_in_one_pass(
-    llama: LensModel, refused: Transcripts, monkeypatch: pytest.MonkeyPatch
+    llama: LensModel, refused: Transcripts, monkeypatch: pytest.MonkeyPatch, chunk: int, kind: str
 ) -> None:
-    probe, edit = random_probe(llama, 5), zero([HeadRef(layer=1, head=2)], scope="closing")
+    heads = [HeadRef(layer=1, head=2), HeadRef(layer=3, head=0)]
+    # The mean has a value for each closing token, so that a chunk may begin among them.
+    edit = zero(heads, scope="closing") if kind == "zero" else mean(llama, heads, refused[1:6], scope="closing")
+    probe = random_probe(llama, 5)
     whole = trace_refusal(llama, probe, refused[:1], edit=edit).logits[0]
+    plain = trace_refusal(llama, probe, refused[:1]).logits[0]
     monkeypatch.setattr(activations, "LONG", 8)
-    monkeypatch.setattr(activations, "CHUNK", 5)
+    monkeypatch.setattr(activations, "CHUNK", chunk)
     parts = trace_refusal(llama, probe, refused[:1], edit=edit).logits[0]
     np.testing.assert_allclose(parts, whole, rtol=0, atol=1e-4 * np.abs(whole).max())
+    assert np.abs(whole - plain).max() > 1e-2
 
 
 def test_traces_beside_each_other_have_a_curve_each_and_count_transcripts_once(
@@ -333,6 +341,8 @@ def test_traces_beside_each_other_have_a_curve_each_and_count_transcripts_once(
     names = [trace.name for trace in fig.data if trace.name]
     assert names == [*(f"id {i} (n=1)" for i in range(4)), "edited (n=4)"]
     assert "(n=4 transcripts)" in fig.layout.title.text
+    with pytest.raises(DataError, match="a group has that name already"):
+        plain.plot(beside={"harmful, refused": edited})
 
 
 def test_one_transcript_is_drawn_as_text_and_layer_by_layer(llama: LensModel, refused: Transcripts) -> None:

@@ -4,11 +4,11 @@ CircuitsVis' own HTML loads its script from a server wherever there is one. Its 
 inlines that once. Text from models must be made harmless first: CircuitsVis writes tokens as HTML.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from uuid import uuid4
 
 from cliffscope.figures.theme import embed, printable
 
@@ -28,7 +28,8 @@ class CircuitsView:
     def __str__(self) -> str:
         """The HTML, which loads nothing."""
         data = embed(dict(self.props))
-        name = f"circuits-{hashlib.sha256(f'{self.component}{data}'.encode()).hexdigest()[:12]}"
+        # One that is shown twice is two elements.
+        name = f"circuits-{uuid4().hex[:12]}"
         call = f"CircuitsVis.render({embed(name)}, CircuitsVis.{self.component}, {data});"
         return f'<div id="{name}" style="margin:15px 0"></div><script>{circuits_script()}\n{call}</script>'
 

@@ -154,6 +154,7 @@ def effect_pairs(
     chosen: NDArray[np.integer],
     *,
     runs: tuple[str, str] = ("first run", "second run"),
+    same_scale: bool = True,
     title: str = "Effect of each head in both runs",
 ) -> go.Figure:
     """Every head's effect in one run against that in another.
@@ -164,6 +165,7 @@ def effect_pairs(
         second: [head] effect in the second run.
         chosen: [head] in how many of the runs the head was selected: 0, 1 or 2.
         runs: names of the runs, for the axes.
+        same_scale: whether logits of both are comparable; equal effects then lie on a line that is drawn.
         title: Title; the number of heads is added.
     """
     known = np.isfinite(first) & np.isfinite(second)
@@ -190,6 +192,8 @@ def effect_pairs(
     line = {"color": theme.GREY, "width": 1}
     fig.update_xaxes(zeroline=True, zerolinecolor=theme.GREY, zerolinewidth=1)
     fig.update_yaxes(zeroline=True, zerolinecolor=theme.GREY, zerolinewidth=1)
+    if not same_scale:
+        return fig
     low, high = float(np.min([first[known], second[known]])), float(np.max([first[known], second[known]]))
     fig.add_shape(type="line", x0=low, y0=low, x1=high, y1=high, line={**line, "dash": "dot"}, layer="below")
     return fig

@@ -7,6 +7,7 @@ model before and after its repair. It knows no result class.
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from numpy.typing import NDArray
 from plotly.subplots import make_subplots
 
 from cliffscope.figures import theme
@@ -43,8 +44,7 @@ def measure_panels(frame: pd.DataFrame, *, share: bool = False, title: str = "Me
         part = known[known["measure"] == measure]
         for line, arm in enumerate(arms):
             _add_arm(fig, part[part["arm"] == arm], line, cell)
-        least, most = int(part["n"].min()), int(part["n"].max())
-        n = f"n={least:,}" if least == most else f"n={least:,} to {most:,}"
+        n = _n(part["n"].to_numpy(float))
         fig.update_xaxes(title_text=f"{theme.caption(measure, limit=48)} ({n})", **cell)
     names = [theme.caption(name, limit=28) for name in arms]
     fig.update_yaxes(tickvals=list(range(len(arms))), ticktext=names, range=[len(arms) - 0.5, -0.5], showgrid=False)
@@ -61,14 +61,22 @@ def _add_arm(fig: go.Figure, rows: pd.DataFrame, line: int, cell: dict[str, int]
     value, low, high = (rows[name].to_numpy(float) for name in ("value", "ci_low", "ci_high"))
     color, one = _COLORS.get(str(rows["kind"].iloc[0]), theme.INK), len(rows) == 1
     name = theme.caption(str(rows["arm"].iloc[0]), limit=40)
-    told = zip(value, low, high, rows["n"].astype(int), strict=True)
+    told = zip(value, low, high, rows["n"].to_numpy(float), strict=True)
     fig.add_scatter(
         x=np.round(value, 5),
         y=line + (np.zeros(1) if one else theme.jitter(len(rows), 0.24)),
         mode="markers",
         marker={"color": color, "size": 11 if one else 7, "opacity": 1 if one else 0.55},
         error_x=theme.error_bars(value, low, high, color) if one else None,
-        customdata=[f"{name}<br>{v:.4g} {theme.bounds(a, b)}, n={n:,}" for v, a, b, n in told],
+        customdata=[f"{name}<br>{v:.4g} {theme.bounds(a, b)}, {_n(np.array([n]))}" for v, a, b, n in told],
         hovertemplate="%{customdata}<extra></extra>",
         **cell,
     )
+
+
+def _n(counts: NDArray[np.floating]) -> str:
+    known = counts[np.isfinite(counts)]
+    if not known.size:
+        return "n not stored"
+    least, most = int(known.min()), int(known.max())
+    return f"n={least:,}" if least == most else f"n={least:,} to {most:,}"

@@ -31,6 +31,8 @@ from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 HeadValues = tuple[tuple[tuple[float, ...], ...], ...]
 """[head][position][d_head]; one position stands for all of the scope, more are matched one by one."""
 
+Context = AbstractContextManager[None]
+
 
 class EditKind(StrEnum):
     """What an edit does to `hook_z`."""
@@ -149,9 +151,7 @@ class HeadEdit:
                 f"{model.shape.d_head}. Is the edit from another model?"
             )
 
-    def hooks(
-        self, model: LensModel, rows: Sequence[TokenizedTranscript], *, start: int = 0
-    ) -> AbstractContextManager[None]:
+    def hooks(self, model: LensModel, rows: Sequence[TokenizedTranscript], *, start: int = 0) -> Context:
         """Acts on every pass over these rows inside the context, as `edited_hooks` does."""
         return edited_hooks(model, self, rows, start=start)
 
@@ -233,9 +233,7 @@ class EditPlan:
         for edit in self.edits:
             edit.check(model)
 
-    def hooks(
-        self, model: LensModel, rows: Sequence[TokenizedTranscript], *, start: int = 0
-    ) -> AbstractContextManager[None]:
+    def hooks(self, model: LensModel, rows: Sequence[TokenizedTranscript], *, start: int = 0) -> Context:
         """Acts on every pass over these rows inside the context, as `edited_hooks` does."""
         return edited_hooks(model, self, rows, start=start)
 
@@ -375,14 +373,17 @@ def edited_hooks(
     edit.check(model)
     with ExitStack() as stack:
         for one in edit.edits:
-            where = [_shifted(one.scope.positions(row), start) for row in rows]
+            spans = [one.scope.positions(row) for row in rows]
             values = torch.from_numpy(one.value_array()).to(model.device) if one.values else None
+            if values is not None:
+                for span in spans:
+                    _check_positions(values.shape[1], span.stop - span.start)
             for layer in sorted({ref.layer for ref in one.heads}):
                 mine = [i for i, ref in enumerate(one.heads) if ref.layer == layer]
                 heads = [one.heads[i].head for i in mine]
                 own = None if values is None else values[mine].transpose(0, 1)
-                changes = [(row, place, heads, own) for row, place in enumerate(where)]
-                stack.enter_context(model.head_hook(layer, _changer(changes, one.factor)))
+                changes = [(row, span, heads, own) for row, span in enumerate(spans)]
+                stack.enter_context(model.head_hook(layer, _changer(changes, one.factor, start)))
         yield
 
 
@@ -392,20 +393,27 @@ def change_heads(
     """`factor x z + values`, with one value for all positions or one for each; raises EditError for another number."""
     if values is None:
         return z * factor
-    if len(values) not in (1, len(z)):
-        raise EditError(
-            f"Values for {len(values)} positions were given where the scope has {len(z)}. Take a donor of the same "
-            "length, or the mean."
-        )
+    _check_positions(len(values), len(z))
     return z * factor + values.to(z.dtype)
 
 
+def _check_positions(given: int, there: int) -> None:
+    if given not in (1, there):
+        raise EditError(
+            f"Values for {given} positions were given where the scope has {there}. Take a donor of the same length, or "
+            "the mean."
+        )
+
+
 def _changer(
-    changes: list[tuple[int, slice, list[int], Tensor | None]], factor: float
+    changes: list[tuple[int, slice, list[int], Tensor | None]], factor: float, start: int
 ) -> Callable[[Float[Tensor, "batch pos head d_head"]], None]:
     def change(z: Tensor) -> None:
-        for row, where, heads, values in changes:
-            z[row, where, heads] = change_heads(z[row, where][:, heads], factor, values)
+        for row, span, heads, values in changes:
+            where, behind = _shifted(span, start), max(0, start - span.start)
+            part = z[row, where][:, heads]
+            each = values if values is None or len(values) == 1 else values[behind : behind + len(part)]
+            z[row, where, heads] = change_heads(part, factor, each)
 
     return change
 

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
     from cliffscope.figures.circuits import CircuitsView
 
 
+VIEW_TOKENS = 512
+"""Tokens of an attention pattern, whose HTML grows with their square."""
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class HeadSources(Plotted):
     """What one head reads at the closing of one transcript."""
@@ -101,12 +105,13 @@ class HeadSources(Plotted):
         )
 
     def attention_view(self) -> "CircuitsView":
-        """CircuitsVis' attention pattern; rows other than those of the closing tokens are empty."""
+        """CircuitsVis' attention pattern of at most the last 512 tokens; rows before the closing tokens are empty."""
         from cliffscope.figures.circuits import CircuitsView, harmless
 
-        square = np.zeros((len(self.texts), len(self.texts)), np.float32)
-        square[self.tokens.span(Span.CLOSING).start :] = self.attention
-        props = {"tokens": [harmless(text) for text in self.texts], "attention": square.round(4).tolist()}
+        shown = slice(max(0, len(self.texts) - VIEW_TOKENS), None)
+        square = np.zeros((len(self.texts[shown]),) * 2)
+        square[len(square) - len(self.attention) :] = self.attention[:, shown]
+        props = {"tokens": [harmless(text) for text in self.texts[shown]], "attention": square.round(4).tolist()}
         return CircuitsView(component="AttentionPattern", props=props)
 
     def token_view(self) -> "CircuitsView":

@@ -175,12 +175,19 @@ class RefusalTraces(Plotted):
             by: names the group of a transcript; None takes harmfulness and outcome. Give
                 `lambda t: t.source` for a curve a data set.
             beside: further traces by name, such as those of the same transcripts with heads edited; a curve each.
+
+        Raises:
+            DataError: a name of `beside` is that of a group.
         """
         from cliffscope.figures.theme import empty_figure
         from cliffscope.figures.trace import Band, mean_trace
 
+        groups = _grouped(self.transcripts, by or group_name)
+        double = sorted(set(groups) & set(beside or {}))
+        if double:
+            raise DataError(f"beside={double[0]!r}: a group has that name already. Give the traces another one.")
         width = max(own._closing_width() for own in (self, *(beside or {}).values()))
-        tables = [self.aligned(_grouped(self.transcripts, by or group_name), closing=width)]
+        tables = [self.aligned(groups, closing=width)]
         for name, other in (beside or {}).items():
             tables.append(other.aligned({name: [t.id for t in other.transcripts]}, closing=width))
         table = pd.concat([found for found in tables if len(found)] or tables)

@@ -7,7 +7,7 @@
 4. The intervention: ASR and over-refusal of every arm.
 5. The probes, since numbers of a probe that cannot tell compare nothing.
 
-Two runs of different models share no scale of logits; effects are then compared by rank alone. It measures nothing but
+Runs whose weights, probe, method or scope differ share no scale of logits, which the page says. It measures nothing but
 paired differences of stored cliffs and rank correlations of stored effects.
 """
 
@@ -32,17 +32,23 @@ from cliffscope.report.content import (
     interval_cell,
     number,
     number_cell,
+    percent,
     plot,
     text_cell,
 )
 from cliffscope.report.evidence import ASKED, CLAIMED, bands, group_mean, plateau_name
-from cliffscope.report.stored import StoredRun, as_float, as_int, as_list, as_object
+from cliffscope.report.stored import JsonObject, StoredRun, as_float, as_int, as_list, as_object
 from cliffscope.resampling import bootstrap_mean
 
 CURVES = ("harmful, complied", "harmful, refused", "harmless, complied")
 """Groups whose curves are drawn; with more, two runs would hide each other."""
 FEWEST_PAIRS = 10
 """Prompts that both runs complied with, below which their difference claims nothing."""
+PAIRS_NOTE = "Vermillion: selected in both runs. Orange: in one. Grey: in none."
+OTHER_SCALES = (
+    "Weights, probe, method or scope differ, so that the two axes share no scale: compare the order of the heads, not "
+    "the logits."
+)
 OTHER_SEEDS = "The runs have different seeds, so that prompts were drawn and split in different ways."
 OTHER_WEIGHTS = (
     "The runs are of different weights. A head of one model is the same head of the other only where one was trained "
@@ -59,6 +65,11 @@ class NamedRun:
     run: StoredRun
     """What it holds."""
 
+    @property
+    def letter(self) -> str:
+        """What it is called in figures, where a name would be cut."""
+        return self.name[0]
+
 
 def comparison_sections(runs: Sequence[NamedRun]) -> list[Section]:
     """The sections of a page that compares runs."""
@@ -72,10 +83,12 @@ def comparison_tiles(runs: Sequence[NamedRun]) -> list[Tile]:
         mean, low, high, n = group_mean(_asked(one.run), "cliff")
         cliffs.append((number(mean), f"{one.name}: {interval(low, high, n)}, n={n:,}"))
         rates = [_rate(one.run, kind) for kind in ("unedited", "top")]
-        attacks.append((" → ".join(number(100 * rate, 0) + "%" for rate in rates), f"{one.name}: unedited → edited"))
+        asked = f", n={_judged(one.run):,}" if np.isfinite(rates).any() else ""
+        attacks.append((" → ".join(percent(rate) for rate in rates), f"{one.name}: unedited → edited{asked}"))
         final = as_object(as_object(one.run.probe.get("report")).get("final"))
         low, high = as_float(final.get("auroc_low")), as_float(final.get("auroc_high"))
-        probes.append((number(as_float(final.get("auroc"))), f"{one.name}: {interval(low, high, 0)}"))
+        n = as_int(final.get("n_refused")) + as_int(final.get("n_complied"))
+        probes.append((number(as_float(final.get("auroc"))), f"{one.name}: {interval(low, high)}, n={n:,} held out"))
     named = (("Mean cliff", cliffs, "cliff"), ("ASR", attacks, "intervention"), ("Probe AUROC", probes, "probe"))
     return [
         Tile(name=name, value=value, detail=detail, href=href) for name, found, href in named for value, detail in found
@@ -93,10 +106,16 @@ def _rate(run: StoredRun, kind: str, group: str = "harmful") -> float:
     return float(pd.to_numeric(rows["rate"], errors="coerce").mean())
 
 
+def _judged(run: StoredRun) -> int:
+    frame = run.tables["safety"]
+    rows = frame[(frame["kind"] == "unedited") & (frame["group"] == "harmful")][["refused", "complied"]]
+    return int(np.nan_to_num(rows.apply(pd.to_numeric, errors="coerce").to_numpy(float)).sum())
+
+
 def _differences(runs: Sequence[NamedRun]) -> Section:
     rows = []
-    for section in ("config", "model", "versions"):
-        values = [one.run.section(section) for one in runs]
+    for section in ("config", "model", "versions", "probe", "heads"):
+        values = [_settings(one.run, section) for one in runs]
         for key in dict.fromkeys(key for found in values for key in found):
             shown = [str(found.get(key, "–")) for found in values]
             if len(set(shown)) > 1:
@@ -116,16 +135,25 @@ def _differences(runs: Sequence[NamedRun]) -> Section:
     )
 
 
+def _settings(run: StoredRun, section: str) -> JsonObject:
+    """What was set or chosen, without what was measured."""
+    if section == "probe":
+        return {key: run.probe[key] for key in ("layer", "positions", "contrast") if key in run.probe}
+    if section == "heads":
+        return {key: run.heads[key] for key in ("method", "scope", "path", "top_fraction") if key in run.heads}
+    return run.section(section)
+
+
 def _cliffs(runs: Sequence[NamedRun]) -> Section:
     parts: list[Part] = []
     drawn = [(one, bands(one.run.tables["aligned"])) for one in runs if len(one.run.tables["aligned"])]
     layouts = {tuple(spans) for _, (_, spans, _) in drawn}
     if len(layouts) == 1:
         labels, spans, _ = drawn[0][1]
-        curves = {f"{one.name}: {g}": found[2][g] for one, found in drawn for g in CURVES if g in found[2]}
+        curves = {f"{one.letter}: {g}": found[2][g] for one, found in drawn for g in CURVES if g in found[2]}
         note = (
-            "Groups of each run, aligned on spans; closing tokens are named by the first run's template. Band: 95% "
-            "bootstrap interval of the mean."
+            f"{_legend(runs)} Groups of each run, aligned on spans; closing tokens are named by the first run's "
+            "template. Band: 95% bootstrap interval of the mean."
         )
         parts.append(plot("cliff", mean_trace(labels, spans, curves), note))
     elif drawn:
@@ -159,14 +187,19 @@ def _cliff_table(runs: Sequence[NamedRun]) -> Table:
     return Table(caption="Mean plateau, final score and cliff by run and group", columns=heads, rows=rows)
 
 
+def _legend(runs: Sequence[NamedRun]) -> str:
+    return "; ".join(one.name for one in runs) + "."
+
+
 def _paired_claim(runs: Sequence[NamedRun]) -> str:
-    first, second = (
-        found[found["valid"].fillna(False).astype(bool)].set_index("id")["cliff"]
-        for found in (_asked(one.run) for one in (runs[0], runs[-1]))
-    )
+    """The mean difference over prompts that both complied with, matched by id and text."""
+    first, second = (_cliffs_by_prompt(one.run) for one in (runs[0], runs[-1]))
     shared = first.index.intersection(second.index)
     if not len(shared):
         return ""
+    kinds = [plateau_name(one.run.tables["cliffs"]) for one in (runs[0], runs[-1])]
+    if kinds[0] != kinds[1]:
+        return f"The cliffs are measured from different plateaus ({kinds[0]} and {kinds[1]}), so they are not paired."
     if len(shared) < FEWEST_PAIRS:
         return f"Both complied with {len(shared)} of the same prompts: too few for a paired difference of cliffs."
     gaps = (second[shared] - first[shared]).to_numpy(float)
@@ -175,6 +208,15 @@ def _paired_claim(runs: Sequence[NamedRun]) -> str:
         f"On the {len(shared)} harmful prompts that both complied with, the cliff of {runs[-1].name} minus that of "
         f"{runs[0].name} is {number(float(gaps.mean()))} {interval(float(low), float(high))} (paired)."
     )
+
+
+def _cliffs_by_prompt(run: StoredRun) -> pd.Series:
+    """Valid cliffs by id and prompt: ids alone may be line numbers of other files."""
+    found = _asked(run)
+    found = found[found["valid"].fillna(False).astype(bool)].drop_duplicates("id").set_index("id")
+    prompts = run.tables["transcripts"].drop_duplicates("id").set_index("id")["prompt"].reindex(found.index)
+    cliffs = pd.to_numeric(found["cliff"], errors="coerce")
+    return pd.Series(cliffs.to_numpy(float), index=pd.MultiIndex.from_arrays([found.index, prompts.astype(str)]))
 
 
 def _heads(runs: Sequence[NamedRun]) -> Section:
@@ -189,8 +231,13 @@ def _heads(runs: Sequence[NamedRun]) -> Section:
         names = [f"L{int(layer)}H{int(head)}" for layer, head in shared]
         chosen = [set(_selected(one.run)) for one in (runs[0], runs[-1])]
         both = np.array([(name in chosen[0]) + (name in chosen[1]) for name in names])
-        fig = effect_pairs(names, effect, other, both, runs=(runs[0].name, runs[-1].name))
-        parts.append(plot("pairs", fig, "Vermillion: selected in both runs. Orange: in one. Grey: in none."))
+        alike = len({str(_settings(one.run, "probe")) + str(_settings(one.run, "heads")) for one in runs}) == 1
+        alike = alike and len({str(one.run.section("model").get("fingerprint")) for one in runs}) == 1
+        letters = (f"run {runs[0].letter}", f"run {runs[-1].letter}")
+        fig = effect_pairs(names, effect, other, both, runs=letters, same_scale=alike)
+        parts.append(plot("pairs", fig, f"{_legend(runs)} {PAIRS_NOTE}"))
+        if not alike:
+            parts.append(Remark(text=OTHER_SCALES))
         if len({str(one.run.section("model").get("fingerprint")) for one in runs}) > 1:
             parts.append(Remark(text=OTHER_WEIGHTS))
         known = np.isfinite(effect) & np.isfinite(other) & ((effect != 0) | (other != 0))
@@ -206,7 +253,9 @@ def _heads(runs: Sequence[NamedRun]) -> Section:
         [text_cell(one.name, 80), text_cell(", ".join(_selected(one.run)) or "none", 400), *_set_cells(one.run)]
         for one in runs
     ]
-    heads = columns("run", "selected|long", "joint effect (logit)|number", "95% interval|number", "p (random)|number")
+    heads = columns(
+        "run", "selected|long", "n|number", "joint effect (logit)|number", "95% interval|number", "p (random)|number"
+    )
     parts.append(Table(caption="The selected heads", columns=heads, rows=rows))
     return Section(
         id="heads", title="The heads", claim=claim, lead="Effects of single heads, run against run.", parts=parts
@@ -221,7 +270,8 @@ def _set_cells(run: StoredRun) -> list[Cell]:
     facts = run.heads
     low, high = as_float(facts.get("set_effect_low")), as_float(facts.get("set_effect_high"))
     effect, p = as_float(facts.get("set_effect")), as_float(facts.get("random_p"))
-    return [number_cell(effect), interval_cell(low, high, as_int(facts.get("n"))), number_cell(p, 3)]
+    n = as_int(facts.get("set_n")) or as_int(facts.get("n"))
+    return [count_cell(n), number_cell(effect), interval_cell(low, high, n), number_cell(p, 3)]
 
 
 def _safety(runs: Sequence[NamedRun]) -> Section:
@@ -231,7 +281,7 @@ def _safety(runs: Sequence[NamedRun]) -> Section:
         frame = one.run.tables["safety"]
         arm = frame["arm"].astype(str).where(frame["kind"] != "random", "random sets")
         measure = frame["group"].map(names).fillna(frame["group"])
-        tables.append(frame.assign(arm=one.name + ", " + arm, measure=measure, value=frame["rate"]))
+        tables.append(frame.assign(arm=one.letter + ", " + arm, measure=measure, value=frame["rate"]))
     frame = pd.concat(tables, ignore_index=True)
     numeric = ("value", "ci_low", "ci_high", "n")
     shown = frame.assign(**{name: pd.to_numeric(frame[name], errors="coerce") for name in numeric})
@@ -244,7 +294,7 @@ def _safety(runs: Sequence[NamedRun]) -> Section:
         rows.append([*shown_key, count_cell(n), number_cell(float(part["value"].mean())), bounds])
     heads = columns("arm", "measure", "n|number", "rate|number", "95% interval|number")
     fig = measure_panels(shown, title="Outcomes by run and arm", share=True)
-    note = "Bars: 95% Wilson intervals. Dots: random sets of as many heads."
+    note = f"{_legend(runs)} Bars: 95% Wilson intervals. Dots: random sets of as many heads."
     parts: list[Part] = [plot("arms", fig, note)] if rows else []
     return Section(
         id="intervention",

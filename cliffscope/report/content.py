@@ -263,8 +263,9 @@ def interval_cell(low: float, high: float, n: int | None = None, digits: int = 2
 
 def columns(*names: str) -> list[Column]:
     """Heads from names such as "effect|number"; without a bar the column is text."""
-    parts = (name.partition("|") for name in names)
-    return [Column(name=head, kind=kind or "text") for head, _, kind in parts]
+    # From the right, since a head may be the name of a run.
+    parts = (name.rpartition("|") for name in names)
+    return [Column(name=head or kind, kind=kind if bar else "text") for head, bar, kind in parts]
 
 
 def pairs(rows: Iterable[tuple[str, object]]) -> list[tuple[str, str]]:

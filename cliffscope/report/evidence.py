@@ -167,10 +167,13 @@ def bands(aligned: pd.DataFrame) -> tuple[list[str], list[str], dict[str, Band]]
 
 
 def _edited_note(run: StoredRun) -> str:
-    chosen = ", ".join(str(head) for head in as_list(run.heads.get("selected"))[:6])
+    heads = [str(head) for head in as_list(run.heads.get("selected"))]
+    more = f" and {len(heads) - 6} more" if len(heads) > 6 else ""
+    random = any("random" in str(group) for group in run.tables["edited_aligned"]["group"])
+    beside = ", and with one random set of as many heads in the same layers," if random else ""
     return (
-        f" The same transcripts are read again with the selected heads ({chosen}) and with one random set of as many "
-        "heads in the same layers set to zero, at every token."
+        f" The same transcripts are read again with the selected heads ({', '.join(heads[:6])}{more}){beside} set to "
+        "zero at every token."
     )
 
 

@@ -49,7 +49,8 @@ def write_images(
     unknown = [name for name in only if name not in plots]
     if unknown:
         raise DataError(f"{run_dir} has no figure {', '.join(unknown)}; it has {', '.join(plots)}.")
-    figures = {Path(out) / f"{name}.{kind}": _titled(plots[name]) for name in (only or plots) for kind in formats}
+    kinds = [kind.removeprefix(".") for kind in formats]
+    figures = {Path(out) / f"{name}.{kind}": _titled(plots[name]) for name in (only or plots) for kind in kinds}
     save_figures(figures, width=width)
     return list(figures)
 

@@ -78,7 +78,12 @@ addEventListener("afterprint", () => {
 // Plotly and CircuitsVis stand after this script.
 addEventListener("DOMContentLoaded", () => {
   for (const script of document.querySelectorAll("script[data-circuits]")) {
-    CircuitsVis.render(script.dataset.circuits, CircuitsVis[script.dataset.component], JSON.parse(script.textContent));
+    try {
+      CircuitsVis.render(script.dataset.circuits, CircuitsVis[script.dataset.component], JSON.parse(script.textContent));
+    } catch (error) {
+      // The figures below must not go with it.
+      console.error(error);
+    }
   }
   drawNext();
 });

@@ -11,7 +11,7 @@ from cliffscope.figures import embed, printable
 from cliffscope.figures.circuits import coloured_tokens
 from cliffscope.figures.sources import source_bars
 from cliffscope.report.content import Circuits, Part, Remark, plot
-from cliffscope.report.stored import StoredRun
+from cliffscope.report.stored import StoredRun, as_list
 
 TOKENS = 1200
 """Most tokens that are coloured: the last ones."""
@@ -37,7 +37,8 @@ def reading_parts(run: StoredRun) -> list[Part]:
                 "attends to."
             ),
         )
-    return parts
+    notes = [str(note) for note in as_list(run.manifest.get("notes"))]
+    return [*parts, *(Remark(text=note) for note in notes if note.startswith("What heads read"))]
 
 
 def _of_head(head: str, final: pd.DataFrame, share: np.ndarray, place: int) -> list[Part]:
