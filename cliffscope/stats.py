@@ -225,10 +225,15 @@ def mcnemar(a: Bool[np.ndarray, " n"], b: Bool[np.ndarray, " m"]) -> float:
     return float(stats.binomtest(only_a, only_a + only_b, 0.5).pvalue)
 
 
+def least_p(sets: int) -> float:
+    """The smallest p that so many random sets allow: 1 / (1 + sets), so that 20 sets reach 0.048."""
+    return 1 / (1 + sets)
+
+
 def random_set_p(observed: float, control: Shaped[np.ndarray, " r"]) -> float:
     """Share of head sets, the observed one included, that do at least as well as the observed one.
 
-    With r random sets the smallest possible p is 1 / (1 + r): 20 sets reach 0.048.
+    The smallest possible p is `least_p`.
 
     Args:
         observed: effect of the chosen head set.

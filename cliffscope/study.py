@@ -32,7 +32,7 @@ from cliffscope.errors import ProbeError, UnsupportedModelError
 from cliffscope.heads.controls import control_sets, count_sets
 from cliffscope.heads.edits import HeadEdit, HeadRef, zero
 from cliffscope.heads.ranking import rank_heads
-from cliffscope.heads.sources import trace_sources
+from cliffscope.heads.sources import trace_all_sources
 from cliffscope.models import load_model
 from cliffscope.notebook import Shown
 from cliffscope.probing.contrast import check_contrast, contrast_classes
@@ -309,12 +309,12 @@ def _read_sources(run: Run, chosen: Sequence[HeadRef], lengths: dict[str, int]) 
     if run.probe is None or cliffs.empty:
         return
     median = run.transcripts.where(ids=[str((cliffs - cliffs.median()).abs().idxmin())])[0]
-    found = []
-    for head in [h for h in chosen if h.layer <= run.probe.layer][:SOURCE_HEADS]:
-        try:
-            found.append(trace_sources(run.model, run.probe, median, head))
-        except UnsupportedModelError as error:
-            run.note(f"What heads read: {head} was not traced. {error}")
+    heads = [h for h in chosen if h.layer <= run.probe.layer][:SOURCE_HEADS]
+    try:
+        found = trace_all_sources(run.model, run.probe, median, heads) if heads else []
+    except UnsupportedModelError as error:
+        run.note(f"What heads read was not traced: {error}")
+        return
     if found:
         run.store.write_frame("head_sources.parquet", source_frame(found))
 

@@ -17,6 +17,7 @@ from cliffscope.resampling import bootstrap_mean
 from cliffscope.safety.arms import TOP, UNEDITED
 from cliffscope.safety.evaluation import SafetyReport
 from cliffscope.safety.side_effects import KL, SideEffects
+from cliffscope.stats import least_p
 
 CLIFF = 0.1
 """Mean cliff below which nothing is called a cliff."""
@@ -92,7 +93,7 @@ def of_heads(ranking: HeadRanking, control: SetControl, *, can_tell: bool = True
 def _random_p(control: SetControl) -> str:
     """The p of a set of heads, and whether as few random sets could have given less."""
     sets = len(control.random_effects)
-    floor = control.p <= 1 / (1 + sets)
+    floor = control.p <= least_p(sets)
     return f"p = {control.p:.3f}" + (f", the least that {sets} sets allow" if floor else "")
 
 

@@ -9,7 +9,7 @@ from cliffscope.errors import EditError, SpanError, UnsupportedModelError
 from cliffscope.figures.circuits import coloured_tokens
 from cliffscope.heads.edits import HeadRef
 from cliffscope.heads.shares import decompose_logit
-from cliffscope.heads.sources import trace_sources
+from cliffscope.heads.sources import trace_all_sources, trace_sources
 from cliffscope.models import LensModel
 from cliffscope.transcripts.records import Transcripts
 
@@ -86,7 +86,7 @@ def test_what_cannot_be_traced_is_refused(
     from cliffscope.heads import sources
 
     real = sources._read
-    monkeypatch.setattr(sources, "_read", lambda *args: (real(*args)[0] * 0.9, *real(*args)[1:]))
+    monkeypatch.setattr(sources, "_read", lambda *args: [(p * 0.9, v, z) for p, v, z in real(*args)])
     with pytest.raises(UnsupportedModelError, match="attention x values"):
         trace_sources(llama, random_probe(llama, 3), refused[0], HEAD)
 
@@ -97,3 +97,19 @@ def test_both_signs_of_coloured_tokens_share_one_scale() -> None:
     assert props["values"] == [0.004, -1.2, 0.0]
     assert props["tokens"] == [" a", "‹b>", "＆lt;"]
     assert coloured_tokens([], [])["maxValue"] == 1.0
+
+
+def test_several_heads_are_read_in_one_pass_as_each_alone(
+    llama: LensModel, refused: Transcripts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads, probe = [HEAD, HeadRef(layer=1, head=0), HeadRef(layer=3, head=7)], random_probe(llama, 3)
+    alone = [trace_sources(llama, probe, refused[0], head) for head in heads]
+    passes = []
+    real = llama.bridge.run_with_hooks
+    monkeypatch.setattr(llama.bridge, "run_with_hooks", lambda *a, **k: passes.append(1) or real(*a, **k))
+    together = trace_all_sources(llama, probe, refused[0], heads)
+    assert len(passes) == 1
+    for one, other in zip(alone, together, strict=True):
+        assert one.head == other.head
+        np.testing.assert_allclose(other.shares, one.shares, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(other.attention, one.attention, rtol=0, atol=1e-6)

@@ -119,9 +119,7 @@ def figures(
     out: OutOption,
     formats: Annotated[
         list[str], typer.Option("--format", help="svg, png, pdf, webp, jpeg, html or json; may be repeated.")
-    ] = [  # noqa: B006
-        "svg"
-    ],
+    ] = ["svg"],
     only: Annotated[list[str] | None, typer.Option(help="Name of a figure, such as cliff; may be repeated.")] = None,
     width: Annotated[int, typer.Option(min=100, help="Pixels.")] = 900,
     as_json: JsonOption = False,

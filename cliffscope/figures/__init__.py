@@ -7,7 +7,15 @@ from cliffscope.figures.safety import Arm, arms, plateau_final
 from cliffscope.figures.sources import source_bars
 from cliffscope.figures.theme import embed, printable
 from cliffscope.figures.tokens import token_text
-from cliffscope.figures.trace import Band, layer_heat, mean_trace, probe_quality, token_trace
+from cliffscope.figures.trace import (
+    Band,
+    bands_of,
+    layer_heat,
+    mean_trace,
+    probe_quality,
+    quality_grids,
+    token_trace,
+)
 
 __all__ = [
     "Arm",
@@ -15,6 +23,7 @@ __all__ = [
     "Panel",
     "agreement",
     "arms",
+    "bands_of",
     "dose_response",
     "effect_pairs",
     "embed",
@@ -26,6 +35,7 @@ __all__ = [
     "plateau_final",
     "printable",
     "probe_quality",
+    "quality_grids",
     "random_sets",
     "source_bars",
     "token_text",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
@@ -205,6 +206,38 @@ def probe_quality(
         row = list(layers).index(probe_layer)
         _outline(fig, x0=-0.5, x1=len(regions) - 0.5, y0=row - 0.5, y1=row + 0.5)
     return fig
+
+
+def bands_of(aligned: pd.DataFrame) -> tuple[list[str], list[str], dict[str, Band]]:
+    """Labels and spans of the aligned bins, and the curve of each group."""
+    bins = aligned.drop_duplicates("bin").sort_values("bin")
+    order = bins["bin"].to_list()
+    groups = {}
+    for name, rows in aligned.groupby("group", sort=False):
+        placed = rows.drop_duplicates("bin").set_index("bin").reindex(order)
+        values = {key: pd.to_numeric(placed[key], errors="coerce") for key in ("mean", "ci_low", "ci_high", "n")}
+        groups[str(name)] = Band(
+            mean=values["mean"].to_numpy(float),
+            low=values["ci_low"].to_numpy(float),
+            high=values["ci_high"].to_numpy(float),
+            n=values["n"].fillna(0).to_numpy(int),
+        )
+    return bins["label"].astype(str).to_list(), bins["span"].astype(str).to_list(), groups
+
+
+def quality_grids(frame: pd.DataFrame) -> tuple[list[str], list[int], FloatArray, FloatArray, FloatArray]:
+    """Regions, layers, and [layer, region] AUROC with its bounds, from a table of layer, region, auroc and bounds."""
+    regions = list(dict.fromkeys(frame["region"].astype(str))) if len(frame) else []
+    layers = sorted(int(layer) for layer in frame["layer"].dropna().unique()) if len(frame) else []
+    placed = frame.assign(region=frame["region"].astype(str)).drop_duplicates(["layer", "region"])
+    wide = {
+        name: placed.pivot(index="layer", columns="region", values=name)
+        .reindex(index=layers, columns=regions)
+        .apply(pd.to_numeric, errors="coerce")
+        .to_numpy(float)
+        for name in ("auroc", "auroc_low", "auroc_high")
+    }
+    return regions, layers, wide["auroc"], wide["auroc_low"], wide["auroc_high"]
 
 
 _AUROC_SCALE = tuple((1 - stop, color) for stop, color in reversed(theme.DIVERGING))

@@ -9,7 +9,7 @@ Pattern and values are TransformerLens' `hook_pattern` and `hook_v`; their sum i
 is returned. An attention sink takes attention and writes nothing: the pattern then sums to less than one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from cliffscope.figures.circuits import CircuitsView
 
 
+_HOOKS = ("hook_pattern", "hook_v", "hook_z")
 VIEW_TOKENS = 512
 """Tokens of an attention pattern, whose HTML grows with their square."""
 
@@ -148,56 +149,76 @@ def trace_sources(model: LensModel, probe: RefusalProbe, transcript: Transcript,
         UnsupportedModelError: attention x values is not what the head gives on this model, or what heads write is not
             added to the residual as it is.
     """
+    return trace_all_sources(model, probe, transcript, [head])[0]
+
+
+def trace_all_sources(
+    model: LensModel, probe: RefusalProbe, transcript: Transcript, heads: Sequence[HeadRef]
+) -> list[HeadSources]:
+    """The same for several heads in one pass; arguments and errors as of `trace_sources`."""
     probe.check_model(model)
-    head.check(model)
-    if head.layer > probe.layer:
-        raise SpanError(f"{head} writes above layer {probe.layer}, where the probe reads. Choose a head below.")
+    for head in heads:
+        head.check(model)
+        if head.layer > probe.layer:
+            raise SpanError(f"{head} writes above layer {probe.layer}, where the probe reads. Choose a head below.")
     tokens = tokenize(transcript, model.tokenizer, model.template, max_length=model.shape.context)
-    closing, stop = tokens.span(Span.CLOSING).start, tokens.final + 1
-    # That the parts add up to the logit is checked there; this one must be the head's.
+    texts = tuple(str(model.tokenizer.decode([int(i)])) for i in tokens.token_ids[: tokens.final + 1])
+    closing, weight = tokens.span(Span.CLOSING).start, torch.from_numpy(probe.weight)
+    tolerance = TOLERANCE.get(model.dtype, 1e-1)
+    # That the parts add up to the logit is checked there; a head's sources must add up to its own part.
     parts = decompose_logit(model, probe, [tokens])
-    pattern, values, z = _read(model, tokens, head)
-    if not torch.allclose(pattern @ values, z, atol=TOLERANCE.get(model.dtype, 1e-1) * float(z.abs().max() + 1)):
-        raise _inexact(model, head)
-    columns = model.output_columns(head.layer)[:, head.head]
-    written = columns.T.cpu() @ torch.from_numpy(probe.weight)
-    shares = (pattern[closing:] * (values @ written)[None]).numpy()
-    scale = float(pattern[-1] @ (values.abs() @ written.abs())) + 1
-    if abs(shares[-1].sum() - parts.heads[0, head.layer, head.head]) > TOLERANCE.get(model.dtype, 1e-1) * scale:
-        raise _inexact(model, head)
-    return HeadSources(
-        head=head,
-        kv_group=model.shape.kv_group(head.head),
-        tokens=tokens,
-        texts=tuple(str(model.tokenizer.decode([int(i)])) for i in tokens.token_ids[:stop]),
-        attention=pattern[closing:].numpy(),
-        shares=shares,
-    )
+    found = []
+    for head, (pattern, values, z) in zip(heads, _read(model, tokens, heads), strict=True):
+        if not torch.allclose(pattern @ values, z, atol=tolerance * float(z.abs().max() + 1)):
+            raise _inexact(model, head)
+        written = model.output_columns(head.layer)[:, head.head].T.cpu() @ weight
+        shares = (pattern[closing:] * (values @ written)[None]).numpy()
+        scale = float(pattern[-1] @ (values.abs() @ written.abs())) + 1
+        if abs(shares[-1].sum() - parts.heads[0, head.layer, head.head]) > tolerance * scale:
+            raise _inexact(model, head)
+        found.append(
+            HeadSources(
+                head=head,
+                kv_group=model.shape.kv_group(head.head),
+                tokens=tokens,
+                texts=texts,
+                attention=pattern[closing:].numpy(),
+                shares=shares,
+            )
+        )
+    return found
 
 
-def _read(model: LensModel, tokens: TokenizedTranscript, head: HeadRef) -> tuple[Tensor, Tensor, Tensor]:
-    """[query, source] pattern, [source, d_head] values and [query, d_head] output of one head."""
-    kept: dict[str, Tensor] = {}
+def _read(
+    model: LensModel, tokens: TokenizedTranscript, heads: Sequence[HeadRef]
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """[query, source] pattern, [source, d_head] values and [query, d_head] output of each head."""
+    kept: dict[tuple[HeadRef, str], Tensor] = {}
 
-    def keeper(name: str, index: int) -> Callable[[Tensor, object], None]:
+    def keeper(head: HeadRef, name: str, index: int) -> Callable[[Tensor, object], None]:
         def keep(value: Tensor, hook: object) -> None:
             # Values and output have heads behind positions, the pattern before them.
             del hook
-            kept[name] = (value[0, index] if name == "hook_pattern" else value[0, :, index]).detach().float().cpu()
+            own = value[0, index] if name == "hook_pattern" else value[0, :, index]
+            kept[head, name] = own.detach().float().cpu()
 
         return keep
 
-    group = model.shape.kv_group(head.head)
-    wanted = {"hook_pattern": head.head, "hook_v": group, "hook_z": head.head}
-    hooks: list[tuple[str | Callable[..., object], Callable[..., object]]] = [
-        (f"blocks.{head.layer}.attn.{name}", keeper(name, index)) for name, index in wanted.items()
-    ]
+    hooks: list[tuple[str | Callable[..., object], Callable[..., object]]] = []
+    for head in heads:
+        places = (head.head, model.shape.kv_group(head.head), head.head)
+        for name, index in zip(_HOOKS, places, strict=True):
+            hooks.append((f"blocks.{head.layer}.attn.{name}", keeper(head, name, index)))
     ids = torch.from_numpy(tokens.token_ids[: tokens.final + 1])[None].to(model.device)
     with torch.inference_mode():
         model.bridge.run_with_hooks(ids, return_type=None, fwd_hooks=hooks)
-    if set(kept) != set(wanted) or kept["hook_v"].shape != kept["hook_z"].shape:
-        raise _inexact(model, head)
-    return kept["hook_pattern"], kept["hook_v"], kept["hook_z"]
+    found = []
+    for head in heads:
+        seen = [kept[head, name] for name in _HOOKS if (head, name) in kept]
+        if len(seen) < len(_HOOKS) or seen[1].shape != seen[2].shape:
+            raise _inexact(model, head)
+        found.append((seen[0], seen[1], seen[2]))
+    return found
 
 
 def _inexact(model: LensModel, head: HeadRef) -> UnsupportedModelError:

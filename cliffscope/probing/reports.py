@@ -99,25 +99,11 @@ class ProbeReport(Plotted):
         Args:
             layer: the layer to outline.
         """
-        from cliffscope.figures.trace import probe_quality
+        from cliffscope.figures.trace import probe_quality, quality_grids
 
-        frame = self.to_frame()
-        layers = sorted(int(i) for i in frame["layer"].unique()) if len(frame) else []
-        names = list(dict.fromkeys(frame["region"])) if len(frame) else []
-        grids = [
-            frame.pivot(index="layer", columns="region", values=value).reindex(layers, columns=names).to_numpy(float)
-            if len(frame)
-            else np.empty((0, 0))
-            for value in ("auroc", "auroc_low", "auroc_high")
-        ]
-        final = self.final
-        return probe_quality(
-            names,
-            layers,
-            *grids,
-            probe_layer=layer,
-            title=f"Held-out AUROC by layer and position (n={final.n_refused} refused, {final.n_complied} complied)",
-        )
+        n = f"n={self.final.n_refused} refused, {self.final.n_complied} complied"
+        title = f"Held-out AUROC by layer and position ({n})"
+        return probe_quality(*quality_grids(self.by_region), probe_layer=layer, title=title)
 
     def __repr__(self) -> str:
         """One line: what it can tell at the end and late in the thinking."""

@@ -179,8 +179,7 @@ class RefusalTraces(Plotted):
         Raises:
             DataError: a name of `beside` is that of a group.
         """
-        from cliffscope.figures.theme import empty_figure
-        from cliffscope.figures.trace import Band, mean_trace
+        from cliffscope.figures.trace import bands_of, mean_trace
 
         groups = _grouped(self.transcripts, by or group_name)
         double = sorted(set(groups) & set(beside or {}))
@@ -191,19 +190,7 @@ class RefusalTraces(Plotted):
         for name, other in (beside or {}).items():
             tables.append(other.aligned({name: [t.id for t in other.transcripts]}, closing=width))
         table = pd.concat([found for found in tables if len(found)] or tables)
-        if not len(table):
-            return empty_figure("Refusal score", "No transcript was traced.")
-        first = table[table["group"] == table["group"].iloc[0]]
-        curves = {
-            str(name): Band(
-                mean=part["mean"].to_numpy(),
-                low=part["ci_low"].to_numpy(),
-                high=part["ci_high"].to_numpy(),
-                n=part["n"].to_numpy(),
-            )
-            for name, part in table.groupby("group", sort=False)
-        }
-        return mean_trace(first["label"].tolist(), first["span"].tolist(), curves, n=self._n_with(beside or {}))
+        return mean_trace(*bands_of(table), n=self._n_with(beside or {}))
 
     def plot_tokens(self, transcript_id: str) -> "Figure":
         """One transcript as text, each token on a ground of its score; with a slider where its layers were kept.

@@ -12,13 +12,13 @@ paired differences of stored cliffs and rank correlations of stored effects.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 from scipy.stats import spearmanr
 
-from cliffscope.figures import effect_pairs, mean_trace, measure_panels
+from cliffscope.figures import bands_of, effect_pairs, mean_trace, measure_panels
 from cliffscope.report.content import (
     Cell,
     Part,
@@ -32,16 +32,18 @@ from cliffscope.report.content import (
     interval_cell,
     number,
     number_cell,
-    percent,
     plot,
     text_cell,
 )
-from cliffscope.report.evidence import ASKED, CLAIMED, bands, group_mean, plateau_name
-from cliffscope.report.stored import JsonObject, StoredRun, as_float, as_int, as_list, as_object
+from cliffscope.report.evidence import ASKED, QUALITY, cliff_rows, plateau_name, quality_rows
+from cliffscope.report.outcomes import tiles
+from cliffscope.report.stored import JsonObject, StoredRun, as_float, as_int, as_list
 from cliffscope.resampling import bootstrap_mean
 
 CURVES = ("harmful, complied", "harmful, refused", "harmless, complied")
 """Groups whose curves are drawn; with more, two runs would hide each other."""
+HEADLINES = ("Mean cliff", "ASR", "Probe AUROC")
+"""Tiles of a run's own page that stand on top."""
 FEWEST_PAIRS = 10
 """Prompts that both runs complied with, below which their difference claims nothing."""
 PAIRS_NOTE = "Vermillion: selected in both runs. Orange: in one. Grey: in none."
@@ -77,39 +79,19 @@ def comparison_sections(runs: Sequence[NamedRun]) -> list[Section]:
 
 
 def comparison_tiles(runs: Sequence[NamedRun]) -> list[Tile]:
-    """The headline numbers, run beside run."""
-    cliffs, attacks, probes = [], [], []
-    for one in runs:
-        mean, low, high, n = group_mean(_asked(one.run), "cliff")
-        cliffs.append((number(mean), f"{one.name}: {interval(low, high, n)}, n={n:,}"))
-        rates = [_rate(one.run, kind) for kind in ("unedited", "top")]
-        asked = f", n={_judged(one.run):,}" if np.isfinite(rates).any() else ""
-        attacks.append((" → ".join(percent(rate) for rate in rates), f"{one.name}: unedited → edited{asked}"))
-        final = as_object(as_object(one.run.probe.get("report")).get("final"))
-        low, high = as_float(final.get("auroc_low")), as_float(final.get("auroc_high"))
-        n = as_int(final.get("n_refused")) + as_int(final.get("n_complied"))
-        probes.append((number(as_float(final.get("auroc"))), f"{one.name}: {interval(low, high)}, n={n:,} held out"))
-    named = (("Mean cliff", cliffs, "cliff"), ("ASR", attacks, "intervention"), ("Probe AUROC", probes, "probe"))
+    """The headline numbers of each run's own page, run beside run."""
+    found = [(one.name, {tile.name: tile for tile in tiles(one.run)}) for one in runs]
     return [
-        Tile(name=name, value=value, detail=detail, href=href) for name, found, href in named for value, detail in found
+        replace(own[name], detail=f"{run}: {own[name].detail}")
+        for name in HEADLINES
+        for run, own in found
+        if name in own
     ]
 
 
 def _asked(run: StoredRun) -> pd.DataFrame:
     cliffs = run.tables["cliffs"]
     return cliffs[cliffs["group"] == ASKED]
-
-
-def _rate(run: StoredRun, kind: str, group: str = "harmful") -> float:
-    frame = run.tables["safety"]
-    rows = frame[(frame["kind"] == kind) & (frame["group"] == group)]
-    return float(pd.to_numeric(rows["rate"], errors="coerce").mean())
-
-
-def _judged(run: StoredRun) -> int:
-    frame = run.tables["safety"]
-    rows = frame[(frame["kind"] == "unedited") & (frame["group"] == "harmful")][["refused", "complied"]]
-    return int(np.nan_to_num(rows.apply(pd.to_numeric, errors="coerce").to_numpy(float)).sum())
 
 
 def _differences(runs: Sequence[NamedRun]) -> Section:
@@ -146,7 +128,7 @@ def _settings(run: StoredRun, section: str) -> JsonObject:
 
 def _cliffs(runs: Sequence[NamedRun]) -> Section:
     parts: list[Part] = []
-    drawn = [(one, bands(one.run.tables["aligned"])) for one in runs if len(one.run.tables["aligned"])]
+    drawn = [(one, bands_of(one.run.tables["aligned"])) for one in runs if len(one.run.tables["aligned"])]
     layouts = {tuple(spans) for _, (_, spans, _) in drawn}
     if len(layouts) == 1:
         labels, spans, _ = drawn[0][1]
@@ -176,14 +158,10 @@ def _cliff_table(runs: Sequence[NamedRun]) -> Table:
     for one in runs:
         cliffs = one.run.tables["cliffs"]
         plateau = plateau_name(cliffs)
-        for name, group in cliffs.groupby("group", sort=False):
-            mean, low, high, n = group_mean(group, "cliff")
-            means = [group_mean(group, column)[0] for column in (f"plateau_{plateau}", "final")]
-            cells = [*(number_cell(value) for value in means), number_cell(mean), interval_cell(low, high, n)]
-            rows.append([text_cell(one.name, 80), text_cell(name), text_cell(plateau), count_cell(n), *cells])
-    heads = columns(
-        "run", "group", "plateau", "n|number", "plateau|number", "final|number", "cliff|number", "95% interval|number"
-    )
+        which = [text_cell(one.name, 80), text_cell(plateau)]
+        rows += [[*which, *cells] for cells in cliff_rows(cliffs, plateau)]
+    names = ("n|number", "plateau|number", "final|number", "cliff|number", "95% interval|number")
+    heads = columns("run", "plateau is the", "group", *names)
     return Table(caption="Mean plateau, final score and cliff by run and group", columns=heads, rows=rows)
 
 
@@ -231,14 +209,15 @@ def _heads(runs: Sequence[NamedRun]) -> Section:
         names = [f"L{int(layer)}H{int(head)}" for layer, head in shared]
         chosen = [set(_selected(one.run)) for one in (runs[0], runs[-1])]
         both = np.array([(name in chosen[0]) + (name in chosen[1]) for name in names])
-        alike = len({str(_settings(one.run, "probe")) + str(_settings(one.run, "heads")) for one in runs}) == 1
-        alike = alike and len({str(one.run.section("model").get("fingerprint")) for one in runs}) == 1
+        same_weights = len({str(one.run.section("model").get("fingerprint")) for one in runs}) == 1
+        settings = {str([_settings(one.run, section) for section in ("probe", "heads")]) for one in runs}
+        alike = same_weights and len(settings) == 1
         letters = (f"run {runs[0].letter}", f"run {runs[-1].letter}")
         fig = effect_pairs(names, effect, other, both, runs=letters, same_scale=alike)
         parts.append(plot("pairs", fig, f"{_legend(runs)} {PAIRS_NOTE}"))
         if not alike:
             parts.append(Remark(text=OTHER_SCALES))
-        if len({str(one.run.section("model").get("fingerprint")) for one in runs}) > 1:
+        if not same_weights:
             parts.append(Remark(text=OTHER_WEIGHTS))
         known = np.isfinite(effect) & np.isfinite(other) & ((effect != 0) | (other != 0))
         varied = known.sum() > 2 and np.ptp(effect[known]) > 0 and np.ptp(other[known]) > 0
@@ -307,16 +286,8 @@ def _safety(runs: Sequence[NamedRun]) -> Section:
 
 
 def _probes(runs: Sequence[NamedRun]) -> Section:
-    rows = []
-    for one in runs:
-        for key, shown in CLAIMED.items():
-            found = as_object(as_object(one.run.probe.get("report")).get(key))
-            low, high = as_float(found.get("auroc_low")), as_float(found.get("auroc_high"))
-            n = [as_int(found.get("n_refused")), as_int(found.get("n_complied"))]
-            values = [number_cell(as_float(found.get("auroc"))), interval_cell(low, high, min(n))]
-            told = text_cell(f"{n[0]:,} + {n[1]:,}" if sum(n) else None)
-            rows.append([text_cell(one.name, 80), text_cell(shown), *values, told])
-    heads = columns("run", "position", "AUROC|number", "95% interval (or range)|number", "refused + complied|number")
+    rows = [[text_cell(one.name, 80), *cells] for one in runs for cells in quality_rows(one.run)]
+    heads = columns("run", *QUALITY)
     return Section(
         id="probe",
         title="Can the probes tell?",

@@ -8,8 +8,18 @@ every other number was stored by the stage that measured it.
 import numpy as np
 import pandas as pd
 
-from cliffscope.figures import Band, head_grid, head_ranking, mean_trace, plateau_final, probe_quality, random_sets
+from cliffscope.figures import (
+    bands_of,
+    head_grid,
+    head_ranking,
+    mean_trace,
+    plateau_final,
+    probe_quality,
+    quality_grids,
+    random_sets,
+)
 from cliffscope.report.content import (
+    Cell,
     Part,
     Plot,
     Remark,
@@ -28,6 +38,7 @@ from cliffscope.report.content import (
 from cliffscope.report.reading import reading_parts
 from cliffscope.report.stored import StoredRun, as_float, as_int, as_list, as_object
 from cliffscope.resampling import bootstrap_mean
+from cliffscope.stats import least_p
 
 ASKED = "harmful, complied"
 """The group that has a cliff to fall from."""
@@ -44,6 +55,11 @@ CLAIMED = {
     "shuffled_final": "Control: shuffled labels, mean and range of refits",
 }
 """The parts of the probe's report that the claim rests on."""
+QUALITY = (
+    *("position", "AUROC|number", "95% interval (or range)|number"),
+    *("TPR at 1% FPR|number", "Brier|number", "ECE|number", "refused + complied|number"),
+)
+"""Columns of a table of it."""
 
 
 def cliff_section(run: StoredRun) -> Section:
@@ -53,7 +69,7 @@ def cliff_section(run: StoredRun) -> Section:
     aligned = pd.concat([aligned, edited]) if len(aligned) and len(edited) else aligned
     parts: list[Part] = []
     if len(aligned):
-        labels, spans, groups = bands(aligned)
+        labels, spans, groups = bands_of(aligned)
         n = sum(int(np.max(band.n, initial=0)) for name, band in groups.items() if name not in set(edited["group"]))
         note = (
             "Every span is cut into equal parts and the closing tokens keep one place each, so none is averaged into "
@@ -149,23 +165,6 @@ def group_mean(frame: pd.DataFrame, column: str) -> tuple[float, float, float, i
     return float(values.mean()), float(low), float(high), len(values)
 
 
-def bands(aligned: pd.DataFrame) -> tuple[list[str], list[str], dict[str, Band]]:
-    """Labels and spans of the aligned bins, and the curve of each group."""
-    bins = aligned.drop_duplicates("bin").sort_values("bin")
-    order = bins["bin"].to_list()
-    groups = {}
-    for name, rows in aligned.groupby("group", sort=False):
-        placed = rows.drop_duplicates("bin").set_index("bin").reindex(order)
-        values = {key: pd.to_numeric(placed[key], errors="coerce") for key in ("mean", "ci_low", "ci_high", "n")}
-        groups[str(name)] = Band(
-            mean=values["mean"].to_numpy(float),
-            low=values["ci_low"].to_numpy(float),
-            high=values["ci_high"].to_numpy(float),
-            n=values["n"].fillna(0).to_numpy(int),
-        )
-    return bins["label"].astype(str).to_list(), bins["span"].astype(str).to_list(), groups
-
-
 def _edited_note(run: StoredRun) -> str:
     heads = [str(head) for head in as_list(run.heads.get("selected"))]
     more = f" and {len(heads) - 6} more" if len(heads) > 6 else ""
@@ -175,6 +174,38 @@ def _edited_note(run: StoredRun) -> str:
         f" The same transcripts are read again with the selected heads ({', '.join(heads[:6])}{more}){beside} set to "
         "zero at every token."
     )
+
+
+def cliff_rows(cliffs: pd.DataFrame, plateau: str) -> list[list[Cell]]:
+    """By group: name, n, means of plateau, final score and cliff, and the cliff's interval."""
+    rows = []
+    for name, group in cliffs.groupby("group", sort=False):
+        mean, low, high, n = group_mean(group, "cliff")
+        means = [group_mean(group, column)[0] for column in (f"plateau_{plateau}", "final")]
+        cells = [*(number_cell(value) for value in means), number_cell(mean), interval_cell(low, high, n)]
+        rows.append([text_cell(name), count_cell(n), *cells])
+    return rows
+
+
+def quality_rows(run: StoredRun) -> list[list[Cell]]:
+    """The probe's quality where claims rest on it, in the columns of `QUALITY`."""
+    rows = []
+    for name, shown in CLAIMED.items():
+        found = as_object(as_object(run.probe.get("report")).get(name))
+        value = {key: as_float(found.get(key)) for key in ("auroc", "auroc_low", "auroc_high", "brier", "ece")}
+        n = [as_int(found.get("n_refused")), as_int(found.get("n_complied"))]
+        rows.append(
+            [
+                text_cell(shown),
+                number_cell(value["auroc"]),
+                interval_cell(value["auroc_low"], value["auroc_high"], min(n)),
+                number_cell(as_float(found.get("tpr_at_1_fpr"))),
+                number_cell(value["brier"], 3),
+                number_cell(value["ece"], 3),
+                text_cell(f"{n[0]:,} + {n[1]:,}" if sum(n) else None),
+            ]
+        )
+    return rows
 
 
 def _verdict(run: StoredRun, name: str) -> str:
@@ -206,19 +237,7 @@ def _cliff_parts(cliffs: pd.DataFrame, edited: pd.DataFrame) -> list[Part]:
 
 
 def _cliff_table(cliffs: pd.DataFrame, plateau: str) -> Table:
-    rows = []
-    for name, group in cliffs.groupby("group", sort=False):
-        mean, low, high, n = group_mean(group, "cliff")
-        rows.append(
-            [
-                text_cell(name),
-                count_cell(n),
-                number_cell(group_mean(group, f"plateau_{plateau}")[0]),
-                number_cell(group_mean(group, "final")[0]),
-                number_cell(mean),
-                interval_cell(low, high, n),
-            ]
-        )
+    rows = cliff_rows(cliffs, plateau)
     heads = columns(
         "group", "n|number", f"plateau ({plateau})|number", "final|number", "cliff|number", "95% interval|number"
     )
@@ -312,7 +331,7 @@ def _random(run: StoredRun) -> Part:
         f"{count} selected heads edited together, against {len(control)} random sets of as many heads, drawn within "
         "the same layers and over all. "
         f"p = {number(as_float(facts.get('random_p')), 3)}: the share of random sets, the selected one counted in, "
-        f"with at least its effect; {len(control)} sets allow no less than {number(1 / (1 + len(control)), 3)}."
+        f"with at least its effect; {len(control)} sets allow no less than {number(least_p(len(control)), 3)}."
     )
     return plot("random", fig, note)
 
@@ -353,57 +372,19 @@ def _float(value: object) -> float:
 
 
 def _probe_table(run: StoredRun) -> Table:
-    rows = []
-    for name, shown in CLAIMED.items():
-        found = as_object(as_object(run.probe.get("report")).get(name))
-        value = {key: as_float(found.get(key)) for key in ("auroc", "auroc_low", "auroc_high", "brier", "ece")}
-        n = [as_int(found.get("n_refused")), as_int(found.get("n_complied"))]
-        rows.append(
-            [
-                text_cell(shown),
-                number_cell(value["auroc"]),
-                interval_cell(value["auroc_low"], value["auroc_high"], min(n)),
-                number_cell(as_float(found.get("tpr_at_1_fpr"))),
-                number_cell(value["brier"], 3),
-                number_cell(value["ece"], 3),
-                text_cell(f"{n[0]:,} + {n[1]:,}" if sum(n) else None),
-            ]
-        )
-    names = (
-        "position",
-        "AUROC|number",
-        "95% interval (or range)|number",
-        "TPR at 1% FPR|number",
-        "Brier|number",
-        "ECE|number",
-    )
-    heads = columns(*names, "refused + complied|number")
-    return Table(caption="Held-out quality of the probe, where the claim rests on it", columns=heads, rows=rows)
+    caption = "Held-out quality of the probe, where the claim rests on it"
+    return Table(caption=caption, columns=columns(*QUALITY), rows=quality_rows(run))
 
 
 def _probe_heat(run: StoredRun, frame: pd.DataFrame) -> Part:
-    regions = frame["region"].drop_duplicates().to_list()
-    layers = sorted(frame["layer"].dropna().astype(int).unique().tolist())
-    grids = [_wide(frame, name, layers, regions) for name in ("auroc", "auroc_low", "auroc_high")]
     sizes = [_most(frame[name]) for name in ("n_refused", "n_complied")]
     fig = probe_quality(
-        [str(region) for region in regions],
-        layers,
-        grids[0],
-        grids[1],
-        grids[2],
+        *quality_grids(frame),
         probe_layer=as_int(run.probe.get("layer")) if run.probe else None,
         title=f"Held-out AUROC by layer and position (up to {sizes[0]:,} refused, {sizes[1]:,} complied)",
     )
     note = "Blue: refused scores higher than complied. No colour: chance. Outlined: the layer used in this report."
     return plot("probe", fig, note)
-
-
-def _wide(frame: pd.DataFrame, value: str, layers: list[int], regions: list[object]) -> np.ndarray:
-    unique = frame.drop_duplicates(["layer", "region"])
-    wide = unique.pivot(index="layer", columns="region", values=value).reindex(index=layers, columns=regions)
-    grid: np.ndarray = wide.apply(pd.to_numeric, errors="coerce").to_numpy(float)
-    return grid
 
 
 def _probe_cells(run: StoredRun) -> Table:

@@ -34,6 +34,7 @@ from cliffscope.report.content import (
 )
 from cliffscope.report.evidence import group_mean
 from cliffscope.report.stored import JsonObject, StoredRun, as_float, as_int, as_list, as_object
+from cliffscope.stats import least_p
 
 OUTCOMES = ("refused", "complied", "unfinished", "unjudged")
 CHOSEN = 25
@@ -343,7 +344,7 @@ def _head_tile(run: StoredRun) -> Tile | None:
     count = as_int(run.heads.get("n_selected")) or int(frame["selected"].fillna(False).astype(bool).sum())
     p = as_float(run.heads.get("random_p"))
     sets = len(as_list(run.heads.get("random_sets")))
-    least = " (the least possible)" if sets and p <= 1 / (1 + sets) else ""
+    least = " (the least possible)" if sets and p <= least_p(sets) else ""
     detail = f"of {len(frame):,}; against {sets:,} random sets p={number(p, 3)}{least}"
     return Tile(name="Heads selected", value=f"{count:,}", detail=detail, href="heads")
 

@@ -10,11 +10,9 @@ import pandas as pd
 from cliffscope.figures import embed, printable
 from cliffscope.figures.circuits import coloured_tokens
 from cliffscope.figures.sources import source_bars
+from cliffscope.figures.tokens import MOST_TOKENS
 from cliffscope.report.content import Circuits, Part, Remark, plot
 from cliffscope.report.stored import StoredRun, as_list
-
-TOKENS = 1200
-"""Most tokens that are coloured: the last ones."""
 
 
 def reading_parts(run: StoredRun) -> list[Part]:
@@ -48,8 +46,8 @@ def _of_head(head: str, final: pd.DataFrame, share: np.ndarray, place: int) -> l
     title = f"What {head} reads at the final token (n=1 transcript, {len(texts):,} tokens)"
     bars = source_bars(texts, spans, attention, -share, title=title, most=16)
     note = "Vermillion: written against refusal. Blue: for it. Hover for the attention; the bars add up."
-    last = slice(max(0, len(texts) - TOKENS), None)
-    cut = f" The last {TOKENS:,} tokens." if len(texts) > TOKENS else ""
+    last = slice(max(0, len(texts) - MOST_TOKENS), None)
+    cut = f" The last {MOST_TOKENS:,} tokens." if len(texts) > MOST_TOKENS else ""
     props = coloured_tokens(texts[last], (-np.nan_to_num(share[last])).tolist())
     coloured = Circuits(
         id=f"circuits-{place}",
