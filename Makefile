@@ -1,8 +1,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-OLDEST := $(addprefix tests/test_,models.py architectures.py hooked.py activations.py probe.py trace.py sweep.py \
-	ranking.py edits.py export.py generation.py)
+OLDEST := $(addprefix tests/test_,load.py architectures.py hooked.py activations.py probe.py trace.py sweep.py \
+	ranking.py edits.py export.py rollout.py)
 STAMP := $(VENV)/.installed
 export HF_HUB_OFFLINE := 1
 export NO_MKDOCS_2_WARNING := 1

@@ -21,10 +21,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import cliffscope as cs
-from cliffscope.models import LensModel
+from cliffscope.model.load import LensModel
 from cliffscope.organisms import grammar
 from cliffscope.organisms.tokenizer import build_tokenizer
-from cliffscope.probing import activations
+from cliffscope.readouts import activations
 from cliffscope.transcripts.transcript import TokenizedTranscript
 
 

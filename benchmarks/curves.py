@@ -15,8 +15,8 @@ from sweep import every_head, forward_seconds, long_transcript, random_probe, ti
 
 from cliffscope.figures import theme
 from cliffscope.heads.sweep import sweep_branches
-from cliffscope.models import LensModel, load_model
-from cliffscope.probing.probe import RefusalProbe
+from cliffscope.model.load import LensModel, load_model
+from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 
 LENGTHS, HEADS, TRANSCRIPTS = (64, 128, 256, 512, 1024, 2048), (27, 90, 180, 270), (1, 5, 20)

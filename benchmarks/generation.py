@@ -22,7 +22,7 @@ from collections.abc import Callable
 import torch
 
 import cliffscope as cs
-from cliffscope.models import LensModel
+from cliffscope.model.load import LensModel
 from cliffscope.transcripts.records import Transcripts
 from cliffscope.transcripts.transcript import Span, tokenize
 

@@ -28,12 +28,12 @@ import torch
 from plotly.subplots import make_subplots
 
 import cliffscope as cs
-from cliffscope.alignment.repair import repair
-from cliffscope.alignment.selection import Selection, select_from_cliffs
 from cliffscope.figures import theme
-from cliffscope.models import LensModel
-from cliffscope.probing.contrast import contrast_classes
+from cliffscope.model.load import LensModel
+from cliffscope.readouts.contrast import contrast_classes
+from cliffscope.repairing.finetune import repair
 from cliffscope.resampling import bootstrap_mean
+from cliffscope.selection.choice import Selection, select_from_cliffs
 from cliffscope.transcripts.records import Transcripts
 
 NAME = "planted-llama"

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cliffscope as cs
-from cliffscope.checkpoints import CACHE
+from cliffscope.model.checkpoints import CACHE
 
 
 def main() -> None:

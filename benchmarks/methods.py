@@ -14,10 +14,10 @@ from scipy.stats import spearmanr
 import cliffscope as cs
 from cliffscope.heads.methods import METHODS
 from cliffscope.heads.ranking import HeadRanking
-from cliffscope.models import LensModel
+from cliffscope.model.load import LensModel
 from cliffscope.organisms import names, read_truth, study_prompts
-from cliffscope.probing.contrast import Classes, contrast_classes
-from cliffscope.probing.probe import RefusalProbe, fit_probe
+from cliffscope.readouts.contrast import Classes, contrast_classes
+from cliffscope.readouts.probe import RefusalProbe, fit_probe
 from cliffscope.transcripts.records import Transcripts
 
 

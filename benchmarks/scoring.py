@@ -28,11 +28,11 @@ import torch
 from sweep import random_probe
 
 import cliffscope as cs
-from cliffscope.alignment.distributed import RayEngine
-from cliffscope.models import LensModel
+from cliffscope.model.load import LensModel
 from cliffscope.organisms import grammar
-from cliffscope.probing.activations import BATCH_TOKENS, length_batches, project_layer
-from cliffscope.probing.probe import RefusalProbe
+from cliffscope.readouts.activations import BATCH_TOKENS, length_batches, project_layer
+from cliffscope.readouts.probe import RefusalProbe
+from cliffscope.selection.distributed import RayEngine
 from cliffscope.transcripts.records import Message, Outcome, Transcript, Transcripts
 from cliffscope.transcripts.transcript import TokenizedTranscript, tokenize_all
 

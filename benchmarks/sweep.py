@@ -31,9 +31,9 @@ import torch
 
 from cliffscope.heads.edits import HeadRef, Scope
 from cliffscope.heads.sweep import Sweep, sweep_branches
-from cliffscope.models import LensModel, load_model
-from cliffscope.probing.probe import RefusalProbe
-from cliffscope.probing.reports import ProbeReport, region_report
+from cliffscope.model.load import LensModel, load_model
+from cliffscope.readouts.probe import RefusalProbe
+from cliffscope.readouts.reports import ProbeReport, region_report
 from cliffscope.transcripts.records import Message, Transcript
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript, tokenize
 

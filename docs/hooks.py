@@ -4,18 +4,24 @@
    have not been run, or a notebook has changed since, it is shown without outputs.
 2. The figure of the first page is that of `make picture`, alive: plotly.js is copied from the installation, so that the
    pages load nothing from elsewhere.
+3. The reference has a page for each room of the package, written from its files: a new module needs no page of its own.
 """
 
+import ast
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
+from mkdocs.structure.files import File
 from plotly.offline import get_plotlyjs
 
 from cliffscope.figures import embed
 
 DOCS = Path(__file__).parent
+PACKAGE = DOCS.parent / "cliffscope"
+GROUND = "ground"
+"""Page of the modules that lie in no room."""
 EXAMPLES, TUTORIALS = DOCS.parent / "examples", DOCS / "tutorials"
 PLOTLY = Path("assets") / "javascripts" / "plotly.min.js"
 MARK = "<!-- figure: cliff -->"
@@ -29,6 +35,46 @@ LIVE = """<div id="cliff" style="height:{height}px"></div>
 </script>
 """
 log = logging.getLogger("mkdocs.hooks.tutorials")
+
+
+def reference_pages() -> dict[str, str]:
+    """Room to the Markdown of its reference page."""
+    rooms = sorted(p.parent for p in PACKAGE.glob("*/__init__.py"))
+    pages = {room.name: _room_page(room, f"cliffscope.{room.name}") for room in rooms}
+    loose = [p.stem for p in sorted(PACKAGE.glob("*.py")) if not p.stem.startswith("__")]
+    return {**pages, GROUND: "\n".join(["# Ground", "", *(f"::: cliffscope.{name}" for name in loose), ""])}
+
+
+def _room_page(room: Path, module: str) -> str:
+    names = [p.stem for p in sorted(room.glob("*.py")) if p.stem != "__init__"]
+    source = (room / "__init__.py").read_text(encoding="utf-8")
+    opening = ast.get_docstring(ast.parse(source)) or room.name
+    package = [f"::: {module}"] if "def " in source else []
+    lines = [
+        f"# {room.name}",
+        "",
+        opening.splitlines()[0],
+        "",
+        *package,
+        *(f"::: {module}.{name}" for name in names),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def on_config(config: Any, **_kwargs: Any) -> Any:
+    """Adds the reference pages to the navigation."""
+    for entry in config["nav"]:
+        if "Reference" in entry:
+            entry["Reference"] += [{name: f"reference/{name}.md"} for name in reference_pages()]
+    return config
+
+
+def on_files(files: Any, config: Any, **_kwargs: Any) -> Any:
+    """Adds the reference pages themselves."""
+    for name, text in reference_pages().items():
+        files.append(File.generated(config, f"reference/{name}.md", content=text))
+    return files
 
 
 def on_pre_build(**_kwargs: Any) -> None:

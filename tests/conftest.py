@@ -26,13 +26,13 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from cliffscope.checkpoints import CACHE
-from cliffscope.models import LensModel, load_model
+from cliffscope.model.checkpoints import CACHE
+from cliffscope.model.load import LensModel, load_model
 from cliffscope.organisms import grammar
 from cliffscope.organisms.tokenizer import build_tokenizer
-from cliffscope.probing.probe import RefusalProbe
-from cliffscope.probing.regions import FINAL, LATE_THINKING
-from cliffscope.probing.reports import ProbeReport, RegionReport
+from cliffscope.readouts.probe import RefusalProbe
+from cliffscope.readouts.regions import FINAL, LATE_THINKING
+from cliffscope.readouts.reports import ProbeReport, RegionReport
 from cliffscope.stats import Interval
 from cliffscope.transcripts.records import Message, Outcome, Transcript, Transcripts
 from cliffscope.transcripts.templates import TEMPLATES
@@ -87,7 +87,7 @@ def words_tokenizer(*, chatml: bool = False) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-LONGEST = ("test_organisms", "test_docs", "test_study", "test_distributed", "test_examples", "test_cli", "test_models")
+LONGEST = ("test_organisms", "test_docs", "test_study", "test_distributed", "test_examples", "test_cli", "test_load")
 """Files that take the longest: they begin first, so that no worker is left alone with one at the end."""
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from cliffscope.safety.endpoints import Endpoint
+from cliffscope.generation.endpoints import Endpoint
 
 Say = Callable[[str], Mapping[str, object]]
 SLOW_SECONDS = 1.0

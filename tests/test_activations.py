@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cliffscope.models import LensModel
-from cliffscope.probing import activations
-from cliffscope.probing.activations import gather_residuals, length_batches, project_layer, project_residuals
+from cliffscope.model.load import LensModel
+from cliffscope.readouts import activations
+from cliffscope.readouts.activations import gather_residuals, length_batches, project_layer, project_residuals
 from cliffscope.transcripts.records import Transcripts
 from cliffscope.transcripts.transcript import TokenizedTranscript
 

@@ -26,9 +26,9 @@ from cliffscope.heads.edits import HeadRef, Scope, edited_weights
 from cliffscope.heads.shares import decompose_logit
 from cliffscope.heads.sources import trace_sources
 from cliffscope.heads.sweep import sweep_branches
-from cliffscope.models import LensModel, load_model
-from cliffscope.probing import activations
-from cliffscope.probing.activations import gather_residuals, project_layer, project_residuals
+from cliffscope.model.load import LensModel, load_model
+from cliffscope.readouts import activations
+from cliffscope.readouts.activations import gather_residuals, project_layer, project_residuals
 from cliffscope.transcripts.records import Outcome, Transcripts
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 

@@ -9,7 +9,7 @@ from cliffscope.heads.attribution import attribute_heads
 from cliffscope.heads.branches import Change, Job
 from cliffscope.heads.edits import EditKind, HeadRef, Scope
 from cliffscope.heads.sweep import sweep_branches
-from cliffscope.models import LensModel
+from cliffscope.model.load import LensModel
 from cliffscope.transcripts.records import Transcripts
 
 HEADS = [HeadRef(layer=layer, head=head) for layer in range(3) for head in range(4)]

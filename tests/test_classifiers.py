@@ -8,9 +8,9 @@ from conftest import MakeCheckpoint, words_tokenizer, written
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, PreTrainedModel
 
 from cliffscope.errors import DataError, JudgeError
-from cliffscope.safety.classifiers import ClassifierJudge
-from cliffscope.safety.guards import ChatFormat, GradeFormat, LabelFormat, TextFormat, parse_llama_guard
-from cliffscope.safety.judges import judge
+from cliffscope.judging.classifiers import ClassifierJudge
+from cliffscope.judging.guards import ChatFormat, GradeFormat, LabelFormat, TextFormat, parse_llama_guard
+from cliffscope.judging.judges import judge
 from cliffscope.transcripts.records import Outcome, Transcripts
 
 LABELS = LabelFormat(name="toy", refused=frozenset({"no"}), complied=frozenset({"yes", "partly"}), pair=True)

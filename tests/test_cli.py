@@ -17,9 +17,9 @@ from conftest import MakeCheckpoint, written
 
 import cliffscope
 from cliffscope import cli
-from cliffscope.checkpoints import ASSETS
 from cliffscope.cli import program
 from cliffscope.errors import CliffScopeError, MissingExtraError
+from cliffscope.model.checkpoints import ASSETS
 from cliffscope.store import open_run
 from cliffscope.transcripts.datasets import read_transcripts, write_transcripts
 from cliffscope.transcripts.records import Outcome, Transcripts
@@ -113,8 +113,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def probe(model: Path, files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A probe's directory, written by the library as fit-probe does."""
-    from cliffscope.probing.contrast import contrast_classes
-    from cliffscope.probing.files import save_probe
+    from cliffscope.readouts.contrast import contrast_classes
+    from cliffscope.readouts.files import save_probe
 
     out = tmp_path_factory.mktemp("probe") / "probe"
     classes = contrast_classes(read_transcripts(files / "judged.jsonl"), "harmless", thinks=True)
@@ -312,7 +312,7 @@ def test_a_probe_that_is_not_there_ends_with_5(shell: Shell, files: Path, model:
 def test_a_missing_extra_ends_with_6(
     shell: Shell, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cliffscope import checkpoints as checkpoints_module
+    from cliffscope.model import checkpoints as checkpoints_module
 
     monkeypatch.setattr(checkpoints_module.importlib.util, "find_spec", lambda name: None)
     words = ("--model", "smollm2", "--prompts", files / "prompts.csv", "--out", tmp_path / "out")
@@ -384,7 +384,7 @@ def test_errors_of_the_package_alone_become_messages(shell: Shell, monkeypatch: 
 
 
 def test_an_interrupt_ends_with_130_and_says_how_to_go_on(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cliffscope import study
+    from cliffscope.study import runner as study
 
     def interrupt(*args: object, **options: object) -> None:
         raise KeyboardInterrupt
@@ -598,7 +598,7 @@ def test_harmless_prompts_for_an_organism_are_not_ignored_in_silence(shell: Shel
 def test_the_doctor_says_what_is_missing_and_ends_with_1_only_where_it_matters(
     shell: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cliffscope import doctor
+    from cliffscope.study import doctor
 
     found = shell("doctor", "--json")
     told = json.loads(found.out)

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cliffscope.probing.cliff import PROMPT_BINS, THINKING_BINS, align_trace, measure_cliff
+from cliffscope.readouts.cliff import PROMPT_BINS, THINKING_BINS, align_trace, measure_cliff
 
 NONE = slice(0, 0)
 score_lists = st.lists(st.floats(0, 1), min_size=1, max_size=40)

@@ -2,11 +2,11 @@ import numpy as np
 import pytest
 from conftest import MakeCheckpoint, written
 
-from cliffscope.alignment.comparison import AFTER, BEFORE, compare_repair
-from cliffscope.alignment.formats import SAFE_ANSWER, own_refusal
 from cliffscope.errors import DataError
-from cliffscope.models import LensModel, load_model
-from cliffscope.safety.judges import Verdict
+from cliffscope.judging.judges import Verdict
+from cliffscope.model.load import LensModel, load_model
+from cliffscope.repairing.comparison import AFTER, BEFORE, compare_repair
+from cliffscope.repairing.formats import SAFE_ANSWER, own_refusal
 from cliffscope.transcripts.records import Outcome, Transcripts
 
 SMALL = {"max_thinking": 6, "max_answer": 4}

@@ -1,7 +1,7 @@
 import pytest
 from conftest import written
 
-from cliffscope.probing.contrast import Contrast, contrast_classes
+from cliffscope.readouts.contrast import Contrast, contrast_classes
 from cliffscope.transcripts.records import Outcome, Transcripts
 
 CELLS = {

@@ -14,12 +14,12 @@ import pytest
 from conftest import random_probe
 
 import cliffscope as cs
-from cliffscope.alignment.distributed import RayEngine
-from cliffscope.alignment.scoring import score_pool
 from cliffscope.errors import DataError, MissingExtraError, ResourceError, UnsupportedModelError
-from cliffscope.models import LensModel
-from cliffscope.probing.files import save_probe
-from cliffscope.probing.probe import RefusalProbe
+from cliffscope.model.load import LensModel
+from cliffscope.readouts.files import save_probe
+from cliffscope.readouts.probe import RefusalProbe
+from cliffscope.selection.distributed import RayEngine
+from cliffscope.selection.scoring import score_pool
 from cliffscope.store import open_run
 from cliffscope.transcripts.datasets import write_transcripts
 from cliffscope.transcripts.records import Transcripts

@@ -3,8 +3,8 @@ from importlib.metadata import version
 import pytest
 import torch
 
-from cliffscope import doctor
-from cliffscope.doctor import Finding, examine
+from cliffscope.study import doctor
+from cliffscope.study.doctor import Finding, examine
 
 
 def by_name(findings: tuple[Finding, ...]) -> dict[str, Finding]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from cliffscope.errors import DataError, EditError
 from cliffscope.heads.donors import DonorTokens, choose_donors, donor_change, gather_outputs, mean, mean_change
 from cliffscope.heads.edits import EditKind, HeadRef, Scope
-from cliffscope.models import LensModel
+from cliffscope.model.load import LensModel
 from cliffscope.transcripts.records import Transcripts
 from cliffscope.transcripts.transcript import TokenizedTranscript
 

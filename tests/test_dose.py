@@ -6,12 +6,12 @@ from conftest import random_probe, tokens_of
 from scipy.special import expit
 
 from cliffscope.errors import EditError
+from cliffscope.evaluation import dose as module
+from cliffscope.evaluation.dose import dose_response
 from cliffscope.heads.ranking import rank_heads
 from cliffscope.heads.sweep import sweep_branches
-from cliffscope.models import LensModel
-from cliffscope.safety import dose as module
-from cliffscope.safety.dose import dose_response
-from cliffscope.safety.judges import Verdict
+from cliffscope.judging.judges import Verdict
+from cliffscope.model.load import LensModel
 from cliffscope.transcripts.records import Outcome, Transcripts
 
 

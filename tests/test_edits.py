@@ -23,7 +23,7 @@ from cliffscope.heads.edits import (
     scale,
     zero,
 )
-from cliffscope.models import LensModel
+from cliffscope.model.load import LensModel
 from cliffscope.transcripts.records import Transcripts
 from cliffscope.transcripts.transcript import TokenizedTranscript
 

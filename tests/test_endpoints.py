@@ -10,7 +10,7 @@ import pytest
 from failing_server import SLOW_SECONDS, Failing, serving
 
 from cliffscope.errors import DataError, MissingExtraError, ServerError, StoreError
-from cliffscope.safety.endpoints import Endpoint, Replies, Request, ask_all
+from cliffscope.generation.endpoints import Endpoint, Replies, Request, ask_all
 from cliffscope.transcripts.records import Message
 
 pytest.importorskip("openai", reason="the extra serve is not installed")
@@ -165,7 +165,7 @@ def test_a_killed_run_goes_on_and_asks_nothing_twice(tmp_path: Path) -> None:
     file = tmp_path / "replies.jsonl"
     source = """
         import sys
-        from cliffscope.safety.endpoints import Endpoint, Request, ask_all
+        from cliffscope.generation.endpoints import Endpoint, Request, ask_all
         from cliffscope.transcripts.records import Message
         asked = {f"id-{i}": Request(messages=(Message(role="user", content=f"prompt {i}"),), max_tokens=16)
                  for i in range(400)}

@@ -5,9 +5,9 @@ from failing_server import Failing, serving
 
 import cliffscope as cs
 from cliffscope.errors import GenerationError, ServerError, TemplateError
-from cliffscope.safety.engines import Engine, LocalEngine, ServerEngine
-from cliffscope.safety.generation import Budget
-from cliffscope.safety.judges import judge
+from cliffscope.generation.engines import Engine, LocalEngine, ServerEngine
+from cliffscope.generation.rollout import Budget
+from cliffscope.judging.judges import judge
 from cliffscope.transcripts.records import Message, Omission, Outcome, Transcript, Transcripts
 from cliffscope.transcripts.templates import TEMPLATES
 

@@ -21,14 +21,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cliffscope as cs
-from cliffscope.alignment import export
-from cliffscope.alignment.export import export_edited
-from cliffscope.checkpoints import ASSETS
 from cliffscope.errors import EditError, StoreError
 from cliffscope.heads.edits import HeadEdit, HeadRef, scale, zero
-from cliffscope.models import LensModel, load_model
+from cliffscope.heads.export import export_edited
+from cliffscope.heads import export
+from cliffscope.model.checkpoints import ASSETS
+from cliffscope.model.load import LensModel, load_model
 from cliffscope.organisms import grammar
-from cliffscope.probing.contrast import contrast_classes
+from cliffscope.readouts.contrast import contrast_classes
 from cliffscope.transcripts.records import Outcome, Transcripts
 
 HEADS = (HeadRef(layer=1, head=2), HeadRef(layer=3, head=0), HeadRef(layer=3, head=3))

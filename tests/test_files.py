@@ -8,10 +8,10 @@ import pytest
 from conftest import fixed_report, random_probe
 
 from cliffscope.errors import ProbeError, StoreError
-from cliffscope.models import LensModel
-from cliffscope.probing.files import ARRAYS, JSON, TABLE, load_probe, save_probe
-from cliffscope.probing.probe import RefusalProbe, fit_probe
-from cliffscope.probing.reports import ProbeReport, RegionReport, region_report
+from cliffscope.model.load import LensModel
+from cliffscope.readouts.files import ARRAYS, JSON, TABLE, load_probe, save_probe
+from cliffscope.readouts.probe import RefusalProbe, fit_probe
+from cliffscope.readouts.reports import ProbeReport, RegionReport, region_report
 from cliffscope.stats import Interval
 from cliffscope.store import RunStore, open_run
 from cliffscope.transcripts.records import Transcripts

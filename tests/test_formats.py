@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 from conftest import written
 
-from cliffscope.alignment.formats import IGNORED, SAFE_ANSWER, examples, with_safe_answer, write_examples
 from cliffscope.errors import DataError
-from cliffscope.models import LensModel
+from cliffscope.model.load import LensModel
+from cliffscope.repairing.formats import IGNORED, SAFE_ANSWER, examples, with_safe_answer, write_examples
 from cliffscope.transcripts.records import Message, Outcome, Transcript, Transcripts
 from cliffscope.transcripts.templates import TEMPLATES
 from cliffscope.transcripts.transcript import Span, tokenize

@@ -9,7 +9,7 @@ from cliffscope.heads.edits import HeadRef
 from cliffscope.heads.greedy import choose_greedily
 from cliffscope.heads.ranking import rank_heads
 from cliffscope.heads.sweep import Sweep, sweep_branches
-from cliffscope.models import LensModel
+from cliffscope.model.load import LensModel
 from cliffscope.transcripts.records import Transcripts
 
 HEADS = [HeadRef(layer=0, head=i) for i in range(4)]

@@ -1,7 +1,7 @@
 import pytest
 
 from cliffscope.errors import JudgeError
-from cliffscope.safety.guards import (
+from cliffscope.judging.guards import (
     FORMATS,
     GradeFormat,
     TextFormat,

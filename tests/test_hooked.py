@@ -12,7 +12,7 @@ from conftest import ARCHITECTURES, random_probe, tokens_of, written
 import cliffscope as cs
 from cliffscope.errors import UnsupportedModelError
 from cliffscope.heads.edits import HeadRef, edited_weights
-from cliffscope.models import LensModel, load_model
+from cliffscope.model.load import LensModel, load_model
 from cliffscope.transcripts.records import Outcome
 
 if int(version("transformer-lens").partition(".")[0]) >= 4:

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cliffscope.errors import DataError, JudgeError
-from cliffscope.safety.judges import OPENING, PhraseJudge, Verdict, agreement, judge
-from cliffscope.safety.phrases import REFUSALS, Phrase, canonical
+from cliffscope.judging.judges import OPENING, PhraseJudge, Verdict, agreement, judge
+from cliffscope.judging.phrases import REFUSALS, Phrase, canonical
 from cliffscope.transcripts.transcript import Message, Omission, Outcome, Transcript, Transcripts
 
 # The labelled answers below were written for this test. Every request that they answer is mild.

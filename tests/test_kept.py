@@ -4,7 +4,7 @@ import pytest
 from conftest import written
 
 from cliffscope.errors import StoreError
-from cliffscope.safety.kept import OMITTED, open_answers
+from cliffscope.generation.kept import OMITTED, open_answers
 from cliffscope.store import open_run
 from cliffscope.transcripts.records import Omission, Outcome, Transcripts
 

@@ -14,28 +14,21 @@ import cliffscope
 PACKAGE = Path(cliffscope.__file__).parent
 LAYERS = [
     "cli",
-    "preflight",
-    "doctor",
     "study",
-    "run",
-    "config",
-    "progress",
-    "results",
-    "verdicts",
     "report",
     "organisms",
-    "alignment",
-    "safety",
+    "repairing",
+    "selection",
+    "evaluation",
+    "judging",
     "heads",
-    "probing",
-    "models",
-    "bridges",
-    "lens",
-    "hooked",
-    "checkpoints",
-    "memory",
+    "readouts",
+    "generation",
+    "model",
     "transcripts",
     "store",
+    "progress",
+    "memory",
     "resampling",
     "stats",
     "notebook",
@@ -131,7 +124,6 @@ def test_every_module_has_a_layer():
 
 def test_the_public_names_are_pinned_and_all_resolve():
     assert sorted(cliffscope.__all__) == sorted(PUBLIC)
-    assert set(cliffscope._HOMES) == set(PUBLIC)
     for name in PUBLIC:
         assert getattr(cliffscope, name) is not None
 

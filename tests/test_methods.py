@@ -12,8 +12,8 @@ from cliffscope.heads.edits import HeadRef, Scope
 from cliffscope.heads.methods import METHODS, Method
 from cliffscope.heads.ranking import HeadRanking, rank_heads
 from cliffscope.heads.shares import decompose_logit
-from cliffscope.models import LensModel
-from cliffscope.probing.probe import RefusalProbe
+from cliffscope.model.load import LensModel
+from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.transcripts.records import Transcripts
 from cliffscope.transcripts.transcript import TokenizedTranscript
 

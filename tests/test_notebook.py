@@ -11,17 +11,17 @@ import plotly.graph_objects as go
 import pytest
 
 import cliffscope as cs
-from cliffscope.alignment.comparison import RepairReport
-from cliffscope.alignment.scoring import PoolScores
+from cliffscope.evaluation.dose import DoseResponse
 from cliffscope.heads.agreement import RankingAgreement
 from cliffscope.heads.controls import SetControl
 from cliffscope.heads.edits import HeadRef
 from cliffscope.heads.sources import HeadSources
 from cliffscope.notebook import ROWS, Plotted, Shown
-from cliffscope.probing.probe import RefusalProbe
-from cliffscope.probing.reports import ProbeReport
-from cliffscope.probing.trace import Cliffs, RefusalTraces
-from cliffscope.safety.dose import DoseResponse
+from cliffscope.readouts.probe import RefusalProbe
+from cliffscope.readouts.reports import ProbeReport
+from cliffscope.readouts.trace import Cliffs, RefusalTraces
+from cliffscope.repairing.comparison import RepairReport
+from cliffscope.selection.scoring import PoolScores
 
 RESULTS = (
     *(RefusalProbe, ProbeReport, RefusalTraces, Cliffs, cs.HeadRanking, cs.SafetyReport, cs.SideEffects),

@@ -13,8 +13,8 @@ from cliffscope.heads.sweep import sweep_branches
 from cliffscope.organisms import grammar, read_truth
 from cliffscope.organisms.recipes import RECIPES
 from cliffscope.organisms.tokenizer import build_tokenizer
-from cliffscope.probing.contrast import contrast_classes
-from cliffscope.probing.probe import fit_probe
+from cliffscope.readouts.contrast import contrast_classes
+from cliffscope.readouts.probe import fit_probe
 from cliffscope.transcripts.records import Outcome, Transcripts
 from cliffscope.transcripts.transcript import Span, tokenize_all
 
@@ -97,7 +97,7 @@ def test_a_prompt_is_drawn_once_and_the_seed_decides():
 
 @pytest.mark.parametrize("name", ORGANISMS)
 def test_the_asset_is_small_and_an_ordinary_directory(name):
-    from cliffscope.checkpoints import ASSETS
+    from cliffscope.model.checkpoints import ASSETS
 
     files = list((ASSETS / name).iterdir())
     assert sum(f.stat().st_size for f in files) < 5_000_000

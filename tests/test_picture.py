@@ -10,11 +10,11 @@ import pandas as pd
 import plotly.graph_objects as go
 import pytest
 
-from cliffscope import study
-from cliffscope.checkpoints import ASSETS
-from cliffscope.config import StudyConfig
-from cliffscope.run import Run, silent
+from cliffscope.model.checkpoints import ASSETS
 from cliffscope.store import open_run
+from cliffscope.study import runner as study
+from cliffscope.study.config import StudyConfig
+from cliffscope.study.run import Run, silent
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 

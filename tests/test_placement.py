@@ -11,13 +11,13 @@ from conftest import MakeCheckpoint, random_probe, tokens_of, written
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 import cliffscope as cs
-from cliffscope.checkpoints import ASSETS
 from cliffscope.errors import DataError, EditError, UnsupportedModelError
 from cliffscope.heads.edits import HeadRef, edited_everywhere, edited_weights
 from cliffscope.heads.shares import decompose_logit
 from cliffscope.heads.sweep import sweep_branches
-from cliffscope.models import LensModel, load_model
-from cliffscope.probing.activations import project_residuals
+from cliffscope.model.checkpoints import ASSETS
+from cliffscope.model.load import LensModel, load_model
+from cliffscope.readouts.activations import project_residuals
 from cliffscope.transcripts.records import Outcome, Transcripts
 
 EDIT = [HeadRef(layer=1, head=2), HeadRef(layer=6, head=0)]

@@ -1,10 +1,10 @@
 import pandas as pd
 import pytest
 
-from cliffscope import preflight
-from cliffscope.config import StudyConfig
 from cliffscope.errors import DataError
-from cliffscope.preflight import estimate_study
+from cliffscope.study import preflight
+from cliffscope.study.config import StudyConfig
+from cliffscope.study.preflight import estimate_study
 
 
 def config(**changes: object) -> StudyConfig:

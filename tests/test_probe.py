@@ -10,11 +10,11 @@ from sklearn.preprocessing import StandardScaler
 from transformers import PreTrainedModel
 
 from cliffscope.errors import ProbeError
-from cliffscope.models import LensModel, load_model
-from cliffscope.probing import probe as probe_module
-from cliffscope.probing.probe import RefusalProbe, fit_probe
-from cliffscope.probing.regions import balanced_positions, regions
-from cliffscope.probing.reports import CAN_TELL, RegionReport, cells_of, one_sided_warning, region_report
+from cliffscope.model.load import LensModel, load_model
+from cliffscope.readouts import probe as probe_module
+from cliffscope.readouts.probe import RefusalProbe, fit_probe
+from cliffscope.readouts.regions import balanced_positions, regions
+from cliffscope.readouts.reports import CAN_TELL, RegionReport, cells_of, one_sided_warning, region_report
 from cliffscope.transcripts.records import Message, Outcome, Transcript, Transcripts
 from cliffscope.transcripts.transcript import TokenizedTranscript
 
@@ -271,7 +271,7 @@ def test_a_harmful_challenge_is_held_out_and_counts_in_the_choice(
 def test_all_of_the_challenge_but_its_test_part_helps_to_choose(
     llama: LensModel, refused: Transcripts, complied: Transcripts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cliffscope.probing import probe as module
+    from cliffscope.readouts import probe as module
 
     chosen_on: list[Counter[str]] = []
     real = module._best_layer

@@ -13,8 +13,8 @@ from cliffscope.heads.controls import SetControl, control_sets, random_set
 from cliffscope.heads.edits import HeadRef, Scope
 from cliffscope.heads.ranking import FLIPS, SHARE, HeadRanking, rank_heads, top_count
 from cliffscope.heads.sweep import sweep_branches
-from cliffscope.models import LensModel, ModelShape
-from cliffscope.probing.probe import RefusalProbe
+from cliffscope.model.load import LensModel, ModelShape
+from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.resampling import sign_flip_p
 from cliffscope.transcripts.records import Transcripts
 

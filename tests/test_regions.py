@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cliffscope.errors import SpanError
-from cliffscope.probing.regions import balanced_positions, late_thinking, region_names, regions
+from cliffscope.readouts.regions import balanced_positions, late_thinking, region_names, regions
 from cliffscope.transcripts.transcript import TokenizedTranscript
 
 FIFTHS = ["thinking 0-20%", "thinking 20-40%", "thinking 40-60%", "thinking 60-80%", "thinking 80-100%"]

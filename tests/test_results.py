@@ -8,9 +8,9 @@ from conftest import random_probe, written
 from cliffscope.heads.controls import SetControl, control_sets
 from cliffscope.heads.edits import HeadRef, Scope
 from cliffscope.heads.ranking import HeadRanking, rank_heads
-from cliffscope.models import LensModel
-from cliffscope.probing.trace import trace_refusal
-from cliffscope.results import counts, heads_json, held_out_first, layer_frame, transcript_frame, versions
+from cliffscope.model.load import LensModel
+from cliffscope.readouts.trace import trace_refusal
+from cliffscope.study.results import counts, heads_json, held_out_first, layer_frame, transcript_frame, versions
 from cliffscope.transcripts.records import Outcome, Transcripts
 
 

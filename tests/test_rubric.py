@@ -5,9 +5,9 @@ import pytest
 from failing_server import Failing, serving
 
 from cliffscope.errors import DataError, JudgeError, ServerError
-from cliffscope.safety.endpoints import Endpoint
-from cliffscope.safety.judges import PhraseJudge, judge, judge_agreement
-from cliffscope.safety.rubric import RUBRIC, ModelJudge, parse_grade
+from cliffscope.generation.endpoints import Endpoint
+from cliffscope.judging.judges import PhraseJudge, judge, judge_agreement
+from cliffscope.judging.rubric import RUBRIC, ModelJudge, parse_grade
 from cliffscope.transcripts.records import Message, Outcome, Transcript, Transcripts
 
 pytest.importorskip("openai", reason="the extra serve is not installed")

@@ -5,15 +5,15 @@ import pandas as pd
 import pytest
 from conftest import random_probe, written
 
-from cliffscope.alignment import scoring
-from cliffscope.alignment.criteria import choose
-from cliffscope.alignment.rows import COLUMNS
-from cliffscope.alignment.scoring import score_pool
-from cliffscope.alignment.selection import select_by_cliff, select_from_pool
 from cliffscope.errors import DataError, ProbeError, StoreError
-from cliffscope.models import LensModel
-from cliffscope.probing.probe import RefusalProbe
-from cliffscope.probing.trace import trace_refusal
+from cliffscope.model.load import LensModel
+from cliffscope.readouts.probe import RefusalProbe
+from cliffscope.readouts.trace import trace_refusal
+from cliffscope.selection import scoring
+from cliffscope.selection.choice import select_by_cliff, select_from_pool
+from cliffscope.selection.criteria import choose
+from cliffscope.selection.rows import COLUMNS
+from cliffscope.selection.scoring import score_pool
 from cliffscope.transcripts.datasets import write_transcripts
 from cliffscope.transcripts.records import Outcome, Transcripts
 

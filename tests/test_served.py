@@ -16,9 +16,9 @@ import pytest
 import torch
 
 import cliffscope as cs
-from cliffscope.checkpoints import ASSETS
-from cliffscope.models import LensModel
-from cliffscope.safety.engines import ServerEngine
+from cliffscope.generation.engines import ServerEngine
+from cliffscope.model.checkpoints import ASSETS
+from cliffscope.model.load import LensModel
 from cliffscope.transcripts.records import Message, Outcome, Transcript, Transcripts
 
 pytest.importorskip("openai", reason="the extra serve is not installed")

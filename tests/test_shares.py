@@ -7,7 +7,7 @@ from conftest import MakeCheckpoint, random_probe, tokens_of
 
 from cliffscope.errors import DataError, UnsupportedModelError
 from cliffscope.heads.shares import decompose_logit
-from cliffscope.models import LensModel
+from cliffscope.model.load import LensModel
 from cliffscope.transcripts.records import Transcripts
 
 
@@ -48,7 +48,7 @@ def test_a_transcript_has_the_same_shares_in_any_batch(model: LensModel, refused
 
 
 def test_output_biases_have_a_share_of_their_own(make_checkpoint: MakeCheckpoint, refused: Transcripts) -> None:
-    from cliffscope.models import load_model
+    from cliffscope.model.load import load_model
 
     model = load_model(make_checkpoint("llama", attention_bias=True), device="cpu")
     probe = random_probe(model, 4)

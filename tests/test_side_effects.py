@@ -7,12 +7,12 @@ from conftest import written
 from transformers import PreTrainedModel
 
 from cliffscope.errors import DataError, EditError
+from cliffscope.evaluation import side_effects
+from cliffscope.evaluation.arms import TOP, UNEDITED
+from cliffscope.evaluation.side_effects import KL, PERPLEXITY, SideEffects, measure_side_effects
 from cliffscope.heads.edits import HeadRef, compose, scale, zero
-from cliffscope.models import LensModel
+from cliffscope.model.load import LensModel
 from cliffscope.resampling import bootstrap_mean, bootstrap_ratio
-from cliffscope.safety import side_effects
-from cliffscope.safety.arms import TOP, UNEDITED
-from cliffscope.safety.side_effects import KL, PERPLEXITY, SideEffects, measure_side_effects
 from cliffscope.transcripts.records import Outcome, Transcripts
 from cliffscope.transcripts.transcript import Span, tokenize
 

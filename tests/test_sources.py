@@ -10,7 +10,7 @@ from cliffscope.figures.circuits import coloured_tokens
 from cliffscope.heads.edits import HeadRef
 from cliffscope.heads.shares import decompose_logit
 from cliffscope.heads.sources import trace_all_sources, trace_sources
-from cliffscope.models import LensModel
+from cliffscope.model.load import LensModel
 from cliffscope.transcripts.records import Transcripts
 
 HEAD = HeadRef(layer=2, head=3)

@@ -13,10 +13,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from cliffscope.checkpoints import ASSETS
 from cliffscope.errors import CliffScopeError, DataError, EditError, StoreError
+from cliffscope.model.checkpoints import ASSETS
 from cliffscope.store import open_run
-from cliffscope.study import Study, StudyConfig, open_study, run_study
+from cliffscope.study.runner import Study, StudyConfig, open_study, run_study
 from cliffscope.transcripts.datasets import read_transcripts, write_transcripts
 
 pytestmark = pytest.mark.skipif(
@@ -36,7 +36,7 @@ FILES = {
 }
 RUN = """
 import json, sys
-from cliffscope.study import StudyConfig, run_study
+from cliffscope.study.runner import StudyConfig, run_study
 run_study(StudyConfig(**json.loads(sys.argv[1])))
 """
 
@@ -193,7 +193,7 @@ def test_the_unedited_arm_is_kept_too_where_transcripts_are_given(
     whole: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With transcripts of somebody else's making, the unedited arm is generated like the others."""
-    from cliffscope.safety import evaluation
+    from cliffscope.evaluation import safety as evaluation
 
     generate, ran = evaluation.continue_roll_out, list[int]()
 

@@ -13,8 +13,8 @@ from cliffscope.heads import batched, packed, sweep
 from cliffscope.heads.branches import Branch, Change, Job
 from cliffscope.heads.edits import EditKind, HeadRef, Scope
 from cliffscope.heads.sweep import sweep_branches
-from cliffscope.models import LensModel, load_model
-from cliffscope.probing.probe import RefusalProbe
+from cliffscope.model.load import LensModel, load_model
+from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.transcripts.records import Message, Transcripts
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 

@@ -1,7 +1,7 @@
 import pytest
 
+from cliffscope.judging.thinking import states_refusal
 from cliffscope.organisms import grammar
-from cliffscope.safety.thinking import states_refusal
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,11 @@ from conftest import MakeCheckpoint, plain_residuals, random_probe, tokens_of
 from cliffscope.errors import DataError, ProbeError, SpanError
 from cliffscope.heads.donors import mean
 from cliffscope.heads.edits import HeadEdit, HeadRef, zero
-from cliffscope.models import LensModel, load_model
-from cliffscope.probing import activations
-from cliffscope.probing.cliff import PROMPT_BINS, THINKING_BINS, align_trace
-from cliffscope.probing.probe import RefusalProbe
-from cliffscope.probing.trace import RefusalTraces, group_name, trace_refusal
+from cliffscope.model.load import LensModel, load_model
+from cliffscope.readouts import activations
+from cliffscope.readouts.cliff import PROMPT_BINS, THINKING_BINS, align_trace
+from cliffscope.readouts.probe import RefusalProbe
+from cliffscope.readouts.trace import RefusalTraces, group_name, trace_refusal
 from cliffscope.transcripts.records import Message, Outcome, Transcript, Transcripts
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 

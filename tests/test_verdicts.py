@@ -7,16 +7,16 @@ import pandas as pd
 import pytest
 from conftest import fixed_report, random_probe, written
 
-from cliffscope import verdicts
-from cliffscope.alignment.selection import Selection, select_from_cliffs
+from cliffscope.evaluation.arms import TOP, UNEDITED, Arm
+from cliffscope.evaluation.safety import SafetyReport
 from cliffscope.heads.controls import SetControl
 from cliffscope.heads.edits import HeadRef, Scope, zero
 from cliffscope.heads.ranking import HeadRanking
-from cliffscope.models import LensModel
-from cliffscope.probing.reports import ProbeReport, region_report
-from cliffscope.probing.trace import Cliffs
-from cliffscope.safety.arms import TOP, UNEDITED, Arm
-from cliffscope.safety.evaluation import SafetyReport
+from cliffscope.model.load import LensModel
+from cliffscope.readouts.reports import ProbeReport, region_report
+from cliffscope.readouts.trace import Cliffs
+from cliffscope.selection.choice import Selection, select_from_cliffs
+from cliffscope.study import verdicts
 from cliffscope.transcripts.records import Outcome, Transcripts
 
 EMPTY = np.zeros(0)

@@ -22,7 +22,7 @@ from cliffscope.progress import show_progress
 if TYPE_CHECKING:
     import cliffscope as cs
     from cliffscope.heads.edits import EditPlan
-    from cliffscope.safety.judges import Judge
+    from cliffscope.judging.judges import Judge
 
 JudgeOption = Annotated[
     str, typer.Option("--judge", help="phrases, a guard's format (such as wildguard), or the name of a served model.")
@@ -87,8 +87,8 @@ def evaluate(
     Example: cliffscope evaluate --model ./my-model --prompts prompts.jsonl --heads L12H5,L14H0 --out safety/
     """
     import cliffscope as cs
-    from cliffscope.safety.arms import UNEDITED, arm_names
-    from cliffscope.safety.kept import open_answers
+    from cliffscope.evaluation.arms import UNEDITED, arm_names
+    from cliffscope.generation.kept import open_answers
     from cliffscope.store import open_run
 
     change, reader = _edit(heads, factor, edit), _judge(judge, classifier, url)

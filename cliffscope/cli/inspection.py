@@ -20,7 +20,7 @@ def doctor(as_json: JsonOption = False) -> None:
 
     Example: cliffscope doctor
     """
-    from cliffscope.doctor import examine
+    from cliffscope.study.doctor import examine
 
     found = examine()
     lines = [f"{'ok ' if f.ok else '!! '} {f.what:<18} {f.found}{f'  ({f.advice})' if f.advice else ''}" for f in found]
@@ -41,7 +41,7 @@ def show_template(
 
     Example: cliffscope template --model ./my-model
     """
-    from cliffscope.checkpoints import read_tokenizer
+    from cliffscope.model.checkpoints import read_tokenizer
     from cliffscope.transcripts.preview import preview
 
     seen = preview(read_tokenizer(model), template, prompt=prompt, system=system)

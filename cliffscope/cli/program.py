@@ -20,7 +20,7 @@ from cliffscope.progress import log_to_standard_error
 if TYPE_CHECKING:
     import pandas as pd
 
-    from cliffscope.probing.probe import RefusalProbe
+    from cliffscope.readouts.probe import RefusalProbe
     from cliffscope.transcripts.records import Omission
 
 INTERRUPTED = 130
@@ -50,7 +50,7 @@ def main() -> None:
 
 def read_probe(path: Path) -> "RefusalProbe":
     """The probe of a directory that fit-probe or study wrote."""
-    from cliffscope.probing.files import load_probe
+    from cliffscope.readouts.files import load_probe
     from cliffscope.store import RunStore
 
     return load_probe(RunStore(path=path))

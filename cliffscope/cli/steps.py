@@ -20,9 +20,9 @@ from cliffscope.cli.program import app, read_probe, say, say_table
 from cliffscope.progress import show_progress
 
 if TYPE_CHECKING:
-    from cliffscope.probing.cliff import Plateau
-    from cliffscope.probing.contrast import Contrast
-    from cliffscope.probing.probe import Positions
+    from cliffscope.readouts.cliff import Plateau
+    from cliffscope.readouts.contrast import Contrast
+    from cliffscope.readouts.probe import Positions
 
 
 @app.command("roll-out")
@@ -45,7 +45,7 @@ def roll_out(
     Example: cliffscope roll-out --model ./my-model --prompts harmful.csv --harmful --out transcripts.jsonl
     """
     import cliffscope as cs
-    from cliffscope.safety.generation import check_left
+    from cliffscope.generation.rollout import check_left
 
     asked = cs.read_prompts(prompts, harmful=harmful, limit=limit, seed=seed)
     lens = cs.load_model(model, template=template)
@@ -83,8 +83,8 @@ def fit_probe(
     Example: cliffscope fit-probe --model ./my-model --transcripts judged.jsonl --out probe/
     """
     import cliffscope as cs
-    from cliffscope.probing.contrast import contrast_classes
-    from cliffscope.probing.files import save_probe
+    from cliffscope.readouts.contrast import contrast_classes
+    from cliffscope.readouts.files import save_probe
     from cliffscope.store import open_run
 
     where: Positions = one_of("positions", positions, "balanced", "final")

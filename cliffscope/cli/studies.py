@@ -13,7 +13,7 @@ from cliffscope.cli.program import app, say
 from cliffscope.progress import show_progress
 
 if TYPE_CHECKING:
-    from cliffscope.config import StudyConfig
+    from cliffscope.study.config import StudyConfig
 
 
 @app.command()
@@ -22,7 +22,7 @@ def demo(out: OutOption = Path("runs/demo"), seed: SeedOption = 0, as_json: Json
 
     Example: cliffscope demo --out runs/demo
     """
-    from cliffscope.config import StudyConfig
+    from cliffscope.study.config import StudyConfig
 
     config = StudyConfig(
         model="planted-llama", out=str(out), max_thinking=128, max_answer=32, temperature=1.0, seed=seed
@@ -62,7 +62,7 @@ def study(
 
     Example: cliffscope study --model ./my-model --harmful harmful.csv --harmless harmless.jsonl --out runs/mine
     """
-    from cliffscope.config import StudyConfig
+    from cliffscope.study.config import StudyConfig
 
     config = StudyConfig(
         model=model,
@@ -135,7 +135,7 @@ def figures(
 
 
 def _estimate(config: "StudyConfig", *, as_json: bool) -> None:
-    from cliffscope.preflight import estimate_study
+    from cliffscope.study.preflight import estimate_study
 
     found = estimate_study(config)
     stages = found.stages.round({"seconds": 1})
@@ -150,7 +150,7 @@ def _estimate(config: "StudyConfig", *, as_json: bool) -> None:
 
 
 def _run_study(config: "StudyConfig", *, as_json: bool) -> None:
-    from cliffscope.study import run_study
+    from cliffscope.study.runner import run_study
 
     started = time.perf_counter()
     command = "cliffscope " + shlex.join(sys.argv[1:])

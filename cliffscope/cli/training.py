@@ -19,10 +19,10 @@ from cliffscope.cli.program import app, read_probe, say, say_table
 from cliffscope.progress import show_progress
 
 if TYPE_CHECKING:
-    from cliffscope.alignment.criteria import Criterion
-    from cliffscope.alignment.formats import Format, LossOn
-    from cliffscope.alignment.scoring import Engine
-    from cliffscope.probing.cliff import Plateau
+    from cliffscope.readouts.cliff import Plateau
+    from cliffscope.repairing.formats import Format, LossOn
+    from cliffscope.selection.criteria import Criterion
+    from cliffscope.selection.scoring import Engine
 
 PoolOption = Annotated[Path, typer.Option("--pool", help="JSONL or Parquet of transcripts, or a folder of them.")]
 CRITERIA: "tuple[Criterion, ...]" = ("cliff", "misalignment", "final", "random", "rule", "length", "judge")
@@ -49,7 +49,7 @@ def score_pool(
     Example: cliffscope score-pool --model ./my-model --probe probe/ --pool pool.jsonl --out scores/
     """
     import cliffscope as cs
-    from cliffscope.alignment.distributed import RayEngine
+    from cliffscope.selection.distributed import RayEngine
 
     where: Engine = one_of("engine", engine, "local", "ray")
     workers = RayEngine(actors=actors, cpus=cpus, gpus=gpus, address=address) if where == "ray" else where
@@ -93,8 +93,8 @@ def select(
     Example: cliffscope select --model ./my-model --probe probe/ --transcripts pool.jsonl --out chosen.jsonl
     """
     import cliffscope as cs
-    from cliffscope.alignment.criteria import check_choice
-    from cliffscope.alignment.selection import select_from_pool
+    from cliffscope.selection.choice import select_from_pool
+    from cliffscope.selection.criteria import check_choice
 
     how: Criterion = one_of("criterion", criterion, *CRITERIA)
     height: Plateau = one_of("plateau", plateau, "mean", "max")
@@ -153,7 +153,7 @@ def export_examples(
     Example: cliffscope export-examples --model ./my-model --transcripts chosen.jsonl --answer "I can't." --out x.jsonl
     """
     import cliffscope as cs
-    from cliffscope.alignment.formats import with_safe_answer, write_examples
+    from cliffscope.repairing.formats import with_safe_answer, write_examples
 
     form: Format = one_of("format", format, "chat", "prompt-completion", "alpaca", "sharegpt")
     given = cs.read_transcripts(transcripts)

@@ -20,7 +20,7 @@ from transformers import DynamicCache
 from cliffscope.heads.branches import Job
 from cliffscope.heads.edits import change_heads
 from cliffscope.heads.sweep import Sweep
-from cliffscope.models import LensModel
+from cliffscope.model.load import LensModel
 from cliffscope.transcripts.transcript import TokenizedTranscript
 
 

@@ -14,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cliffscope.heads.edits import EditKind, HeadEdit, HeadRef, Scope, edited_hooks
-from cliffscope.models import LensModel
-from cliffscope.probing.probe import RefusalProbe
+from cliffscope.model.load import LensModel
+from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.transcripts.transcript import TokenizedTranscript
 
 AGREEMENT = 1e-4

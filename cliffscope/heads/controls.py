@@ -20,9 +20,9 @@ from cliffscope.heads.donors import Donors, DonorTokens
 from cliffscope.heads.edits import HeadRef, Scope
 from cliffscope.heads.methods import HALF, Method, measure_effects
 from cliffscope.heads.usable import check_finite, usable_tokens
-from cliffscope.models import LensModel, ModelShape
+from cliffscope.model.load import LensModel, ModelShape
 from cliffscope.notebook import Plotted
-from cliffscope.probing.probe import RefusalProbe
+from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.resampling import bootstrap_mean
 from cliffscope.stats import random_set_p
 from cliffscope.transcripts.records import Transcripts

@@ -20,9 +20,9 @@ from torch import Tensor
 from cliffscope.errors import DataError, EditError
 from cliffscope.heads.branches import Change
 from cliffscope.heads.edits import EditKind, HeadEdit, HeadRef, Scope
-from cliffscope.models import LensModel
-from cliffscope.probing.activations import length_batches
-from cliffscope.probing.trace import group_name
+from cliffscope.model.load import LensModel
+from cliffscope.readouts.activations import length_batches
+from cliffscope.readouts.trace import group_name
 from cliffscope.transcripts.records import Transcript, Transcripts
 from cliffscope.transcripts.transcript import TokenizedTranscript, tokenize_all
 

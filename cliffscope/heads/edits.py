@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cliffscope.errors import EditError
-from cliffscope.models import LensModel
+from cliffscope.model.load import LensModel
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 
 HeadValues = tuple[tuple[tuple[float, ...], ...], ...]

@@ -18,8 +18,8 @@ from jaxtyping import Float32, Int64
 
 from cliffscope.heads.edits import HeadRef, Scope
 from cliffscope.heads.sweep import sweep_branches
-from cliffscope.models import LensModel
-from cliffscope.probing.probe import RefusalProbe
+from cliffscope.model.load import LensModel
+from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.transcripts.transcript import TokenizedTranscript
 
 

@@ -31,8 +31,8 @@ from cliffscope.heads.donors import DonorTokens, choose_donors, donor_change, me
 from cliffscope.heads.edits import EditKind, Scope
 from cliffscope.heads.shares import decompose_logit
 from cliffscope.heads.sweep import Sweep, sweep_branches
-from cliffscope.models import LensModel
-from cliffscope.probing.probe import RefusalProbe
+from cliffscope.model.load import LensModel
+from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.transcripts.transcript import TokenizedTranscript
 
 CAUSAL = ("zero", "mean", "resample", "scale", "patch", "patch-reverse", "greedy")

@@ -32,9 +32,9 @@ from cliffscope.heads.edits import HeadRef, Scope
 from cliffscope.heads.greedy import choose_greedily
 from cliffscope.heads.methods import HALF, NEED_DONORS, Effects, Method, measure_effects
 from cliffscope.heads.usable import check_finite, usable_tokens
-from cliffscope.models import LensModel, ModelShape
+from cliffscope.model.load import LensModel, ModelShape
 from cliffscope.notebook import Plotted
-from cliffscope.probing.probe import RefusalProbe
+from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.resampling import bootstrap_mean, sign_flip_p
 from cliffscope.stats import benjamini_hochberg
 from cliffscope.transcripts.records import Omission, Transcripts

@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from cliffscope.errors import DataError, UnsupportedModelError
 from cliffscope.heads.branches import AGREEMENT
-from cliffscope.models import LensModel
-from cliffscope.probing.activations import length_batches
-from cliffscope.probing.probe import RefusalProbe
+from cliffscope.model.load import LensModel
+from cliffscope.readouts.activations import length_batches
+from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 
 

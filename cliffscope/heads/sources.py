@@ -19,13 +19,13 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from cliffscope.bridges import TOLERANCE
 from cliffscope.errors import SpanError, UnsupportedModelError
 from cliffscope.heads.edits import HeadRef
 from cliffscope.heads.shares import decompose_logit
-from cliffscope.models import LensModel
+from cliffscope.model.bridges import TOLERANCE
+from cliffscope.model.load import LensModel
 from cliffscope.notebook import Plotted
-from cliffscope.probing.probe import RefusalProbe
+from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.transcripts.records import Transcript
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript, tokenize
 

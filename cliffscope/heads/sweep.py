@@ -26,8 +26,8 @@ from cliffscope.heads.batched import CHUNK_TOKENS, batched_logits, chunks
 from cliffscope.heads.branches import Branch, Change, Job, plain_logit
 from cliffscope.heads.edits import Scope
 from cliffscope.heads.packed import Disagreement, PackSize, packed_logits
-from cliffscope.models import LensModel
-from cliffscope.probing.probe import RefusalProbe
+from cliffscope.model.load import LensModel
+from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.transcripts.transcript import TokenizedTranscript
 
 log = logging.getLogger(__name__)

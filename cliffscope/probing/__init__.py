@@ -1,1 +1,0 @@
-"""Probing: residual streams, refusal probes, traces and cliffs."""

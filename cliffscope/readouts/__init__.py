@@ -1,0 +1,1 @@
+"""Readouts: what a model's states say about the answer it will give."""

@@ -1,1 +1,0 @@
-"""Answers, their judges, and the rates of attack success and over-refusal."""

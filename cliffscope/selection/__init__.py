@@ -1,0 +1,1 @@
+"""Selection: which training examples to choose."""

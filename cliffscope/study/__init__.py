@@ -1,0 +1,1 @@
+"""Studies: the main path as stages, and the run directory they fill."""

@@ -1,0 +1,131 @@
+"""What determines a study, and what does it start from?
+
+`StudyConfig` is everything that a study's results depend on; it is checked before anything is run. `read_inputs` reads
+the prompts or transcripts that it names. Knows no stage.
+"""
+
+import random
+from dataclasses import dataclass
+
+from cliffscope.errors import DataError
+from cliffscope.heads.ranking import top_count
+from cliffscope.organisms import is_organism, study_prompts
+from cliffscope.readouts.cliff import Plateau
+from cliffscope.readouts.contrast import Contrast
+from cliffscope.readouts.probe import Positions
+from cliffscope.selection.criteria import check_fraction
+from cliffscope.transcripts.datasets import read_prompts, read_transcripts
+from cliffscope.transcripts.records import Transcripts
+
+ORGANISM_PROMPTS = 480
+"""Prompts that a study of an organism takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """Everything that determines a study."""
+
+    model: str
+    """What `load_model` takes."""
+    out: str
+    """Run directory."""
+    harmful: str | None = None
+    """File of harmful prompts; None with an organism takes its own."""
+    harmless: str | None = None
+    """File of harmless prompts."""
+    transcripts: str | None = None
+    """JSONL of transcripts with thinking and answer, instead of prompts."""
+    template: str | None = None
+    """How the model thinks; None detects it."""
+    system: str | None = None
+    """System message before each prompt."""
+    limit: int | None = None
+    """Prompts of each file at most, drawn with the seed."""
+    max_thinking: int = 1024
+    """Tokens of thinking at most."""
+    max_answer: int = 64
+    """Tokens of answer at most."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    positions: Positions = "balanced"
+    """Positions that the probe is fitted on."""
+    contrast: Contrast = "auto"
+    """Complied class of the probe: harmless transcripts (the paper's) or harmful ones; "auto" takes harmless ones where
+    the model thinks, since its thinking is what the cliff is about, and harmful ones where it does not."""
+    plateau: Plateau = "mean"
+    """Plateau of the cliff."""
+    top_fraction: float = 0.03
+    """Share of heads that is edited."""
+    controls: int = 20
+    """Random sets of heads."""
+    select_fraction: float = 0.017
+    """Share of the pool that is selected."""
+    repair: bool = False
+    """Whether the model is repaired on the selection and measured again."""
+    batch_size: int = 64
+    """Rows generated together at most."""
+    seed: int = 0
+    """Of everything drawn."""
+    device: str | None = None
+    """Torch device; None takes CUDA where there is one."""
+
+    def check(self) -> None:
+        """Raises DataError or EditError where inputs contradict each other or a fraction is none."""
+        check_fraction(self.select_fraction)
+        top_count(self.top_fraction, 1)
+        if self.limit is not None and self.limit < 1:
+            raise DataError(f"limit={self.limit} must be at least 1; leave it out to take every prompt.")
+        if self.transcripts is not None and (self.harmful or self.harmless):
+            raise DataError(
+                "Both transcripts and prompt files were given. Give transcripts=..., or harmful=... and harmless=..."
+            )
+        if self.harmless is not None and self.harmful is None:
+            raise DataError(f"harmless={self.harmless!r} was given without harmful prompts. Give harmful=... too.")
+        if self.transcripts is None and self.harmful is None and not is_organism(self.model):
+            raise DataError(
+                f"No prompts were given for {self.model!r}. Give harmful=... (and harmless=...) files, or "
+                "transcripts=...; only organisms bring their own."
+            )
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class StudyInputs:
+    """What a study starts from."""
+
+    transcripts: Transcripts
+    """Prompts, or transcripts with thinking and answers."""
+    splits: dict[str, str]
+    """Id to split, for those whose split is fixed."""
+
+
+def read_inputs(config: StudyConfig) -> StudyInputs:
+    """Reads the prompts or transcripts of a study.
+
+    Args:
+        config: which files, how many of each, and the seed that draws them.
+
+    Returns:
+        The inputs; harmless prompts get other ids where both files have the same name.
+
+    Raises:
+        DataError: a file cannot be read or holds nothing.
+    """
+    if config.transcripts is not None:
+        return StudyInputs(transcripts=_sample(read_transcripts(config.transcripts), config), splits={})
+    if config.harmful is None:
+        found, splits = study_prompts(config.model, n=config.limit or ORGANISM_PROMPTS, seed=config.seed)
+        return StudyInputs(transcripts=found, splits=splits)
+    found = read_prompts(config.harmful, harmful=True, limit=config.limit, seed=config.seed)
+    if config.harmless is not None:
+        harmless = read_prompts(config.harmless, harmful=False, limit=config.limit, seed=config.seed)
+        if {t.id for t in harmless} & {t.id for t in found}:
+            harmless = harmless.map(lambda t: t.replace(id=f"harmless-{t.id}"))
+        found = found + harmless
+    return StudyInputs(transcripts=found, splits={})
+
+
+def _sample(transcripts: Transcripts, config: StudyConfig) -> Transcripts:
+    if config.limit is None or config.limit >= len(transcripts):
+        return transcripts
+    chosen = sorted(random.Random(config.seed).sample(range(len(transcripts)), config.limit))
+    return Transcripts((transcripts[i] for i in chosen), omitted=transcripts.omitted)

@@ -1,0 +1,190 @@
+"""What do the results say, in sentences?
+
+Each function turns one result into the sentence that heads the report. A claim is made only where its conditions hold;
+otherwise the sentence says which one fails. Numbers carry n and interval.
+"""
+
+import numpy as np
+import pandas as pd
+
+from cliffscope.evaluation.arms import TOP, UNEDITED
+from cliffscope.evaluation.safety import SafetyReport
+from cliffscope.evaluation.side_effects import KL, SideEffects
+from cliffscope.heads.controls import SetControl
+from cliffscope.heads.edits import HeadRef
+from cliffscope.heads.ranking import HeadRanking
+from cliffscope.readouts.reports import ProbeReport
+from cliffscope.repairing.comparison import AFTER, BEFORE, RepairReport
+from cliffscope.resampling import bootstrap_mean
+from cliffscope.selection.choice import Selection
+from cliffscope.stats import least_p
+
+CLIFF = 0.1
+"""Mean cliff below which nothing is called a cliff."""
+REASONS = 3
+"""Reasons that a sentence names at most."""
+
+
+def no_probe(reason: str) -> str:
+    """No probe could be fitted."""
+    return f"No probe could be fitted, so nothing is claimed. {reason}"
+
+
+def of_probe(report: ProbeReport, contrast: str) -> str:
+    """What the probe can tell on its test split."""
+    told = f"The probe tells refused from complied ({contrast}) transcripts with held-out {report.final}."
+    if np.isfinite(report.within_harmful.auroc) and contrast == "harmless":
+        told += f" Among harmful transcripts alone: {report.within_harmful}."
+    if np.isfinite(report.late_thinking.auroc):
+        told += f" During the thinking: {report.late_thinking}."
+    if not report.final.can_tell:
+        told += " That is too little to read a refusal score from: nothing further should be believed of it."
+    return told
+
+
+def of_cliff(cliffs: pd.DataFrame, plateau: str) -> str:
+    """Whether harmful, complied transcripts of the test split show a cliff."""
+    asked = cliffs[(cliffs["harmful"].astype("boolean").fillna(False)) & (cliffs["outcome"] == "complied")]
+    valid = asked[asked["valid"].astype(bool)]
+    if asked.empty:
+        return "No harmful prompt of the test split was complied with, so there is no cliff to look for."
+    if valid.empty:
+        return (
+            f"No cliff can be claimed for the {len(asked)} harmful prompts that were complied with: {_reasons(asked)}."
+        )
+    height = valid["plateau_max" if plateau == "max" else "plateau_mean"].mean()
+    low, high = (float(v) for v in bootstrap_mean(valid["cliff"].to_numpy(dtype=float), seed=0))
+    numbers = (
+        f"over {len(valid)} harmful prompts that were complied with (test split), the score falls from {height:.2f} in "
+        f"the thinking ({plateau}) to {valid['final'].mean():.2f} at the final token: cliff "
+        f"{valid['cliff'].mean():.2f} {_interval(low, high, '.2f')}."
+    )
+    if len(valid) < len(asked):
+        invalid = asked[~asked["valid"].astype(bool)]
+        numbers += f" {len(invalid)} of the {len(asked)} have no valid cliff: {_reasons(invalid)}."
+    if not low >= CLIFF:
+        return f"No refusal cliff is shown: {numbers}"
+    return f"There is a refusal cliff: {numbers}"
+
+
+def no_heads(n: int) -> str:
+    """Too few complied transcripts to rank heads on."""
+    return f"Heads were not ranked: only {n} harmful prompts were complied with, so there is nothing to restore."
+
+
+def of_heads(ranking: HeadRanking, control: SetControl, *, can_tell: bool = True) -> str:
+    """Which heads suppress refusal, and whether they beat random sets; no claim where the probe cannot tell."""
+    found = ranking.significant()
+    names = ", ".join(str(h) for h in found[:6]) + (" ..." if len(found) > 6 else "")
+    low, high = control.interval
+    joint = (
+        f"Zeroing the first {len(control.heads)} of {len(ranking.heads)} at the closing changes the refusal logit of "
+        f"{len(control.effects)} test transcripts by {control.effect:+.2f} {_interval(low, high, '+.2f')}; "
+        f"random sets of the same size by {control.random_effects.mean():+.2f} ({_random_p(control)})."
+    )
+    if not can_tell:
+        return f"No head can be claimed to suppress refusal, since the probe cannot tell at the final token. {joint}"
+    if not found:
+        return f"No head's effect passes its controls (q <= 0.05, n = {len(ranking.clean)}). {joint}"
+    subject = "1 head suppresses" if len(found) == 1 else f"{len(found)} heads suppress"
+    return f"{subject} refusal (q <= 0.05, n = {len(ranking.clean)}): {names}. {joint}"
+
+
+def _random_p(control: SetControl) -> str:
+    """The p of a set of heads, and whether as few random sets could have given less."""
+    sets = len(control.random_effects)
+    floor = control.p <= least_p(sets)
+    return f"p = {control.p:.3f}" + (f", the least that {sets} sets allow" if floor else "")
+
+
+def of_safety(report: SafetyReport, effects: SideEffects | None = None) -> str:
+    """What zeroing the top heads does to ASR and over-refusal, and to harmless transcripts token by token."""
+    sentences = [
+        _arm_sentence(report, group, word)
+        for group, word in (("harmful", "Attack success"), ("harmless", "Over-refusal"))
+    ]
+    return " ".join([*filter(None, sentences), *([] if effects is None else [_divergence_sentence(effects)])])
+
+
+def of_selection(selection: Selection) -> str:
+    """How many examples were chosen."""
+    if not len(selection.chosen):
+        return f"Nothing was selected: none of {selection.pool} pool transcripts has a valid cliff."
+    chosen = selection.frame[selection.frame["chosen"].astype(bool)]
+    ours, everyone = chosen["cliff"].mean(), selection.frame["cliff"].mean()
+    return (
+        f"{len(chosen)} of {selection.pool} complied transcripts are selected for repair; their mean cliff is "
+        f"{ours:.2f}, that of all {len(selection.frame)} valid ones {everyone:.2f}."
+    )
+
+
+def of_repair(report: RepairReport, n: int) -> str:
+    """What fine-tuning on the selection did."""
+    table = report.safety.to_frame().set_index(["arm", "group"])
+    parts = []
+    for group, word in (("harmful", "attack success"), ("harmless", "over-refusal")):
+        if (AFTER, group) in table.index:
+            told = []
+            for arm in (UNEDITED, AFTER):
+                rate, low, high = (float(v) for v in table.loc[(arm, group), ["rate", "ci_low", "ci_high"]].to_numpy())
+                told.append(f"{_rate(rate)} {_interval(low, high, '.2f')}")
+            count = int(table["n"].loc[(AFTER, group)])
+            parts.append(f"{word} goes from {told[0]} to {told[1]} (n = {count})")
+    before, after = report.value("cliff", BEFORE), report.value("cliff", AFTER)
+    if np.isfinite([before, after]).all():
+        parts.append(f"the mean cliff from {before:.2f} to {after:.2f}")
+    else:
+        parts.append("the cliff cannot be compared, since no probe could be fitted on one of the two")
+    return f"Repaired on {n} selected transcripts: {', '.join(parts)}."
+
+
+def head_refs(frame: pd.DataFrame) -> tuple[HeadRef, ...]:
+    """Heads named by the columns layer and head."""
+    return tuple(HeadRef(layer=int(a), head=int(b)) for a, b in zip(frame["layer"], frame["head"], strict=True))
+
+
+def _divergence_sentence(effects: SideEffects) -> str:
+    frame = effects.frame[effects.frame["measure"] == KL]
+    top = frame[frame["kind"] == "top"].iloc[0]
+    random = frame[frame["kind"] == "random"]["value"]
+    beside = f"; random sets {random.mean():.2g} on average" if len(random) else ""
+    return (
+        f"On harmless transcripts the edited model's next-token distribution diverges by {top['value']:.2g} "
+        f"{_interval(top['ci_low'], top['ci_high'], '.2g')} nats a token (n = {top['n']}){beside}."
+    )
+
+
+def _arm_sentence(report: SafetyReport, group: str, word: str) -> str:
+    frame = report.to_frame()
+    rows = frame[frame["group"] == group].set_index("arm")
+    if UNEDITED not in rows.index:
+        return ""
+
+    def told(arm: str) -> str:
+        rate, low, high = (float(v) for v in rows.loc[arm, ["rate", "ci_low", "ci_high"]].to_numpy())
+        return f"{_rate(rate)} {_interval(low, high, '.2f')}"
+
+    n = int(rows["n"].loc[UNEDITED])
+    if TOP not in rows.index:
+        return f"{word} is {told(UNEDITED)} (n = {n})."
+    count = len(next(arm.edit.heads for arm in report.arms if arm.name == TOP and arm.edit is not None))
+    sets = int((frame["kind"] == "random").sum() // max(1, frame["group"].nunique()))
+    edited = f"{word} is {told(UNEDITED)} unedited, {told(TOP)} with the first {count} heads zeroed"
+    if not sets:
+        return f"{edited} (n = {n}); no random set was run beside them."
+    return f"{edited} and {_rate(report.random_rate(group))} on average over {sets} random sets (n = {n})."
+
+
+def _rate(value: float) -> str:
+    return f"{value:.2f}" if np.isfinite(value) else "unknown"
+
+
+def _interval(low: float, high: float, digits: str) -> str:
+    return f"[{low:{digits}}, {high:{digits}}]" if np.isfinite([low, high]).all() else "(too few for an interval)"
+
+
+def _reasons(invalid: pd.DataFrame) -> str:
+    """Each reason with its count, the most frequent first."""
+    found = invalid["reason"].value_counts(sort=False).sort_values(ascending=False, kind="stable")
+    told = "; ".join(f"{reason} ({n})" for reason, n in found.head(REASONS).items())
+    return told + (f"; and {len(found) - REASONS} other reasons" if len(found) > REASONS else "")
