@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import cliffscope as cs
 from cliffscope.errors import EditError, StoreError
+from cliffscope.heads import export
 from cliffscope.heads.edits import HeadEdit, HeadRef, scale, zero
 from cliffscope.heads.export import export_edited
-from cliffscope.heads import export
 from cliffscope.model.checkpoints import ASSETS
 from cliffscope.model.load import LensModel, load_model
 from cliffscope.organisms import grammar
