@@ -27,6 +27,7 @@ LAYERS = [
     "model",
     "transcripts",
     "store",
+    "registry",
     "progress",
     "memory",
     "resampling",
