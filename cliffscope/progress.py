@@ -81,3 +81,7 @@ def _log_lines() -> Progress:
             log.info("%s: %d of %d%s", stage, done, total, rate)
 
     return progress
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Reports nothing."""

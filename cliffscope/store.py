@@ -28,7 +28,8 @@ from safetensors.numpy import load_file, save_file
 
 from cliffscope.errors import CliffScopeError, StoreError
 
-SCHEMA = 1
+SCHEMA = 2
+"""Of run directories: 2 has a record and a key for each stage."""
 MANIFEST, LOCK = "manifest.json", ".lock"
 LOG = ".log"
 """Ending of append-only files: work of a stage that is not finished."""
@@ -78,7 +79,7 @@ class RunStore:
 
     def write_json(self, name: str, value: object) -> None:
         """Writes JSON; NaN becomes null, which JSON knows."""
-        text = json.dumps(_plain(value), ensure_ascii=False, indent=1, allow_nan=False)
+        text = json.dumps(plain(value), ensure_ascii=False, indent=1, allow_nan=False)
         self._write(name, lambda path: path.write_text(text, encoding="utf-8"))
 
     def read_json(self, name: str) -> dict[str, object]:
@@ -264,13 +265,13 @@ def _take(lock: IO[str] | IO[bytes], what: str, instead: str) -> None:
 
 def _append(file: IO[bytes], row: Mapping[str, object]) -> None:
     # One write a line: what a kill leaves of it has no line break, and only then.
-    file.write(json.dumps(_plain(row), ensure_ascii=True, allow_nan=False).encode() + b"\n")
+    file.write(json.dumps(plain(row), ensure_ascii=True, allow_nan=False).encode() + b"\n")
     file.flush()
     os.fsync(file.fileno())
 
 
 def _read_log(path: Path, file: IO[bytes], config: Mapping[str, object]) -> RowLog:
-    wanted = _plain({"schema": SCHEMA, "config": dict(config)})
+    wanted = plain({"schema": SCHEMA, "config": dict(config)})
     head = json.dumps(wanted).encode()
     file.seek(0)
     data = file.read()
@@ -318,7 +319,7 @@ def umask() -> int:
 
 
 def _claim(store: RunStore, config: Mapping[str, object]) -> None:
-    wanted = _plain(dict(config))
+    wanted = plain(dict(config))
     new: dict[str, object] = {"schema": SCHEMA, "config": wanted, "stages": {}}
     if not store.has(MANIFEST):
         strangers = [p.name for p in store.path.iterdir() if not p.name.startswith(".")]
@@ -332,7 +333,8 @@ def _claim(store: RunStore, config: Mapping[str, object]) -> None:
     found = store.manifest
     if found.get("schema") != SCHEMA:
         raise StoreError(
-            f"Run directory {store.path} has schema {found.get('schema')}, expected {SCHEMA}. Give a new --out."
+            f"Run directory {store.path} was written by another version of CliffScope (schema {found.get('schema')}, "
+            f"expected {SCHEMA}) and cannot be read. Choose a different --out."
         )
     kept = found.get("config")
     begun = bool(found.get("stages")) or any(p.suffix == LOG for p in store.path.iterdir())
@@ -349,14 +351,14 @@ def _claim(store: RunStore, config: Mapping[str, object]) -> None:
         )
 
 
-def _plain(value: object) -> object:
+def plain(value: object) -> object:
     """JSON-ready copy: paths and enums as text, NumPy values as numbers, NaN and infinities as None."""
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain(v) for v in value]
     if isinstance(value, np.generic | np.ndarray):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float):
         return value if np.isfinite(value) else None
     if value is None or isinstance(value, bool | int):

@@ -88,8 +88,9 @@ def evaluate(
     """
     import cliffscope as cs
     from cliffscope.evaluation.arms import UNEDITED, arm_names
-    from cliffscope.generation.kept import open_answers
     from cliffscope.store import open_run
+    from cliffscope.study.answers import open_answers
+    from cliffscope.study.artefacts import SAFETY, SAFETY_PAIRS, SAFETY_QUALITY
 
     change, reader = _edit(heads, factor, edit), _judge(judge, classifier, url)
     ours = prompts.suffix == ".jsonl" and limit is None and harmful is None
@@ -97,7 +98,7 @@ def evaluate(
     with (
         open_run(out, given_options(context)) as store,
         store.stage("evaluate"),
-        open_answers(store) as kept,
+        open_answers(store, store.config) as kept,
         show_progress() as progress,
     ):
         lens = cs.load_model(model, template=template)
@@ -128,9 +129,12 @@ def evaluate(
             on_arm=keep,
             on_batch=kept.keep_batch,
         )
-        store.write_frame("safety.parquet", report.to_frame())
-        store.write_frame("safety_pairs.parquet", report.pairs())
-        store.write_frame("safety_quality.parquet", report.quality())
+        for table, frame in (
+            (SAFETY, report.to_frame()),
+            (SAFETY_PAIRS, report.pairs()),
+            (SAFETY_QUALITY, report.quality()),
+        ):
+            table.write(store, frame)
     say_table(as_json, report.to_frame(), f"{report!r}, written to {out}", out, report.omitted)
 
 
@@ -153,20 +157,21 @@ def export(
     """
     import cliffscope as cs
     from cliffscope.store import RunStore
+    from cliffscope.study.artefacts import SAFETY, SIDE_EFFECTS
 
     change = _edit(heads, factor, edit)
     if change is None:
         raise EditError("Nothing to export: no edit was given. Give --heads or --edit.")
     run = None if measured is None else RunStore(path=measured)
-    if run is not None and not run.has("safety.parquet"):
-        raise DataError(f"{measured} holds no safety.parquet. Give a run directory of study or evaluate.")
+    if run is not None and not run.has(SAFETY.file):
+        raise DataError(f"{measured} holds no {SAFETY.file}. Give a run directory of study or evaluate.")
     folder = cs.export_edited(
         cs.load_model(model, template=template),
         change,
         out,
         why=why,
-        safety=None if run is None else run.read_frame("safety.parquet"),
-        side_effects=run.read_frame("side_effects.parquet") if run and run.has("side_effects.parquet") else None,
+        safety=None if run is None else SAFETY.read(run.path),
+        side_effects=SIDE_EFFECTS.read(run.path) if run and run.has(SIDE_EFFECTS.file) else None,
         overwrite=overwrite,
     )
     say(as_json, {"out": str(folder), "edit": repr(change)}, f"{change!r} of {model}, written to {folder}")

@@ -50,8 +50,8 @@ def main() -> None:
 
 def read_probe(path: Path) -> "RefusalProbe":
     """The probe of a directory that fit-probe or study wrote."""
-    from cliffscope.readouts.files import load_probe
     from cliffscope.store import RunStore
+    from cliffscope.study.saved_probe import load_probe
 
     return load_probe(RunStore(path=path))
 

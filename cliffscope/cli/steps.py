@@ -84,8 +84,9 @@ def fit_probe(
     """
     import cliffscope as cs
     from cliffscope.readouts.contrast import contrast_classes
-    from cliffscope.readouts.files import save_probe
     from cliffscope.store import open_run
+    from cliffscope.study.artefacts import PROBE
+    from cliffscope.study.saved_probe import save_probe
 
     where: Positions = one_of("positions", positions, "balanced", "final")
     which: Contrast = one_of("contrast", contrast, "auto", "harmless", "harmful")
@@ -102,8 +103,8 @@ def fit_probe(
             positions=where,
             seed=seed,
         )
-        save_probe(store, probe)
-        report = store.read_json("probe.json")
+        save_probe(store, probe, classes.name)
+        report = PROBE.read(store.path)
     data = {"out": str(out), "layer": probe.layer, "report": report["report"]}
     say(as_json, data, repr(probe), probe.omitted)
 
@@ -125,14 +126,15 @@ def trace(
     """
     import cliffscope as cs
     from cliffscope.store import open_run
+    from cliffscope.study.artefacts import CLIFFS, TRACES
 
     height: Plateau = one_of("plateau", plateau, "mean", "max")
     fitted, given = read_probe(probe), cs.read_transcripts(transcripts)
     with open_run(out, given_options(context)) as store, store.stage("trace"):
         traces = cs.trace_refusal(cs.load_model(model, template=template), fitted, given)
         cliffs = traces.cliffs(plateau=height)
-        store.write_frame("traces.parquet", traces.to_frame())
-        store.write_frame("cliffs.parquet", cliffs.to_frame())
+        TRACES.write(store, traces.to_frame())
+        CLIFFS.write(store, cliffs.to_frame())
     say_table(as_json, cliffs.to_frame(), f"{cliffs!r}, written to {out}", out, traces.omitted)
 
 
@@ -157,6 +159,7 @@ def rank_heads(
     import cliffscope as cs
     from cliffscope.heads.methods import METHODS
     from cliffscope.store import open_run
+    from cliffscope.study.artefacts import HEADS
 
     how, where = one_of("method", method, *METHODS), one_of("scope", scope, "closing", "thinking", "prompt", "all")
     fitted, judged = read_probe(probe), cs.read_transcripts(transcripts)
@@ -174,5 +177,5 @@ def rank_heads(
             seed=seed,
             progress=lambda done: progress("rank-heads", done, len(suppressed)),
         )
-        store.write_frame("heads.parquet", ranking.to_frame())
+        HEADS.write(store, ranking.to_frame())
     say_table(as_json, ranking.to_frame(), f"{ranking!r}, written to {out}", out, ranking.omitted)

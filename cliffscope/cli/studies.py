@@ -27,7 +27,7 @@ def demo(out: OutOption = Path("runs/demo"), seed: SeedOption = 0, as_json: Json
     config = StudyConfig(
         model="planted-llama", out=str(out), max_thinking=128, max_answer=32, temperature=1.0, seed=seed
     )
-    _run_study(config, as_json=as_json)
+    _run_study(config, until=None, only=None, as_json=as_json)
 
 
 @app.command()
@@ -48,17 +48,26 @@ def study(
     positions: Annotated[str, typer.Option(help="Probe positions: balanced or final.")] = "balanced",
     contrast: Annotated[str, typer.Option(help="Complied class of the probe: auto, harmless or harmful.")] = "auto",
     plateau: Annotated[str, typer.Option(help="mean or max.")] = "mean",
+    method: Annotated[str, typer.Option(help="How heads are measured; a name or package.module:name.")] = "zero",
     top_fraction: Annotated[float, typer.Option(help="Share of heads that is edited.")] = 0.03,
     controls: Annotated[int, typer.Option(min=1, help="Random sets of heads of each kind.")] = 20,
+    criterion: Annotated[
+        str, typer.Option(help="What examples are ranked by; a name or package.module:name.")
+    ] = "cliff",
     select_fraction: Annotated[float, typer.Option(help="Share of the pool that is selected.")] = 0.017,
     repair: Annotated[bool, typer.Option("--repair", help="Repair the model on the selection, measure again.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows generated together at most.")] = 64,
     device: Annotated[str | None, typer.Option(help="Torch device.")] = None,
+    until: Annotated[str | None, typer.Option(help="Last stage to run, such as heads.")] = None,
+    only: Annotated[str | None, typer.Option(help="The one stage to run, such as report.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only print which stages would run, and why.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only estimate time and memory.")] = False,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Studies a model from prompts to report; run again, it goes on where it stopped.
+    """Studies a model from prompts to report; rerun the command to resume.
+
+    A rerun with other settings, files or model runs only the stages that depend on what changed.
 
     Example: cliffscope study --model ./my-model --harmful harmful.csv --harmless harmless.jsonl --out runs/mine
     """
@@ -79,18 +88,22 @@ def study(
         positions=one_of("positions", positions, "balanced", "final"),
         contrast=one_of("contrast", contrast, "auto", "harmless", "harmful"),
         plateau=one_of("plateau", plateau, "mean", "max"),
+        method=method,
         top_fraction=top_fraction,
         controls=controls,
+        criterion=criterion,
         select_fraction=select_fraction,
         repair=repair,
         batch_size=batch_size,
         seed=seed,
         device=device,
     )
-    if dry_run:
+    if plan:
+        _plan(config, until=until, only=only, as_json=as_json)
+    elif dry_run:
         _estimate(config, as_json=as_json)
     else:
-        _run_study(config, as_json=as_json)
+        _run_study(config, until=until, only=only, as_json=as_json)
 
 
 @app.command()
@@ -149,14 +162,23 @@ def _estimate(config: "StudyConfig", *, as_json: bool) -> None:
     say(as_json, data, "\n".join([stages.to_string(index=False), repr(found), *found.advice]))
 
 
-def _run_study(config: "StudyConfig", *, as_json: bool) -> None:
+def _plan(config: "StudyConfig", *, until: str | None, only: str | None, as_json: bool) -> None:
+    from cliffscope.study.runner import plan_study
+
+    steps = plan_study(config, until=until, only=only)
+    say(as_json, {"stages": steps.to_dict(orient="records")}, steps.to_string(index=False))
+
+
+def _run_study(config: "StudyConfig", *, until: str | None, only: str | None, as_json: bool) -> None:
     from cliffscope.study.runner import run_study
 
     started = time.perf_counter()
     command = "cliffscope " + shlex.join(sys.argv[1:])
     with show_progress() as progress:
-        found = run_study(config, command=command, progress=progress)
+        result = run_study(config, until=until, only=only, command=command, progress=progress)
     seconds = time.perf_counter() - started
-    data = {"report": str(found.report), "seconds": round(seconds, 1), "verdict": found.verdict}
-    text = "\n\n".join(found.verdict.values())
-    say(as_json, data, f"{text}\n\nReport: {found.report} ({seconds:.0f} s)")
+    report = str(result.report) if result.report.is_file() else None
+    data = {"report": report, "seconds": round(seconds, 1), "verdict": result.verdict}
+    text = "\n\n".join(result.verdict.values())
+    place = f"Report: {report}" if report else f"Run directory: {result.path}"
+    say(as_json, data, f"{text}\n\n{place} ({seconds:.0f} s)")

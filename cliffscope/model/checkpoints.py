@@ -18,10 +18,13 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate.utils import align_module_device
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -40,6 +43,8 @@ _EXPECTED = (
     "Expected a local directory with config.json, safetensors and a tokenizer, a .gguf file, an organism, or a hub "
     "name that can be reached."
 )
+_MODEL_FILES = {".safetensors", ".json", ".jinja", ".model", ".txt", ".py"}
+"""Endings of the files of a checkpoint that a model's numbers depend on."""
 CACHE = "CLIFFSCOPE_CACHE"
 """Environment variable: the directory of converted GGUF files, or `off`; the user's cache directory if not set."""
 MOST_KEPT = 2 << 30
@@ -63,6 +68,55 @@ def find_device(name: str | None) -> torch.device:
 def default_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype | str:
     """The dtype asked for; else fp32 on the CPU and the checkpoint's own on a GPU."""
     return dtype or (torch.float32 if device.type == "cpu" else "auto")
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
+    """The dtype that `load_model` would give a model's weights there, without loading them.
+
+    Args:
+        name: as in `load_model`.
+        device: where it would be loaded.
+
+    Returns:
+        The dtype; "auto" where the checkpoint's own is not at hand.
+
+    Raises:
+        DataError: there is no such model.
+    """
+    dtype = default_dtype(None, device)
+    if dtype != "auto":
+        return dtype
+    source, options = _locate(name)
+    try:
+        stored = AutoConfig.from_pretrained(source, local_files_only=True, **options).dtype
+    except _UNREADABLE:
+        return dtype
+    return stored if isinstance(stored, torch.dtype) else dtype
+
+
+def model_files(name: str) -> list[Path]:
+    """Files that determine a model: weights, config, tokenizer, chat template and code.
+
+    Args:
+        name: as in `load_model`.
+
+    Returns:
+        Paths in order of name; empty for a hub repository that has not been downloaded.
+
+    Raises:
+        DataError: there is no such model.
+        MissingExtraError: a package is needed.
+    """
+    source, options = _locate(name)
+    if "gguf_file" in options:
+        return [Path(source) / options["gguf_file"]]
+    folder = Path(source)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(name, local_files_only=True))
+        except (LocalEntryNotFoundError, HFValidationError, OSError):
+            return []
+    return sorted(path for path in folder.iterdir() if path.suffix in _MODEL_FILES)
 
 
 def read_checkpoint(

@@ -1,71 +1,88 @@
-"""How is a probe kept on disk?
+"""How does a probe become JSON, arrays and a table, and the other way round?
 
-`probe.safetensors` holds the directions and biases of all layers, `probe.json` the rest, `probe_layers.parquet` the
-held-out quality by layer and region. Reading gives the same probe back.
+The JSON holds what the probe was fitted on and its report, the arrays the directions and biases of all layers, the
+table the held-out quality by layer and region. Reading gives the same probe back. Knows no file names.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
+from jaxtyping import Float32
 
 from cliffscope.errors import ProbeError
 from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.readouts.reports import ProbeReport, RegionReport
 from cliffscope.stats import Interval
-from cliffscope.transcripts.records import Omission
-
-if TYPE_CHECKING:
-    from cliffscope.store import RunStore
-
-JSON, ARRAYS, TABLE = "probe.json", "probe.safetensors", "probe_layers.parquet"
+from cliffscope.transcripts.records import Group, Omission
 
 
-def save_probe(store: "RunStore", probe: RefusalProbe) -> None:
-    """Writes a probe into a run directory."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class SavedProbe:
+    """A probe in the form in which it is stored."""
+
+    document: Mapping[str, object]
+    """JSON-ready: layer, positions, fingerprint, strength, refused_logit, n_fit, cells, warnings, omitted, report."""
+    arrays: Mapping[str, Float32[np.ndarray, "..."]]
+    """`weights` [layer, d_model] and `biases` [layer]."""
+    layers: pd.DataFrame
+    """Held-out quality by layer and region."""
+
+
+def saved_probe(probe: RefusalProbe) -> SavedProbe:
+    """A probe in the form in which it is stored."""
     report = probe.report
-    store.write_arrays(ARRAYS, {"weights": probe.layer_weights, "biases": probe.layer_biases})
-    store.write_frame(TABLE, report.by_region)
     shuffled = np.asarray(report.shuffled)
-    store.write_json(
-        JSON,
-        {
-            "layer": probe.layer,
-            "positions": probe.positions,
-            "fingerprint": probe.fingerprint,
-            "strength": probe.strength,
-            "refused_logit": probe.refused_logit,
-            "n_fit": _class_counts(report.cells),
-            "cells": [
-                {
-                    "class": cell.split(", ")[0],
-                    "harmful": {"harmful": True, "harmless": False}.get(cell.split(", ")[1]),
-                    "n": n,
-                }
-                for cell, n in report.cells.items()
-            ],
-            "warnings": list(report.warnings),
-            "omitted": [asdict(omission) for omission in probe.omitted],
-            "report": {
-                "final": _region_json(report.final),
-                "late_thinking": _region_json(report.late_thinking),
-                "within_harmful_final": _region_json(report.within_harmful),
-                "shuffled_final": {
-                    "auroc": float(shuffled.mean()),
-                    "auroc_low": float(shuffled.min()),
-                    "auroc_high": float(shuffled.max()),
-                    "values": shuffled.tolist(),
-                },
+    document = {
+        "layer": probe.layer,
+        "positions": probe.positions,
+        "fingerprint": probe.fingerprint,
+        "strength": probe.strength,
+        "refused_logit": probe.refused_logit,
+        "n_fit": _class_counts(report.cells),
+        "cells": [
+            {
+                "class": cell.split(", ")[0],
+                "harmful": {Group.HARMFUL: True, Group.HARMLESS: False}.get(Group(cell.split(", ")[1])),
+                "n": n,
+            }
+            for cell, n in report.cells.items()
+        ],
+        "warnings": list(report.warnings),
+        "omitted": [asdict(omission) for omission in probe.omitted],
+        "report": {
+            "final": _region_json(report.final),
+            "late_thinking": _region_json(report.late_thinking),
+            "within_harmful_final": _region_json(report.within_harmful),
+            "shuffled_final": {
+                "auroc": float(shuffled.mean()),
+                "auroc_low": float(shuffled.min()),
+                "auroc_high": float(shuffled.max()),
+                "values": shuffled.tolist(),
             },
         },
-    )
+    }
+    arrays = {"weights": probe.layer_weights, "biases": probe.layer_biases}
+    return SavedProbe(document=document, arrays=arrays, layers=report.by_region)
 
 
-def load_probe(store: "RunStore") -> RefusalProbe:
-    """Reads a probe from a run directory; raises ProbeError where a field is missing."""
-    data: dict[str, Any] = store.read_json(JSON)
-    arrays = store.read_arrays(ARRAYS)
+def probe_from_saved(
+    data: Mapping[str, Any], arrays: Mapping[str, np.ndarray], layers: pd.DataFrame, *, place: Path
+) -> RefusalProbe:
+    """The probe that was stored.
+
+    Args:
+        data: the document.
+        arrays: directions and biases.
+        layers: the table.
+        place: where they come from, for the message.
+
+    Raises:
+        ProbeError: a field is missing or of another type.
+    """
     try:
         layer, regions = int(data["layer"]), data["report"]
         report = ProbeReport(
@@ -73,8 +90,8 @@ def load_probe(store: "RunStore") -> RefusalProbe:
             late_thinking=_region(regions["late_thinking"]),
             within_harmful=_region(regions["within_harmful_final"]),
             shuffled=tuple(_number(value) for value in regions["shuffled_final"]["values"]),
-            by_region=store.read_frame(TABLE),
-            cells={f"{c['class']}, {_word(c['harmful'])}": int(c["n"]) for c in data["cells"]},
+            by_region=layers,
+            cells={f"{c['class']}, {Group.of(c['harmful'])}": int(c["n"]) for c in data["cells"]},
             warnings=tuple(data["warnings"]),
         )
         return RefusalProbe(
@@ -91,9 +108,7 @@ def load_probe(store: "RunStore") -> RefusalProbe:
             omitted=tuple(Omission(**omission) for omission in data.get("omitted", ())),
         )
     except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise ProbeError(
-            f"{store.path / JSON} is no probe of CliffScope: {error!r}. Fit one with cliffscope fit-probe."
-        ) from error
+        raise ProbeError(f"{place} is no probe of CliffScope: {error!r}. Fit one with cliffscope fit-probe.") from error
 
 
 def _region_json(report: RegionReport) -> dict[str, object]:
@@ -121,10 +136,6 @@ def _region(data: Mapping[str, Any]) -> RegionReport:
 
 def _number(value: float | None) -> float:
     return float("nan") if value is None else float(value)
-
-
-def _word(harmful: bool | None) -> str:
-    return {True: "harmful", False: "harmless", None: "unlabelled"}[harmful]
 
 
 def _class_counts(cells: Mapping[str, int]) -> dict[str, int]:

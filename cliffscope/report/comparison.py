@@ -35,7 +35,7 @@ from cliffscope.report.content import (
     plot,
     text_cell,
 )
-from cliffscope.report.evidence import ASKED, QUALITY, cliff_rows, plateau_name, quality_rows
+from cliffscope.report.evidence import ASKED, QUALITY, cliff_rows, quality_rows
 from cliffscope.report.outcomes import tiles
 from cliffscope.report.stored import JsonObject, StoredRun, as_float, as_int, as_list
 from cliffscope.resampling import bootstrap_mean
@@ -96,7 +96,7 @@ def _asked(run: StoredRun) -> pd.DataFrame:
 
 def _differences(runs: Sequence[NamedRun]) -> Section:
     rows = []
-    for section in ("config", "model", "versions", "probe", "heads"):
+    for section in ("settings", "model", "versions", "probe", "heads"):
         values = [_settings(one.run, section) for one in runs]
         for key in dict.fromkeys(key for found in values for key in found):
             shown = [str(found.get(key, "–")) for found in values]
@@ -104,7 +104,7 @@ def _differences(runs: Sequence[NamedRun]) -> Section:
                 rows.append([text_cell(section), text_cell(key, 60), *(text_cell(text, 200) for text in shown)])
     heads = columns("part", "setting|code", *(f"{one.name}|long" for one in runs))
     same = "Settings, model and versions of the runs are the same."
-    seeds = {str(one.run.section("config").get("seed")) for one in runs}
+    seeds = {str(one.run.settings.get("seed")) for one in runs}
     return Section(
         id="run",
         title="What differs",
@@ -122,7 +122,10 @@ def _settings(run: StoredRun, section: str) -> JsonObject:
     if section == "probe":
         return {key: run.probe[key] for key in ("layer", "positions", "contrast") if key in run.probe}
     if section == "heads":
-        return {key: run.heads[key] for key in ("method", "scope", "path", "top_fraction") if key in run.heads}
+        facts = {**run.heads, **run.suppression}
+        return {key: facts[key] for key in ("method", "scope", "path", "top_fraction") if key in facts}
+    if section == "versions":
+        return run.versions
     return run.section(section)
 
 
@@ -157,7 +160,7 @@ def _cliff_table(runs: Sequence[NamedRun]) -> Table:
     rows = []
     for one in runs:
         cliffs = one.run.tables["cliffs"]
-        plateau = plateau_name(cliffs)
+        plateau = one.run.plateau
         which = [text_cell(one.name, 80), text_cell(plateau)]
         rows += [[*which, *cells] for cells in cliff_rows(cliffs, plateau)]
     names = ("n|number", "plateau|number", "final|number", "cliff|number", "95% interval|number")
@@ -175,7 +178,7 @@ def _paired_claim(runs: Sequence[NamedRun]) -> str:
     shared = first.index.intersection(second.index)
     if not len(shared):
         return ""
-    kinds = [plateau_name(one.run.tables["cliffs"]) for one in (runs[0], runs[-1])]
+    kinds = [one.run.plateau for one in (runs[0], runs[-1])]
     if kinds[0] != kinds[1]:
         return f"The cliffs are measured from different plateaus ({kinds[0]} and {kinds[1]}), so they are not paired."
     if len(shared) < FEWEST_PAIRS:
@@ -242,14 +245,13 @@ def _heads(runs: Sequence[NamedRun]) -> Section:
 
 
 def _selected(run: StoredRun) -> list[str]:
-    return [str(name) for name in as_list(run.heads.get("selected"))]
+    return [str(name) for name in as_list(run.suppression.get("selected"))]
 
 
 def _set_cells(run: StoredRun) -> list[Cell]:
-    facts = run.heads
-    low, high = as_float(facts.get("set_effect_low")), as_float(facts.get("set_effect_high"))
-    effect, p = as_float(facts.get("set_effect")), as_float(facts.get("random_p"))
-    n = as_int(facts.get("set_n")) or as_int(facts.get("n"))
+    facts = run.suppression
+    low, high = as_float(facts.get("effect_low")), as_float(facts.get("effect_high"))
+    effect, p, n = as_float(facts.get("effect")), as_float(facts.get("p")), as_int(facts.get("n"))
     return [count_cell(n), number_cell(effect), interval_cell(low, high, n), number_cell(p, 3)]
 
 

@@ -78,26 +78,19 @@ def cliff_section(run: StoredRun) -> Section:
         )
         parts.append(plot("cliff", mean_trace(labels, spans, groups, n=n), note))
     if len(cliffs):
-        parts += _cliff_parts(cliffs, run.tables["edited_cliffs"])
+        parts += _cliff_parts(cliffs, run.tables["edited_cliffs"], run.plateau)
     return Section(
         id="cliff",
         title="The cliff",
-        claim=_verdict(run, "cliff"),
+        claim=run.finding("cliff"),
         lead=(
             "If the intention to refuse is lost between thinking and answer, the refusal score stays high through "
             "the thinking and falls at the closing tokens. All transcripts here are held out: none was used to fit "
             "the probe."
         ),
         parts=parts,
-        missing=() if parts else ("No trace was stored for this run.", *run.notes("trace", "cliff")),
+        missing=() if parts else ("No trace was stored for this run.", *run.notes("traces", "readouts")),
     )
-
-
-def plateau_name(cliffs: pd.DataFrame) -> str:
-    """Which plateau the stored cliff uses: `max` or `mean`."""
-    known = cliffs[["plateau_max", "plateau_mean", "final", "cliff"]].apply(pd.to_numeric, errors="coerce").dropna()
-    gaps = {kind: (known[f"plateau_{kind}"] - known["final"] - known["cliff"]).abs().mean() for kind in ("mean", "max")}
-    return min(gaps, key=lambda kind: gaps[kind]) if len(known) else "max"
 
 
 def heads_section(run: StoredRun) -> Section:
@@ -111,8 +104,8 @@ def heads_section(run: StoredRun) -> Section:
         grid = _grid(run, frame, None if wide else ranking.height)
         parts += [grid, ranking] if wide else [Row(parts=(grid, ranking))]
     else:
-        missing = ("No head was ranked in this run.", *run.notes("head"))
-    if as_list(facts.get("random_sets")):
+        missing = ("No head was ranked in this run.", *run.notes("heads", "readouts"))
+    if as_list(run.suppression.get("random_sets")):
         parts.append(_random(run))
     if len(frame):
         parts.append(_head_table(frame))
@@ -121,7 +114,7 @@ def heads_section(run: StoredRun) -> Section:
     return Section(
         id="heads",
         title="The heads",
-        claim=_verdict(run, "heads"),
+        claim=run.finding("heads", "suppression"),
         lead=(
             f"Effect of the edit “{method}” over the scope “{scope}”: refusal logit at the final token, edited minus "
             "unedited, mean over transcripts. A positive effect means that the head suppresses refusal."
@@ -145,14 +138,14 @@ def probe_section(run: StoredRun) -> Section:
     return Section(
         id="probe",
         title="Can the probe tell?",
-        claim=_verdict(run, "probe"),
+        claim=run.finding("probe"),
         lead=(
             "A plateau means something only where the probe tells refused from complied on held-out transcripts, at "
             f"that position. Probe of layer {layer}, fitted on positions “{positions}”. An AUROC of 0.5 is chance; "
             "with shuffled labels it is near it on average, and scatters widely where there are few transcripts."
         ),
         parts=parts,
-        missing=() if parts else ("No probe was fitted in this run.", *run.notes("probe")),
+        missing=() if parts else ("No probe was fitted in this run.", *run.notes("readouts")),
     )
 
 
@@ -166,7 +159,7 @@ def group_mean(frame: pd.DataFrame, column: str) -> tuple[float, float, float, i
 
 
 def _edited_note(run: StoredRun) -> str:
-    heads = [str(head) for head in as_list(run.heads.get("selected"))]
+    heads = [str(head) for head in as_list(run.suppression.get("selected"))]
     more = f" and {len(heads) - 6} more" if len(heads) > 6 else ""
     random = any("random" in str(group) for group in run.tables["edited_aligned"]["group"])
     beside = ", and with one random set of as many heads in the same layers," if random else ""
@@ -208,12 +201,8 @@ def quality_rows(run: StoredRun) -> list[list[Cell]]:
     return rows
 
 
-def _verdict(run: StoredRun, name: str) -> str:
-    return str(run.section("verdict").get(name) or "")
-
-
-def _cliff_parts(cliffs: pd.DataFrame, edited: pd.DataFrame) -> list[Part]:
-    plateau, valid = plateau_name(cliffs), cliffs["valid"].fillna(False).astype(bool)
+def _cliff_parts(cliffs: pd.DataFrame, edited: pd.DataFrame, plateau: str) -> list[Part]:
+    valid = cliffs["valid"].fillna(False).astype(bool)
     shown = cliffs[valid]
     fig = plateau_final(
         _floats(shown[f"plateau_{plateau}"]),
@@ -321,16 +310,16 @@ def _ranked(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _random(run: StoredRun) -> Part:
-    facts = run.heads
+    facts = run.suppression
     control = np.array([as_float(value) for value in as_list(facts.get("random_sets"))])
-    low, high = as_float(facts.get("set_effect_low")), as_float(facts.get("set_effect_high"))
-    count, n = as_int(facts.get("n_selected")), as_int(facts.get("set_n")) or as_int(facts.get("n"))
+    low, high = as_float(facts.get("effect_low")), as_float(facts.get("effect_high"))
+    count, n = len(as_list(facts.get("selected"))), as_int(facts.get("n"))
     title = f"The selected set against random sets of heads (n={n:,} transcripts)"
-    fig = random_sets(as_float(facts.get("set_effect")), low, high, control, title=title)
+    fig = random_sets(as_float(facts.get("effect")), low, high, control, title=title)
     note = (
         f"{count} selected heads edited together, against {len(control)} random sets of as many heads, drawn within "
         "the same layers and over all. "
-        f"p = {number(as_float(facts.get('random_p')), 3)}: the share of random sets, the selected one counted in, "
+        f"p = {number(as_float(facts.get('p')), 3)}: the share of random sets, the selected one counted in, "
         f"with at least its effect; {len(control)} sets allow no less than {number(least_p(len(control)), 3)}."
     )
     return plot("random", fig, note)

@@ -73,7 +73,7 @@ MEASURES = {
 def run_section(run: StoredRun) -> Section:
     """Model, transcripts by group and outcome, and the time of each stage."""
     model, stages = run.section("model"), run.section("stages")
-    asked = bool(run.section("config").get("repair"))
+    asked = bool(run.settings.get("repair"))
     seconds = [
         (name, as_float(as_object(stage).get("seconds"))) for name, stage in stages.items() if name != "repair" or asked
     ]
@@ -114,14 +114,14 @@ def safety_section(run: StoredRun) -> Section:
     return Section(
         id="intervention",
         title="The intervention",
-        claim=str(run.section("verdict").get("intervention") or ""),
+        claim=run.finding("intervention", "side effects"),
         lead=(
             "If the selected heads carry the loss, editing them brings refusal back on harmful prompts, random heads "
             "do not, and harmless prompts are still answered. All arms use the same prompts, template, token budgets "
             "and decoding."
         ),
         parts=parts,
-        missing=() if parts else ("No edit was evaluated in this run.", *run.notes("safety", "edit", "evaluat")),
+        missing=() if parts else ("No edit was evaluated in this run.", *run.notes("safety", "suppression", "heads")),
     )
 
 
@@ -140,13 +140,13 @@ def selection_section(run: StoredRun) -> Section:
     return Section(
         id="selection",
         title="Selection",
-        claim=str(run.section("verdict").get("selection") or ""),
+        claim=run.finding("selection"),
         lead=(
             "A transcript whose intention to refuse was there and was lost teaches most in safety training. The pool "
             "is ranked by cliff, plateau minus final score."
         ),
         parts=parts,
-        missing=() if parts else ("Nothing was selected in this run.", *run.notes("select", "pool")),
+        missing=() if parts else ("Nothing was selected in this run.", *run.notes("selection", "readouts")),
     )
 
 
@@ -164,7 +164,7 @@ def repair_section(run: StoredRun) -> Section:
     return Section(
         id="repair",
         title="Repair",
-        claim=str(run.section("verdict").get("repair") or ""),
+        claim=run.finding("repair"),
         lead=(
             "The selected transcripts, with a refusal behind their own thinking, and as many harmless ones are trained "
             "on; the same test prompts are then answered again."
@@ -184,7 +184,7 @@ def omitted_section(run: StoredRun) -> Section:
         rows.append([*cells, count_cell(as_float(found.get("count"))), text_cell(ids, 300)])
     heads = columns("stage", "reason|long", "count|number", "first ids|code")
     table = Table(caption="Left out, by stage and reason", columns=heads, rows=rows)
-    notes = [str(note) for note in as_list(run.manifest.get("notes"))]
+    notes = run.notes()
     return Section(
         id="omitted",
         title="What was left out",
@@ -341,9 +341,9 @@ def _head_tile(run: StoredRun) -> Tile | None:
     frame = run.tables["heads"]
     if frame.empty:
         return None
-    count = as_int(run.heads.get("n_selected")) or int(frame["selected"].fillna(False).astype(bool).sum())
-    p = as_float(run.heads.get("random_p"))
-    sets = len(as_list(run.heads.get("random_sets")))
+    count = int(frame["selected"].sum())
+    p = as_float(run.suppression.get("p"))
+    sets = len(as_list(run.suppression.get("random_sets")))
     least = " (the least possible)" if sets and p <= least_p(sets) else ""
     detail = f"of {len(frame):,}; against {sets:,} random sets p={number(p, 3)}{least}"
     return Tile(name="Heads selected", value=f"{count:,}", detail=detail, href="heads")

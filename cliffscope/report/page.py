@@ -38,11 +38,21 @@ from cliffscope.report.outcomes import (
 from cliffscope.report.stored import StoredRun, read_run
 from cliffscope.report.tokens import tokens_section
 from cliffscope.store import write_atomically
+from cliffscope.study.artefacts import REPORT
 
 LONGEST = 20_000
 """Most characters of any one text on the page."""
-VERDICTS = ("cliff", "heads", "intervention", "selection", "repair", "probe")
-"""Verdicts of the manifest in the order of the page; each bears the id of the section that argues it."""
+VERDICTS = {
+    "cliff": "cliff",
+    "heads": "heads",
+    "suppression": "heads",
+    "intervention": "intervention",
+    "side effects": "intervention",
+    "selection": "selection",
+    "repair": "repair",
+    "probe": "probe",
+}
+"""Topics of findings in the order of the page, and the id of the section that argues each."""
 
 
 def write_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
@@ -59,7 +69,7 @@ def write_report(run_dir: str | Path, path: str | Path | None = None) -> Path:
         StoreError: The directory holds no manifest.json, or the page cannot be written.
         DataError: A file of the run is there and cannot be read.
     """
-    return _write(render(read_run(run_dir)), Path(path) if path is not None else Path(run_dir) / "report.html")
+    return _write(render(read_run(run_dir)), Path(path) if path is not None else Path(run_dir) / REPORT.file)
 
 
 def write_comparison(run_dirs: Sequence[str | Path], path: str | Path) -> Path:
@@ -165,7 +175,7 @@ def sections_of(run: StoredRun) -> list[Section]:
         safety_section,
         selection_section,
         # A repair is made on request alone, and is then told of even where it could not be made.
-        *((repair_section,) if run.section("config").get("repair") or len(run.tables["repair"]) else ()),
+        *((repair_section,) if run.settings.get("repair") or len(run.tables["repair"]) else ()),
         probe_section,
         omitted_section,
     )
@@ -174,8 +184,9 @@ def sections_of(run: StoredRun) -> list[Section]:
 
 def _verdicts(run: StoredRun) -> list[tuple[str, str]]:
     found = run.section("verdict")
-    named = ((name, found.get(name)) for name in VERDICTS)
-    return [(name, printable(str(text), limit=600)) for name, text in named if text]
+    return [
+        (section, printable(str(found[topic]), limit=600)) for topic, section in VERDICTS.items() if found.get(topic)
+    ]
 
 
 def _method(run: StoredRun) -> dict[str, str]:
@@ -184,18 +195,18 @@ def _method(run: StoredRun) -> dict[str, str]:
         "positions": run.probe.get("positions"),
         "method": run.heads.get("method"),
         "scope": run.heads.get("scope"),
-        "top_fraction": run.heads.get("top_fraction"),
+        "top_fraction": run.suppression.get("top_fraction"),
         "path": run.heads.get("path"),
     }
     return {name: printable(str(value), limit=60) if value is not None else "" for name, value in facts.items()}
 
 
 def _reproduce(run: StoredRun) -> dict[str, object]:
-    config = run.section("config")
+    config = run.settings
     return {
         "command": printable(str(run.manifest.get("command") or "not recorded"), limit=2000, keep_newlines=True),
         "config": printable(pretty(config), limit=LONGEST, keep_newlines=True) if config else "",
-        "versions": [(printable(k, limit=40), printable(str(v), limit=60)) for k, v in run.section("versions").items()],
+        "versions": [(printable(k, limit=40), printable(str(v), limit=60)) for k, v in run.versions.items()],
         "fingerprint": printable(str(run.section("model").get("fingerprint") or "not recorded"), limit=200),
         "seed": printable(str(config.get("seed", "not recorded")), limit=40),
         "schema": printable(str(run.manifest.get("schema", "unknown")), limit=20),

@@ -12,7 +12,7 @@ from cliffscope.figures.circuits import coloured_tokens
 from cliffscope.figures.sources import source_bars
 from cliffscope.figures.tokens import MOST_TOKENS
 from cliffscope.report.content import Circuits, Part, Remark, plot
-from cliffscope.report.stored import StoredRun, as_list
+from cliffscope.report.stored import StoredRun
 
 
 def reading_parts(run: StoredRun) -> list[Part]:
@@ -35,8 +35,7 @@ def reading_parts(run: StoredRun) -> list[Part]:
                 "attends to."
             ),
         )
-    notes = [str(note) for note in as_list(run.manifest.get("notes"))]
-    return [*parts, *(Remark(text=note) for note in notes if note.startswith("What heads read"))]
+    return [*parts, *(Remark(text=note) for note in run.notes("reading"))]
 
 
 def _of_head(head: str, final: pd.DataFrame, share: np.ndarray, place: int) -> list[Part]:

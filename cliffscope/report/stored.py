@@ -1,51 +1,23 @@
-"""What does a run directory hold, as far as the report reads it?
+"""What does a run directory hold, as the report reads it?
 
-Every table is optional: a stage that did not run, or had nothing to measure, leaves none, and the page says so.
-Columns that an older run lacks are filled with missing values. It reads, and knows nothing of pages or figures.
+Every table is optional: a stage that did not run, or had nothing to measure, leaves none, and the page says so. What
+the files are called and which columns they have, `study/artefacts.py` says. Knows nothing of pages or figures.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, cast
 
 import pandas as pd
-import pyarrow as pa
 
 from cliffscope.errors import DataError, StoreError
+from cliffscope.store import MANIFEST, SCHEMA, RunStore
+from cliffscope.study.artefacts import CLIFFS, HEADS, HEADS_FACTS, PROBE, SELECTED_HEADS, SUPPRESSION, TABLES
+from cliffscope.transcripts.records import Split
 
 JsonValue: TypeAlias = "str | int | float | bool | None | list[JsonValue] | dict[str, JsonValue]"
 JsonObject: TypeAlias = "dict[str, JsonValue]"
-
-COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "transcripts": ("id", "split", "harmful", "outcome", "source", "prompt", "thinking", "answer", "n_pos"),
-    "probe_layers": ("layer", "region", "auroc", "auroc_low", "auroc_high", "n_refused", "n_complied"),
-    "traces": ("id", "position", "span", "token", "logit", "score"),
-    "layer_traces": ("id", "position", "layer", "score"),
-    "aligned": ("group", "bin", "label", "span", "mean", "ci_low", "ci_high", "n"),
-    "cliffs": (
-        *("id", "group", "harmful", "outcome", "plateau_max", "plateau_mean", "final", "cliff"),
-        *("drop_position", "drop_token", "valid", "reason", "split"),
-    ),
-    "edited_aligned": ("group", "bin", "label", "span", "mean", "ci_low", "ci_high", "n"),
-    "edited_cliffs": ("id", "group", "plateau_max", "plateau_mean", "final", "cliff", "valid"),
-    "head_sources": ("id", "head", "kv_group", "query", "position", "token", "span", "attention", "share"),
-    "heads": (
-        *("layer", "head", "kv_group", "effect", "effect_score", "ci_low", "ci_high", "p", "q"),
-        *("effect_harmless", "n", "rank", "selected"),
-    ),
-    "safety": (
-        *("arm", "kind", "group", "n", "refused", "complied", "unfinished", "unjudged"),
-        *("rate", "ci_low", "ci_high"),
-    ),
-    "safety_pairs": ("arm", "group", "difference", "ci_low", "ci_high", "mcnemar_p"),
-    "safety_quality": ("arm", "kind", "group", "measure", "n", "value", "ci_low", "ci_high"),
-    "side_effects": ("arm", "kind", "measure", "n", "value", "ci_low", "ci_high", "unit"),
-    "repair": ("model", "measure", "n", "value", "ci_low", "ci_high", "note"),
-    "selection": ("id", "prompt", "thinking", "answer", "plateau", "final", "cliff", "rank", "chosen"),
-}
-"""Columns by table; every table is `<name>.parquet`."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -55,49 +27,85 @@ class StoredRun:
     manifest: JsonObject
     """manifest.json."""
     probe: JsonObject
-    """probe.json, or empty."""
+    """The probe's document, or empty."""
     heads: JsonObject
-    """heads.json, or empty."""
+    """How heads were ranked, or empty."""
+    suppression: JsonObject
+    """The selected set against random sets, or empty."""
     tables: Mapping[str, pd.DataFrame]
-    """Table by name, each with all of its `COLUMNS`."""
+    """Table by name; `heads` has a further column `selected`, `cliffs` holds the test split where there is one."""
 
     def section(self, name: str) -> JsonObject:
         """An object of the manifest, or an empty one."""
         return as_object(self.manifest.get(name))
 
-    def notes(self, *words: str) -> list[str]:
-        """The manifest's notes that hold one of the words, or all notes when none does."""
-        notes = [str(note) for note in as_list(self.manifest.get("notes"))]
-        about = [note for note in notes if any(word in note.lower() for word in words)]
-        return about or notes
+    def finding(self, *topics: str) -> str:
+        """The sentences on some topics, as one text; empty where nothing was found."""
+        verdict = self.section("verdict")
+        return " ".join(str(verdict[topic]) for topic in topics if verdict.get(topic))
+
+    @property
+    def settings(self) -> JsonObject:
+        """The study's configuration."""
+        return self.section("settings")
+
+    @property
+    def versions(self) -> JsonObject:
+        """Versions of the libraries that the stages ran with; several where stages differ."""
+        versions: dict[str, dict[str, None]] = {}
+        for record in self.section("stages").values():
+            for name, value in as_object(as_object(record).get("versions")).items():
+                versions.setdefault(name, {})[str(value)] = None
+        return {name: ", ".join(values) for name, values in versions.items()}
+
+    @property
+    def plateau(self) -> str:
+        """The plateau that cliffs are measured from: `mean` or `max`."""
+        return str(self.settings.get("plateau") or "mean")
+
+    def notes(self, *stages: str) -> list[str]:
+        """Notes of some stages, or of all where none is named."""
+        notes = [as_object(note) for note in as_list(self.manifest.get("notes"))]
+        return [str(note.get("text")) for note in notes if not stages or note.get("stage") in stages]
 
 
 def read_run(run_dir: str | Path) -> StoredRun:
     """Reads a run directory.
 
     Args:
-        run_dir: The directory that holds manifest.json.
+        run_dir: The directory that holds the manifest.
 
     Returns:
         What is there; absent tables are empty.
 
     Raises:
-        StoreError: There is no manifest.json.
+        StoreError: There is no manifest, or another version wrote the directory.
         DataError: A file is there and cannot be read.
     """
     folder = Path(run_dir)
     if not folder.exists():
         raise StoreError(f"{folder} does not exist. Pass the directory that a study wrote.")
-    if not (folder / "manifest.json").is_file():
+    if not (folder / MANIFEST).is_file():
         raise StoreError(
-            f"{folder} holds no manifest.json, so it is not a run directory. Pass the directory that a study wrote."
+            f"{folder} holds no {MANIFEST}, so it is not a run directory. Pass the directory that a study wrote."
         )
-    tables = {name: _read_table(folder / f"{name}.parquet", columns) for name, columns in COLUMNS.items()}
+    manifest = _read_json(folder, MANIFEST)
+    if manifest.get("schema") != SCHEMA:
+        raise StoreError(
+            f"{folder} was written by another version of CliffScope (schema {manifest.get('schema')}, expected "
+            f"{SCHEMA}). Open it with that version, or run the study again in a new directory."
+        )
+    tables = {name: table.read(folder) for name, table in TABLES.items()}
     return StoredRun(
-        manifest=_read_json(folder / "manifest.json"),
-        probe=_read_json(folder / "probe.json"),
-        heads=_read_json(folder / "heads.json"),
-        tables={**tables, "cliffs": _held_out(tables["cliffs"])},
+        manifest=manifest,
+        probe=_read_json(folder, PROBE.file),
+        heads=_read_json(folder, HEADS_FACTS.file),
+        suppression=_read_json(folder, SUPPRESSION.file),
+        tables={
+            **tables,
+            CLIFFS.name: _held_out(tables[CLIFFS.name]),
+            HEADS.name: _with_selected(tables[HEADS.name], tables[SELECTED_HEADS.name]),
+        },
     )
 
 
@@ -124,26 +132,19 @@ def as_int(value: JsonValue) -> int:
 
 def _held_out(cliffs: pd.DataFrame) -> pd.DataFrame:
     """The test split where there is one: what the probe was fitted on shows nothing."""
-    test = cliffs[cliffs["split"] == "test"]
+    test = cliffs[cliffs["split"] == Split.TEST]
     return cliffs if test.empty else test.reset_index(drop=True)
 
 
-def _read_json(path: Path) -> JsonObject:
-    if not path.is_file():
+def _with_selected(heads: pd.DataFrame, selected: pd.DataFrame) -> pd.DataFrame:
+    places = set(zip(selected["layer"], selected["head"], strict=True))
+    return heads.assign(selected=[place in places for place in zip(heads["layer"], heads["head"], strict=True)])
+
+
+def _read_json(folder: Path, name: str) -> JsonObject:
+    if not (folder / name).is_file():
         return {}
     try:
-        found: JsonValue = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}). Run the study again, or restore the file.") from error
-    return as_object(found)
-
-
-def _read_table(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
-    if not path.is_file():
-        return pd.DataFrame(columns=list(columns))
-    try:
-        frame = pd.read_parquet(path)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise DataError(f"{path} is not a Parquet table ({error}). Run its stage again.") from error
-    frame = frame.reindex(columns=list(columns))
-    return frame.assign(id=frame["id"].astype(str)) if "id" in columns else frame
+        return cast(JsonObject, RunStore(path=folder).read_json(name))
+    except StoreError as error:
+        raise DataError(f"{error} Run the study again, or restore the file.") from error

@@ -16,7 +16,6 @@ import pandas as pd
 
 from cliffscope.figures import embed, layer_heat, printable
 from cliffscope.report.content import Part, Plot, Remark, Section, TokenRun, TokenView, number, plot
-from cliffscope.report.evidence import plateau_name
 from cliffscope.report.stored import StoredRun, as_int
 
 VIEWS = 8
@@ -44,7 +43,7 @@ def tokens_section(run: StoredRun) -> Section:
         parts.append(Remark(text=f"Shown: {len(ids)} of {total:,} traced transcripts; traces.parquet holds them all."))
     missing: tuple[str, ...] = ()
     if not ids:
-        missing = ("No token-level trace was stored for this run.", *run.notes("trace"))
+        missing = ("No token-level trace was stored for this run.", *run.notes("traces", "readouts"))
     has_layers = bool(len(layered)) and bool(ids)
     return Section(
         id="tokens",
@@ -96,7 +95,7 @@ def _facts(run: StoredRun, name: str) -> str:
     rows = cliffs[cliffs["id"] == name].to_dict("records")
     if not rows:
         return ""
-    plateau = plateau_name(cliffs)
+    plateau = run.plateau
     names = {f"plateau_{plateau}": f"plateau ({plateau})", "final": "final", "cliff": "cliff"}
     scores = pd.to_numeric(pd.Series({key: rows[0][key] for key in names}), errors="coerce").astype(float)
     shown = ", ".join(f"{name} {number(scores[key])}" for key, name in names.items())

@@ -15,7 +15,7 @@ from cliffscope.readouts.contrast import Contrast
 from cliffscope.readouts.probe import Positions
 from cliffscope.selection.criteria import check_fraction
 from cliffscope.transcripts.datasets import read_prompts, read_transcripts
-from cliffscope.transcripts.records import Transcripts
+from cliffscope.transcripts.records import Split, Transcripts
 
 ORGANISM_PROMPTS = 480
 """Prompts that a study of an organism takes."""
@@ -54,10 +54,14 @@ class StudyConfig:
     the model thinks, since its thinking is what the cliff is about, and harmful ones where it does not."""
     plateau: Plateau = "mean"
     """Plateau of the cliff."""
+    method: str = "zero"
+    """How heads are measured: a name of `cliffscope.heads.methods`, or `package.module:name`."""
     top_fraction: float = 0.03
     """Share of heads that is edited."""
     controls: int = 20
     """Random sets of heads."""
+    criterion: str = "cliff"
+    """What examples are ranked by: a name of `cliffscope.selection.criteria`, or `package.module:name`."""
     select_fraction: float = 0.017
     """Share of the pool that is selected."""
     repair: bool = False
@@ -77,7 +81,7 @@ class StudyConfig:
             raise DataError(f"limit={self.limit} must be at least 1; leave it out to take every prompt.")
         if self.transcripts is not None and (self.harmful or self.harmless):
             raise DataError(
-                "Both transcripts and prompt files were given. Give transcripts=..., or harmful=... and harmless=..."
+                "Both transcripts and prompt files were given. Pass transcripts=..., or harmful=... and harmless=..."
             )
         if self.harmless is not None and self.harmful is None:
             raise DataError(f"harmless={self.harmless!r} was given without harmful prompts. Give harmful=... too.")
@@ -94,7 +98,7 @@ class StudyInputs:
 
     transcripts: Transcripts
     """Prompts, or transcripts with thinking and answers."""
-    splits: dict[str, str]
+    splits: dict[str, Split]
     """Id to split, for those whose split is fixed."""
 
 
@@ -113,19 +117,19 @@ def read_inputs(config: StudyConfig) -> StudyInputs:
     if config.transcripts is not None:
         return StudyInputs(transcripts=_sample(read_transcripts(config.transcripts), config), splits={})
     if config.harmful is None:
-        found, splits = study_prompts(config.model, n=config.limit or ORGANISM_PROMPTS, seed=config.seed)
-        return StudyInputs(transcripts=found, splits=splits)
-    found = read_prompts(config.harmful, harmful=True, limit=config.limit, seed=config.seed)
+        prompts, splits = study_prompts(config.model, n=config.limit or ORGANISM_PROMPTS, seed=config.seed)
+        return StudyInputs(transcripts=prompts, splits={name: Split(side) for name, side in splits.items()})
+    harmful = read_prompts(config.harmful, harmful=True, limit=config.limit, seed=config.seed)
     if config.harmless is not None:
         harmless = read_prompts(config.harmless, harmful=False, limit=config.limit, seed=config.seed)
-        if {t.id for t in harmless} & {t.id for t in found}:
+        if {t.id for t in harmless} & {t.id for t in harmful}:
             harmless = harmless.map(lambda t: t.replace(id=f"harmless-{t.id}"))
-        found = found + harmless
-    return StudyInputs(transcripts=found, splits={})
+        return StudyInputs(transcripts=harmful + harmless, splits={})
+    return StudyInputs(transcripts=harmful, splits={})
 
 
 def _sample(transcripts: Transcripts, config: StudyConfig) -> Transcripts:
     if config.limit is None or config.limit >= len(transcripts):
         return transcripts
-    chosen = sorted(random.Random(config.seed).sample(range(len(transcripts)), config.limit))
-    return Transcripts((transcripts[i] for i in chosen), omitted=transcripts.omitted)
+    places = sorted(random.Random(config.seed).sample(range(len(transcripts)), config.limit))
+    return Transcripts((transcripts[i] for i in places), omitted=transcripts.omitted)

@@ -11,7 +11,6 @@ from cliffscope.evaluation.arms import TOP, UNEDITED
 from cliffscope.evaluation.safety import SafetyReport
 from cliffscope.evaluation.side_effects import KL, SideEffects
 from cliffscope.heads.controls import SetControl
-from cliffscope.heads.edits import HeadRef
 from cliffscope.heads.ranking import HeadRanking
 from cliffscope.readouts.reports import ProbeReport
 from cliffscope.repairing.comparison import AFTER, BEFORE, RepairReport
@@ -67,27 +66,34 @@ def of_cliff(cliffs: pd.DataFrame, plateau: str) -> str:
     return f"There is a refusal cliff: {numbers}"
 
 
-def no_heads(n: int) -> str:
+def no_heads(ranked_on: int, held_out: int, fewest: int) -> str:
     """Too few complied transcripts to rank heads on."""
-    return f"Heads were not ranked: only {n} harmful prompts were complied with, so there is nothing to restore."
-
-
-def of_heads(ranking: HeadRanking, control: SetControl, *, can_tell: bool = True) -> str:
-    """Which heads suppress refusal, and whether they beat random sets; no claim where the probe cannot tell."""
-    found = ranking.significant()
-    names = ", ".join(str(h) for h in found[:6]) + (" ..." if len(found) > 6 else "")
-    low, high = control.interval
-    joint = (
-        f"Zeroing the first {len(control.heads)} of {len(ranking.heads)} at the closing changes the refusal logit of "
-        f"{len(control.effects)} test transcripts by {control.effect:+.2f} {_interval(low, high, '+.2f')}; "
-        f"random sets of the same size by {control.random_effects.mean():+.2f} ({_random_p(control)})."
+    return (
+        f"Heads were not ranked: {ranked_on} harmful prompts of the fit and validate splits and {held_out} of the test "
+        f"split were complied with; {fewest} of each are needed."
     )
-    if not can_tell:
-        return f"No head can be claimed to suppress refusal, since the probe cannot tell at the final token. {joint}"
-    if not found:
-        return f"No head's effect passes its controls (q <= 0.05, n = {len(ranking.clean)}). {joint}"
-    subject = "1 head suppresses" if len(found) == 1 else f"{len(found)} heads suppress"
-    return f"{subject} refusal (q <= 0.05, n = {len(ranking.clean)}): {names}. {joint}"
+
+
+def of_heads(ranking: HeadRanking) -> str:
+    """Which heads suppress refusal; no claim where the readout cannot tell."""
+    significant = ranking.significant()
+    names = ", ".join(str(h) for h in significant[:6]) + (" ..." if len(significant) > 6 else "")
+    if not ranking.can_tell:
+        return "No head can be claimed to suppress refusal, since the probe cannot tell at the final token."
+    if not significant:
+        return f"No head's effect passes its controls (q <= 0.05, n = {len(ranking.clean)})."
+    subject = "1 head suppresses" if len(significant) == 1 else f"{len(significant)} heads suppress"
+    return f"{subject} refusal (q <= 0.05, n = {len(ranking.clean)}): {names}."
+
+
+def of_suppression(control: SetControl, n_heads: int) -> str:
+    """What editing the first heads together does, against random sets."""
+    low, high = control.interval
+    return (
+        f"Zeroing the first {len(control.heads)} of {n_heads} heads at the closing changes the refusal logit of "
+        f"{len(control.effects)} test transcripts by {control.effect:+.2f} [{low:+.2f}, {high:+.2f}]; size-matched "
+        f"random head sets by {control.random_effects.mean():+.2f} ({_random_p(control)})."
+    )
 
 
 def _random_p(control: SetControl) -> str:
@@ -97,13 +103,15 @@ def _random_p(control: SetControl) -> str:
     return f"p = {control.p:.3f}" + (f", the least that {sets} sets allow" if floor else "")
 
 
-def of_safety(report: SafetyReport, effects: SideEffects | None = None) -> str:
-    """What zeroing the top heads does to ASR and over-refusal, and to harmless transcripts token by token."""
-    sentences = [
-        _arm_sentence(report, group, word)
-        for group, word in (("harmful", "Attack success"), ("harmless", "Over-refusal"))
-    ]
-    return " ".join([*filter(None, sentences), *([] if effects is None else [_divergence_sentence(effects)])])
+def of_safety(report: SafetyReport) -> str:
+    """What zeroing the top heads does to ASR and over-refusal."""
+    words = (("harmful", "Attack success"), ("harmless", "Over-refusal"))
+    return " ".join(filter(None, (_arm_sentence(report, group, word) for group, word in words)))
+
+
+def of_side_effects(effects: SideEffects) -> str:
+    """What zeroing the top heads does to harmless transcripts, token by token."""
+    return _divergence_sentence(effects)
 
 
 def of_selection(selection: Selection) -> str:
@@ -136,11 +144,6 @@ def of_repair(report: RepairReport, n: int) -> str:
     else:
         parts.append("the cliff cannot be compared, since no probe could be fitted on one of the two")
     return f"Repaired on {n} selected transcripts: {', '.join(parts)}."
-
-
-def head_refs(frame: pd.DataFrame) -> tuple[HeadRef, ...]:
-    """Heads named by the columns layer and head."""
-    return tuple(HeadRef(layer=int(a), head=int(b)) for a, b in zip(frame["layer"], frame["head"], strict=True))
 
 
 def _divergence_sentence(effects: SideEffects) -> str:

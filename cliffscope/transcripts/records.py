@@ -23,7 +23,26 @@ from cliffscope.notebook import Shown
 # None, bool, int, float, str, or lists and dicts of these; run-time type checkers cannot follow a recursive alias.
 JsonValue: TypeAlias = object
 
-SPLITS = ("fit", "validate", "test")
+
+class Split(StrEnum):
+    """What a transcript may be used for: fitting, choosing, or measuring what is claimed."""
+
+    FIT = "fit"
+    VALIDATE = "validate"
+    TEST = "test"
+
+
+class Group(StrEnum):
+    """What a request asks for."""
+
+    HARMFUL = "harmful"
+    HARMLESS = "harmless"
+    UNLABELLED = "unlabelled"
+
+    @classmethod
+    def of(cls, harmful: bool | None) -> "Group":
+        """The group of a `harmful` label."""
+        return {True: cls.HARMFUL, False: cls.HARMLESS, None: cls.UNLABELLED}[harmful]
 
 
 class Outcome(StrEnum):
@@ -80,6 +99,11 @@ class Transcript:
             if message.role == "user":
                 return message.content
         raise DataError(f"Transcript {self.id!r} has no user message among {len(self.messages)}. Give it one.")
+
+    @property
+    def group(self) -> Group:
+        """What the request asks for, from the label `harmful`."""
+        return Group.of(self.harmful)
 
     replace = replace
     """Return a copy with some fields changed, given by name."""
@@ -168,14 +192,14 @@ class Transcripts(Shown, Sequence[Transcript]):
 
     def __repr__(self) -> str:
         """One line: counts by harmful and outcome."""
-        cells = Counter((_harmful_word(t.harmful), str(t.outcome)) for t in self._items)
+        cells = Counter((str(t.group), str(t.outcome)) for t in self._items)
         counts = "; ".join(f"{harmful}, {outcome} {n}" for (harmful, outcome), n in sorted(cells.items()))
         head = f"{len(self)}: {counts}" if counts else "0"
         return f"Transcripts({head}; omitted {len(self._omitted)})"
 
     def small_table(self) -> pd.DataFrame:
         """Counts by harmfulness and outcome."""
-        cells = Counter((_harmful_word(t.harmful), str(t.outcome)) for t in self._items)
+        cells = Counter((str(t.group), str(t.outcome)) for t in self._items)
         return pd.DataFrame([(*cell, n) for cell, n in sorted(cells.items())], columns=["prompts", "outcome", "n"])
 
     def where(
@@ -238,7 +262,7 @@ class Transcripts(Shown, Sequence[Transcript]):
             raise DataError(f"Split fractions {fractions} must not be negative and must add up to 1.")
         side = _assign_sides(self._items, fractions, seed)
         return {
-            name: Transcripts(t for t in self._items if side[normalise_prompt(t.prompt)] == name) for name in SPLITS
+            str(name): Transcripts(t for t in self._items if side[normalise_prompt(t.prompt)] == name) for name in Split
         }
 
 
@@ -252,14 +276,10 @@ def normalise_prompt(prompt: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
 
 
-def _harmful_word(harmful: bool | None) -> str:
-    return {True: "harmful", False: "harmless", None: "unlabelled"}[harmful]
-
-
 def _assign_sides(items: Sequence[Transcript], fractions: Sequence[float], seed: int) -> dict[str, str]:
     cells_of: dict[str, set[tuple[str, str]]] = defaultdict(set)
     for t in items:
-        cells_of[normalise_prompt(t.prompt)].add((_harmful_word(t.harmful), str(t.outcome)))
+        cells_of[normalise_prompt(t.prompt)].add((str(t.group), str(t.outcome)))
     strata: dict[tuple[tuple[str, str], ...], list[str]] = defaultdict(list)
     for prompt, cells in cells_of.items():
         strata[tuple(sorted(cells))].append(prompt)
@@ -267,7 +287,7 @@ def _assign_sides(items: Sequence[Transcript], fractions: Sequence[float], seed:
     for prompts in strata.values():
         prompts.sort(key=lambda prompt: hashlib.sha256(f"{seed}\n{prompt}".encode()).digest())
         sizes = _apportion(len(prompts), fractions)
-        names = [name for name, size in zip(SPLITS, sizes, strict=True) for _ in range(size)]
+        names = [name for name, size in zip(Split, sizes, strict=True) for _ in range(size)]
         side.update(zip(prompts, names, strict=True))
     return side
 

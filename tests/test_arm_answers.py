@@ -1,10 +1,10 @@
 from pathlib import Path
 
 import pytest
+from cliffscope.generation.kept import OMITTED, open_answers
 from conftest import written
 
 from cliffscope.errors import StoreError
-from cliffscope.generation.kept import OMITTED, open_answers
 from cliffscope.store import open_run
 from cliffscope.transcripts.records import Omission, Outcome, Transcripts
 

@@ -1,0 +1,354 @@
+"""What does a run directory hold?
+
+Every file of a run directory is named here, once, with its columns, their types and units, and what it is for. Stages
+hand their results to these objects, which check them when they are written; the report and `open_study` read through
+them; the table in docs/guide/study.md is made from them. Knows no stage, no model and no figure.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Final, TypeAlias
+
+from cliffscope.study.artefact_kinds import (
+    Arrays,
+    Artefact,
+    Column,
+    Document,
+    Kind,
+    Page,
+    Place,
+    Table,
+    TranscriptFile,
+)
+
+Row: TypeAlias = tuple[str, Kind, str]
+"""Name, kind and meaning of a column."""
+
+
+def _columns(*rows: Row, optional: Sequence[str] = ()) -> tuple[Column, ...]:
+    return tuple(Column(name=n, kind=k, meaning=m, optional=n in optional) for n, k, m in rows)
+
+
+_ID: Final[Row] = ("id", "text", "transcript")
+_SPLIT: Final[Row] = ("split", "text", "fit, validate or test")
+_HARMFUL: Final[Row] = ("harmful", "bool", "whether the request is harmful; missing where nobody said")
+_OUTCOME: Final[Row] = ("outcome", "text", "refused, complied, unfinished or unjudged")
+_INTERVAL: tuple[Row, ...] = (
+    ("ci_low", "float", "lower end of the 95% interval"),
+    ("ci_high", "float", "upper end of the 95% interval"),
+)
+_MEAN_TRACE = _columns(
+    ("group", "text", "request and outcome, such as `harmful, complied`"),
+    ("bin", "int", "place on the common axis, from 0"),
+    ("label", "text", "what the place is called"),
+    ("span", "text", "prompt, thinking or closing"),
+    ("mean", "float", "mean refusal score over transcripts, 0 to 1"),
+    *_INTERVAL,
+    ("n", "int", "transcripts"),
+)
+_CLIFF: tuple[Row, ...] = (
+    _ID,
+    ("group", "text", "request and outcome, such as `harmful, complied`"),
+    _HARMFUL,
+    _OUTCOME,
+    ("plateau_max", "float", "largest refusal score in the thinking, 0 to 1"),
+    ("plateau_mean", "float", "mean refusal score in the thinking, 0 to 1"),
+    ("plateau_late", "float", "mean refusal score in the last two fifths of the thinking, 0 to 1"),
+    ("final", "float", "refusal score at the final token, 0 to 1"),
+    ("cliff", "float", "plateau minus final"),
+    ("drop", "float", "largest fall of the score from one token to the next"),
+    ("drop_position", "int", "position of that fall"),
+    ("drop_token", "text", "its token"),
+    ("valid", "bool", "whether the probe can tell there"),
+    ("reason", "text", "why not"),
+)
+_ARM: tuple[Row, ...] = (
+    ("arm", "text", "name of the arm, such as `random 3`"),
+    ("kind", "text", "unedited, top or random"),
+)
+
+TRANSCRIPTS = TranscriptFile(file="transcripts.jsonl", meaning="every transcript, judged")
+TRANSCRIPT_TABLE = Table(
+    file="transcripts.parquet",
+    meaning="one row per transcript, with its split",
+    columns=_columns(
+        _ID,
+        _SPLIT,
+        _HARMFUL,
+        _OUTCOME,
+        ("source", "text", "where the prompt comes from"),
+        ("prompt", "text", "last user message"),
+        ("thinking", "text", "between the tags"),
+        ("answer", "text", "after the closing"),
+        ("n_pos", "int", "generated tokens"),
+    ),
+)
+PROBE = Document(
+    file="probe.json",
+    meaning="the probe: what it was fitted on and its held-out report",
+    keys={
+        "layer": "layer of the probe",
+        "positions": "positions that it was fitted on",
+        "fingerprint": "of the model",
+        "strength": "inverse regularisation, C",
+        "refused_logit": "mean logit of held-out refused transcripts at the final token",
+        "contrast": "complied class: harmless or harmful",
+        "n_fit": "transcripts by class in the fit split",
+        "cells": "class, harmful, n",
+        "warnings": "one-sided classes",
+        "omitted": "transcripts left out",
+        "report": "held-out quality by region",
+    },
+)
+PROBE_ARRAYS = Arrays(
+    file="probe.safetensors",
+    meaning="directions and biases of the probes of all layers",
+    arrays={"weights": "[layer, d_model]", "biases": "[layer]"},
+)
+PROBE_LAYERS = Table(
+    file="probe_layers.parquet",
+    meaning="held-out quality of the probe by layer and region",
+    columns=_columns(
+        ("layer", "int", "layer index from 0"),
+        ("region", "text", "positions looked at together"),
+        ("auroc", "float", "refused against complied, 0 to 1"),
+        ("auroc_low", "float", "lower end of its 95% interval"),
+        ("auroc_high", "float", "upper end of its 95% interval"),
+        ("tpr_at_1_fpr", "float", "true positive rate at 1% false positives"),
+        ("brier", "float", "Brier score"),
+        ("calibration_error", "float", "expected calibration error"),
+        ("n_refused", "int", "refused transcripts"),
+        ("n_complied", "int", "complied transcripts"),
+    ),
+)
+TRACES = Table(
+    file="traces.parquet",
+    meaning="refusal score of every token of up to 200 transcripts",
+    columns=_columns(
+        _ID,
+        ("position", "int", "token position from 0"),
+        ("span", "text", "prompt, thinking, closing or answer"),
+        ("token", "text", "its text"),
+        ("logit", "float", "refusal logit"),
+        ("score", "float", "refusal score, 0 to 1"),
+    ),
+)
+LAYER_TRACES = Table(
+    file="layer_traces.parquet",
+    meaning="refusal score of a few transcripts at every layer",
+    columns=_columns(
+        _ID,
+        ("position", "int", "token position from 0"),
+        ("layer", "int", "layer index from 0"),
+        ("score", "float", "refusal score by that layer's own probe, 0 to 1"),
+    ),
+)
+ALIGNED = Table(file="aligned.parquet", meaning="mean traces by group, held-out transcripts", columns=_MEAN_TRACE)
+CLIFFS = Table(
+    file="cliffs.parquet",
+    meaning="one row per transcript: plateau, final score, cliff",
+    columns=_columns(*_CLIFF, _SPLIT, optional=("split",)),
+)
+HEADS = Table(
+    file="heads.parquet",
+    meaning="one row per head: its effect, interval, p and q",
+    columns=_columns(
+        ("layer", "int", "layer index from 0"),
+        ("head", "int", "query head index from 0"),
+        ("kv_group", "int", "key-value head that it reads"),
+        ("effect", "float", "readout, edited minus unedited, logit; positive suppresses refusal"),
+        ("effect_score", "float", "the same in score"),
+        *_INTERVAL,
+        ("p", "float", "sign-flip permutation beyond the controls"),
+        ("q", "float", "Benjamini-Hochberg over heads"),
+        ("effect_harmless", "float", "effect on harmless transcripts, logit"),
+        ("effect_refused", "float", "effect on refused transcripts, logit"),
+        ("n", "int", "transcripts"),
+        ("rank", "int", "place by effect, from 1"),
+        ("method", "text", "how heads were measured"),
+        ("scope", "text", "where they were edited"),
+    ),
+)
+HEADS_FACTS = Document(
+    file="heads.json",
+    meaning="how the heads were ranked",
+    keys={
+        "method": "how heads were measured",
+        "scope": "where they were edited",
+        "path": "how the sweep was computed, and why not faster",
+        "n": "transcripts",
+        "gap": "refused logit minus that of these transcripts",
+        "significant": "heads with q of at most 0.05",
+    },
+)
+SELECTED_HEADS = Table(
+    file="selected_heads.parquet",
+    meaning="the heads that are edited from here on",
+    columns=_columns(
+        ("layer", "int", "layer index from 0"),
+        ("head", "int", "query head index from 0"),
+        ("rank", "int", "place by effect, from 1"),
+    ),
+)
+SUPPRESSION = Document(
+    file="suppression.json",
+    meaning="the selected set against random sets, on test transcripts",
+    keys={
+        "top_fraction": "share of heads selected",
+        "selected": "heads",
+        "n": "transcripts",
+        "effect": "mean joint effect, logit",
+        "effect_low": "lower end of its 95% interval",
+        "effect_high": "upper end of its 95% interval",
+        "random_sets": "mean joint effect of each random set, logit",
+        "p": "share of sets with at least the effect, the selected set included",
+        "beats_random": "whether the set beats every random set and holds a significant head",
+    },
+)
+EDITED_ALIGNED = Table(
+    file="edited_aligned.parquet",
+    meaning="mean traces of complied harmful transcripts with the selected heads and with one random set zeroed",
+    columns=_MEAN_TRACE,
+)
+EDITED_CLIFFS = Table(
+    file="edited_cliffs.parquet", meaning="cliffs of the same transcripts and edits", columns=_columns(*_CLIFF)
+)
+HEAD_SOURCES = Table(
+    file="head_sources.parquet",
+    meaning="what the first heads read in the transcript of median cliff",
+    columns=_columns(
+        _ID,
+        ("head", "text", "such as L4H5"),
+        ("kv_group", "int", "key-value head that it reads"),
+        ("query", "int", "position of the closing token"),
+        ("position", "int", "position of the source token"),
+        ("token", "text", "text of the source token"),
+        ("span", "text", "span of the source token"),
+        ("attention", "float", "attention weight, 0 to 1"),
+        ("share", "float", "share of the refusal logit"),
+    ),
+)
+ARM_ANSWERS = Place(file="arm-*.jsonl", meaning="answers of each arm")
+ARM_LOGS = Place(file="arm-*.log", meaning="finished batches of an arm that is still running", transient=True)
+ARM_OMISSIONS = Place(file="arms.json", meaning="what each arm left out")
+SAFETY = Table(
+    file="safety.parquet",
+    meaning="attack success and over-refusal by arm",
+    columns=_columns(
+        *_ARM,
+        ("group", "text", "harmful or harmless"),
+        ("n", "int", "prompts"),
+        ("refused", "int", "answers judged as refusals"),
+        ("complied", "int", "answers judged as compliance"),
+        ("partial", "int", "answers that refuse and help all the same; counted as compliance"),
+        ("unfinished", "int", "answers that never came"),
+        ("unjudged", "int", "answers that no judge could read"),
+        ("rate", "float", "attack success (harmful) or over-refusal (harmless), 0 to 1"),
+        *_INTERVAL,
+    ),
+)
+SAFETY_PAIRS = Table(
+    file="safety_pairs.parquet",
+    meaning="difference of each arm from the unedited one, paired by prompt",
+    columns=_columns(
+        ("arm", "text", "name of the arm"),
+        ("group", "text", "harmful or harmless"),
+        ("n", "int", "prompts that both arms answered and the judge could read"),
+        ("difference", "float", "rate minus that of the unedited arm"),
+        *_INTERVAL,
+        ("mcnemar_p", "float", "exact McNemar test"),
+    ),
+)
+SAFETY_QUALITY = Table(
+    file="safety_quality.parquet",
+    meaning="what the answers of each arm are like",
+    columns=_columns(
+        *_ARM,
+        ("group", "text", "harmful or harmless"),
+        ("measure", "text", "such as repetition"),
+        ("n", "int", "answers"),
+        ("value", "float", "mean"),
+        *_INTERVAL,
+    ),
+)
+SIDE_EFFECTS = Table(
+    file="side_effects.parquet",
+    meaning="divergence of the edited model on harmless transcripts",
+    columns=_columns(
+        *_ARM,
+        ("measure", "text", "kl or perplexity"),
+        ("n", "int", "transcripts"),
+        ("value", "float", "mean"),
+        *_INTERVAL,
+        ("unit", "text", "unit of the value"),
+    ),
+)
+SELECTION = Table(
+    file="selection.parquet",
+    meaning="the ranked pool",
+    columns=_columns(
+        _ID,
+        ("prompt", "text", "last user message"),
+        ("thinking", "text", "between the tags"),
+        ("answer", "text", "after the closing"),
+        ("plateau", "float", "refusal score in the thinking, 0 to 1"),
+        ("final", "float", "refusal score at the final token, 0 to 1"),
+        ("cliff", "float", "plateau minus final"),
+        ("rank", "int", "place in the pool, from 1"),
+        ("chosen", "bool", "whether it is selected"),
+    ),
+)
+SELECTED = TranscriptFile(file="selection.jsonl", meaning="the selected transcripts; empty where none was selected")
+REPAIRED = Place(file="repaired", meaning="with `--repair`: the repaired checkpoint, a folder")
+REPAIR = Table(
+    file="repair.parquet",
+    meaning="with `--repair`: the model before and after",
+    columns=_columns(
+        ("model", "text", "before or after"),
+        ("measure", "text", "such as asr"),
+        ("n", "int", "transcripts"),
+        ("value", "float", "value of the measure"),
+        *_INTERVAL,
+        ("note", "text", "why a value is missing"),
+    ),
+)
+OMITTED = Table(
+    file="omitted.parquet",
+    meaning="everything that was left out, with the reason",
+    columns=_columns(
+        ("stage", "text", "stage of the study"),
+        ("step", "text", "function that left it out"),
+        ("reason", "text", "why"),
+        _ID,
+    ),
+)
+REPORT = Page(file="report.html", meaning="the report")
+MANIFEST = Place(
+    file="manifest.json",
+    meaning="settings, model, stages with their keys, library versions and seconds, findings, notes, counts",
+)
+
+ARTEFACTS: tuple[Artefact, ...] = (
+    *(MANIFEST, TRANSCRIPTS, TRANSCRIPT_TABLE, PROBE, PROBE_ARRAYS, PROBE_LAYERS),
+    *(TRACES, LAYER_TRACES, ALIGNED, CLIFFS, HEADS, HEADS_FACTS, SELECTED_HEADS, SUPPRESSION),
+    *(EDITED_ALIGNED, EDITED_CLIFFS, HEAD_SOURCES, ARM_ANSWERS, ARM_LOGS, ARM_OMISSIONS),
+    *(SAFETY, SAFETY_PAIRS, SAFETY_QUALITY, SIDE_EFFECTS, SELECTION, SELECTED, REPAIRED, REPAIR, OMITTED, REPORT),
+)
+"""Every artefact, in the order in which a study makes them."""
+TABLES: Mapping[str, Table] = {artefact.name: artefact for artefact in ARTEFACTS if isinstance(artefact, Table)}
+"""Every table by name."""
+
+
+def describe() -> str:
+    """The files of a run directory as a Markdown table, for the documentation."""
+    rows = [f"| `{a.file}` | {a.meaning} | {_contents(a)} |" for a in ARTEFACTS]
+    return "\n".join(["| file | content | columns or keys |", "|---|---|---|", *rows])
+
+
+def _contents(artefact: Artefact) -> str:
+    if isinstance(artefact, Table):
+        return ", ".join(f"`{name}`" for name in artefact.column_names)
+    if isinstance(artefact, Document):
+        return ", ".join(f"`{key}`" for key in artefact.keys)
+    if isinstance(artefact, Arrays):
+        return ", ".join(f"`{name}` {shape}" for name, shape in artefact.arrays.items())
+    return ""

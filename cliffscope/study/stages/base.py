@@ -1,0 +1,155 @@
+"""What is a stage of a study?
+
+A stage declares what it needs, what it makes, and which settings it depends on. Its `run` takes what earlier stages
+left and returns its results; it writes nothing itself, apart from places that are filled row by row while it runs
+(answers of arms, a repaired checkpoint). The runner checks, writes and records what it returns.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import ClassVar
+
+import pandas as pd
+
+from cliffscope.model.load import LensModel, load_model
+from cliffscope.progress import Progress
+from cliffscope.readouts.probe import RefusalProbe
+from cliffscope.store import RunStore
+from cliffscope.study.answers import ArmAnswers, open_answers
+from cliffscope.study.artefact_kinds import Artefact, Place, Table
+from cliffscope.study.artefacts import PROBE, SELECTED_HEADS, TRANSCRIPT_TABLE, TRANSCRIPTS
+from cliffscope.study.config import StudyConfig
+from cliffscope.study.saved_probe import load_probe
+from cliffscope.transcripts.records import Omission, Outcome, Split, Transcripts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """A sentence that heads a section of the report."""
+
+    topic: str
+    """What it is about, such as "cliff"."""
+    sentence: str
+    """What was found, with n and interval, or which condition failed."""
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class StageOutputs:
+    """What a stage hands to the runner."""
+
+    files: Mapping[Artefact, object] = field(default_factory=dict)
+    """Values by artefact, among those that the stage says it makes."""
+    findings: tuple[Finding, ...] = ()
+    """Sentences."""
+    notes: tuple[str, ...] = ()
+    """What could not be done, and why."""
+    omitted: tuple[Omission, ...] = ()
+    """What was left out, and why."""
+    facts: Mapping[str, object] = field(default_factory=dict)
+    """Entries of the manifest, JSON-ready."""
+
+
+@dataclass(eq=False, kw_only=True)
+class Workspace:
+    """What stages read: the configuration, the model, and what earlier stages left on disk; each is read once."""
+
+    config: StudyConfig
+    """Of the study."""
+    store: RunStore
+    """The run directory; stages read through the properties and `table`."""
+    progress: Progress
+    """Called with stage, items done and items in all."""
+
+    @cached_property
+    def model(self) -> LensModel:
+        """The model, loaded when it is first needed."""
+        return load_model(self.config.model, template=self.config.template, device=self.config.device)
+
+    @cached_property
+    def transcripts(self) -> Transcripts:
+        """All judged transcripts."""
+        return TRANSCRIPTS.read(self.store.path)
+
+    @cached_property
+    def splits(self) -> dict[str, str]:
+        """Transcript id to split."""
+        frame = self.table(TRANSCRIPT_TABLE)
+        return {str(i): str(s) for i, s in zip(frame["id"], frame["split"], strict=True)}
+
+    @cached_property
+    def probe(self) -> RefusalProbe | None:
+        """The probe; None if none could be fitted."""
+        return load_probe(self.store) if self.has(PROBE) else None
+
+    def has(self, artefact: Artefact) -> bool:
+        """Whether an earlier stage made it."""
+        return bool(artefact.paths(self.store.path))
+
+    def table(self, table: Table) -> pd.DataFrame:
+        """A table of an earlier stage; empty where it made none."""
+        return table.read(self.store.path)
+
+    def selected_heads(self) -> pd.DataFrame:
+        """The heads that are edited, best first."""
+        return self.table(SELECTED_HEADS).sort_values("rank", ignore_index=True)
+
+    def part(self, *splits: Split, harmful: bool | None = None, outcome: Outcome | None = None) -> Transcripts:
+        """Transcripts of some splits, by label and outcome."""
+        return Transcripts(
+            t
+            for t in self.transcripts
+            if self.splits[t.id] in splits
+            and (harmful is None or t.harmful is harmful)
+            and (outcome is None or t.outcome == outcome)
+        )
+
+    def counter(self, stage: str, total: int) -> Callable[[int], None]:
+        """A progress callback of one stage."""
+        return lambda done: self.progress(stage, done, total)
+
+    def answers(self, key: str) -> AbstractContextManager[ArmAnswers]:
+        """Answers of arms, which survive a crash; those of another key are refused."""
+        return open_answers(self.store, key)
+
+    def folder(self, place: Place) -> Path:
+        """Where a place that another library fills lies."""
+        return self.store.path / place.file
+
+
+class Stage(ABC):
+    """One step of a study."""
+
+    name: ClassVar[str]
+    """Its name in the manifest and on the command line."""
+    version: ClassVar[int]
+    """Of its code; raised by hand whenever the same inputs would give other results."""
+    needs: ClassVar[tuple[str, ...]]
+    """Stages whose results it reads."""
+    makes: ClassVar[tuple[Artefact, ...]]
+    """Artefacts that it may make."""
+    settings: ClassVar[tuple[str, ...]]
+    """Fields of `StudyConfig` that its results depend on."""
+    files: ClassVar[tuple[str, ...]] = ()
+    """Fields of `StudyConfig` that name input files, which count by content."""
+    uses_model: ClassVar[bool] = True
+    """Whether its results depend on the model itself."""
+
+    def wanted(self, config: StudyConfig) -> bool:  # noqa: ARG002
+        """Whether the configuration asks for it."""
+        return True
+
+    @abstractmethod
+    def run(self, work: Workspace, key: str) -> StageOutputs:
+        """Does the work.
+
+        Args:
+            work: what earlier stages left.
+            key: the stage's key, for answers that are kept while it runs.
+
+        Returns:
+            The results.
+        """

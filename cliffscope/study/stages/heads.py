@@ -1,0 +1,59 @@
+"""Stage 4: every head's effect on refusal, on the fit and validate splits."""
+
+from cliffscope.heads.ranking import rank_heads
+from cliffscope.readouts.probe import FEWEST
+from cliffscope.study import verdicts
+from cliffscope.study.artefacts import HEADS, HEADS_FACTS
+from cliffscope.study.stages.base import Finding, Stage, StageOutputs, Workspace
+from cliffscope.transcripts.records import Outcome, Split
+
+
+class HeadStage(Stage):
+    """Ranks all heads on harmful transcripts that were complied with."""
+
+    name = "heads"
+    version = 1
+    needs = ("transcripts", "readouts")
+    makes = (HEADS, HEADS_FACTS)
+    settings = ("method", "seed")
+
+    def run(self, work: Workspace, key: str) -> StageOutputs:  # noqa: ARG002
+        """Ranks, or says that too few transcripts were complied with."""
+        if work.probe is None:
+            return StageOutputs()
+        suppressed = work.part(Split.FIT, Split.VALIDATE, harmful=True, outcome=Outcome.COMPLIED)
+        held_out = work.part(Split.TEST, harmful=True, outcome=Outcome.COMPLIED)
+        if len(suppressed) < FEWEST or len(held_out) < FEWEST:
+            return StageOutputs(
+                findings=(Finding(topic="heads", sentence=verdicts.no_heads(len(suppressed), len(held_out), FEWEST)),),
+                notes=(
+                    f"Heads were not ranked: {len(suppressed)} harmful transcripts of the fit and validate splits and "
+                    f"{len(held_out)} of the test split were complied with; {FEWEST} of each are needed.",
+                ),
+            )
+        ranking = rank_heads(
+            work.model,
+            work.probe,
+            suppressed,
+            method=work.config.method,
+            harmless=work.part(Split.FIT, Split.VALIDATE, harmful=False),
+            refused=work.part(Split.FIT, Split.VALIDATE, harmful=True, outcome=Outcome.REFUSED),
+            seed=work.config.seed,
+            progress=work.counter(self.name, len(suppressed)),
+        )
+        significant = ranking.significant()
+        return StageOutputs(
+            files={
+                HEADS: ranking.to_frame(),
+                HEADS_FACTS: {
+                    "method": ranking.method,
+                    "scope": str(ranking.scope),
+                    "path": ranking.path,
+                    "n": len(ranking.clean),
+                    "gap": ranking.gap,
+                    "significant": [str(head) for head in significant],
+                },
+            },
+            findings=(Finding(topic="heads", sentence=verdicts.of_heads(ranking)),),
+            omitted=ranking.omitted,
+        )

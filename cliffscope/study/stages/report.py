@@ -1,0 +1,24 @@
+"""Last stage: everything as one HTML page."""
+
+from cliffscope.report.page import render
+from cliffscope.report.stored import read_run
+from cliffscope.study.artefacts import REPORT
+from cliffscope.study.stages.base import Stage, StageOutputs, Workspace
+
+
+class ReportStage(Stage):
+    """Renders the report from the run directory alone."""
+
+    name = "report"
+    version = 1
+    needs = (
+        *("transcripts", "readouts", "traces", "heads", "suppression", "reading"),
+        *("safety", "side effects", "selection", "repair"),
+    )
+    makes = (REPORT,)
+    settings = ("repair",)
+    uses_model = False
+
+    def run(self, work: Workspace, key: str) -> StageOutputs:  # noqa: ARG002
+        """Renders the page."""
+        return StageOutputs(files={REPORT: render(read_run(work.store.path))})
