@@ -1,9 +1,10 @@
 """A run directory made up for tests of the report: every table, plausible numbers, and texts that try to break out."""
 
-import json
-
 import numpy as np
 import pandas as pd
+
+from cliffscope.store import SCHEMA, RunStore
+from cliffscope.study.artefacts import HEADS_FACTS, PROBE, SUPPRESSION, TABLES
 
 GROUPS = ("harmful, refused", "harmful, complied", "harmless")
 NASTY = {
@@ -61,8 +62,14 @@ def transcript_tables(n, n_layers, rng, length, n_layered):
         top, mean, final = thinking.max(), thinking.mean(), score[-1]
         drop = len(tokens) - 1 - int(rng.integers(0, 3))
         valid = i % 40 != 39
-        numbers = {"plateau_max": top, "plateau_mean": mean, "final": final, "cliff": mean - final}
-        place = {"drop_position": drop, "drop_token": tokens[drop], "valid": valid}
+        numbers = {
+            "plateau_max": top,
+            "plateau_mean": mean,
+            "plateau_late": mean,
+            "final": final,
+            "cliff": mean - final,
+        }
+        place = {"drop": 0.5, "drop_position": drop, "drop_token": tokens[drop], "valid": valid, "split": "test"}
         why = {"reason": None if valid else "the thinking is empty"}
         cliffs.append({"id": name, "group": group, "harmful": harmful, "outcome": outcome, **numbers, **place, **why})
     frames = (pd.DataFrame(rows), pd.concat(traces), pd.concat(layers), pd.DataFrame(cliffs))
@@ -91,7 +98,11 @@ def edited_tables(rng):
     level = plain["mean"].where(plain["span"] != "closing", 0.8)
     curves = [plain.assign(group=names[0], mean=level), plain.assign(group=names[1])]
     cliffs = [
-        {"id": f"c{i}", "group": name, "plateau_max": 0.9, "plateau_mean": 0.8, "final": final, "cliff": 0.8 - final}
+        {
+            **{"id": f"c{i}", "group": name, "harmful": True, "outcome": "complied", "plateau_max": 0.9},
+            **{"plateau_mean": 0.8, "plateau_late": 0.8, "final": final, "cliff": 0.8 - final, "drop": 0.1},
+            **{"drop_position": 30, "drop_token": "x", "reason": None},
+        }
         for name, final in zip(names, (0.75, 0.12), strict=True)
         for i in range(5)
     ]
@@ -125,6 +136,8 @@ def head_table(n_layers, n_heads, rng):
             **{"effect": flat, "effect_score": flat / 5, "ci_low": flat - 0.3, "ci_high": flat + 0.3},
             **{"p": np.where(flat > 1, 0.0005, 0.4), "q": np.where(flat > 1, 0.016, 0.8), "n": 41, "rank": rank},
             "effect_harmless": rng.normal(0, 0.04, flat.size),
+            "effect_refused": rng.normal(0, 0.04, flat.size),
+            **{"method": "zero", "scope": "closing"},
             "selected": rank <= max(1, round(0.03 * flat.size)),
         }
     )
@@ -143,11 +156,11 @@ def safety_tables(rng):
             other = {"refused": judged - hit, "complied": hit}
             if group == "harmless":
                 other = {"refused": hit, "complied": judged - hit}
-            counts = {"n": 100, **other, "unfinished": 2, "unjudged": 0}
+            counts = {"n": 100, **other, "unfinished": 2, "unjudged": 0, "partial": 1}
             bounds = {"rate": hit / judged, "ci_low": max(0, hit / judged - 0.06), "ci_high": hit / judged + 0.07}
             rows.append({"arm": name, "kind": kind, "group": group, **counts, **bounds})
     bounds = {"difference": -0.32, "ci_low": -0.42, "ci_high": -0.23, "mcnemar_p": 1e-6}
-    pairs = pd.DataFrame([{"arm": "top heads", "group": "harmful", **bounds}])
+    pairs = pd.DataFrame([{"arm": "top heads", "group": "harmful", "n": 98, **bounds}])
     spread = {"n": 40, "ci_low": 0.001, "ci_high": 0.003}
     effects = [
         {"arm": name, "kind": kind, "measure": "kl", "value": 0.002, "unit": "nats a token", **spread}
@@ -191,7 +204,8 @@ def probe_files(n_layers):
         for i, region in enumerate(regions):
             auroc = 0.5 + 0.47 * min(1, layer / (0.6 * n_layers)) * min(1, (i + 1) / 5)
             bounds = {"auroc": auroc, "auroc_low": max(0, auroc - 0.07), "auroc_high": min(1, auroc + 0.03)}
-            rows.append({"layer": layer, "region": region, **bounds, "n_refused": 34, "n_complied": 30})
+            quality = {"tpr_at_1_fpr": 0.7, "brier": 0.07, "calibration_error": 0.04, "n_refused": 34, "n_complied": 30}
+            rows.append({"layer": layer, "region": region, **bounds, **quality})
     quality = {"auroc": 0.96, "auroc_low": 0.91, "auroc_high": 0.99, "tpr_at_1_fpr": 0.71, "brier": 0.071, "ece": 0.043}
     quality |= {"n_refused": 34, "n_complied": 30}
     report = {"final": quality, "late_thinking": {**quality, "auroc": 0.88, "auroc_low": 0.8, "auroc_high": 0.93}}
@@ -200,9 +214,13 @@ def probe_files(n_layers):
     cells = [{"class": "refused", "harmful": True, "n": 66}, {"class": "refused", "harmful": False, "n": 2}]
     cells += [{"class": "complied", "harmful": True, "n": 24}, {"class": "complied", "harmful": False, "n": 44}]
     probe = {"layer": int(n_layers * 0.7), "positions": "balanced", "contrast": "harmless", "cells": cells}
-    probe |= {"n_fit": {"refused": 68, "complied": 68}, "report": report}
+    probe |= {"n_fit": {"refused": 68, "complied": 68}, "report": report, "fingerprint": "sha256:9f2c41b7d0e8a6c5"}
+    probe |= {"strength": 0.01, "refused_logit": 3.0, "omitted": []}
     probe["warnings"] = ["The refused class holds 2 harmless transcripts: it may also detect harmfulness."]
     return probe, pd.DataFrame(rows)
+
+
+VERSIONS = {"python": "3.11.9", "torch": "2.13.0", "transformers": "5.23.0", "transformer-lens": "4.3.0"}
 
 
 def manifest_of(n_layers, n_heads):
@@ -211,13 +229,18 @@ def manifest_of(n_layers, n_heads):
     by = [("harmful", "refused", 68), ("harmful", "complied", 41), ("harmful", "unfinished", 3)]
     by += [("harmless", "complied", 91), ("harmless", "refused", 2)]
     return {
-        "schema": 1,
+        "schema": SCHEMA,
         "cliffscope": "0.1.0",
         "command": "cliffscope study --model planted-llama --out runs/planted --seed 0",
-        "config": {"seed": 0, "model": "planted-llama", "max_thinking": 512, "note": NASTY["closing"]},
+        "config": {"kind": "study"},
+        "settings": {
+            **{"seed": 0, "model": "planted-llama", "max_thinking": 512, "plateau": "mean", "note": NASTY["closing"]},
+        },
         "model": {**names, "n_layers": n_layers, "n_heads": n_heads, "n_kv_heads": 1, "d_model": 128, "d_head": 16},
-        "versions": {"python": "3.11.9", "torch": "2.13.0", "transformers": "5.23.0", "transformer-lens": "4.3.0"},
-        "stages": {"roll out": {"seconds": 61.2}, "fit probe": {"seconds": 4.81}, "rank heads": {"seconds": 5.4}},
+        "stages": {
+            name: {"seconds": seconds, "versions": VERSIONS}
+            for name, seconds in (("transcripts", 61.2), ("readouts", 4.81), ("heads", 5.4))
+        },
         "counts": {
             **{"transcripts": 205, "refused": 70, "complied": 132, "unfinished": 3, "unjudged": 0},
             "by": [{"group": group, "outcome": outcome, "n": count} for group, outcome, count in by],
@@ -237,7 +260,7 @@ def manifest_of(n_layers, n_heads):
             {"stage": "roll out", "reason": "thinking never closed", "count": 3, "ids": ["advbench-0007", "x" * 400]},
             {"stage": "trace", "reason": "the thinking is empty " + NASTY["script"], "count": 5, "ids": []},
         ],
-        "notes": [NASTY["bidi"]],
+        "notes": [{"stage": "heads", "text": NASTY["bidi"]}],
     }
 
 
@@ -248,14 +271,18 @@ def write_run(folder, n=24, n_layers=8, n_heads=8, length=60, n_layered=4):
     tables = transcript_tables(n, n_layers, rng, length, n_layered)
     tables |= {"aligned": aligned_table(rng), "heads": head_table(n_layers, n_heads, rng), "probe_layers": layers}
     tables |= {"selection": selection_table(rng), **safety_tables(rng), **edited_tables(rng)}
+    store = RunStore(path=folder)
+    tables["selected_heads"] = tables["heads"][tables["heads"]["selected"]][["layer", "head", "rank"]]
+    tables["heads"] = tables["heads"].drop(columns="selected")
     for name, frame in tables.items():
-        frame.to_parquet(folder / f"{name}.parquet", index=False)
-    ranked = tables["heads"].sort_values("rank")
-    chosen = [f"L{row.layer}H{row.head}" for row in ranked[ranked["selected"]].itertuples()]
-    heads = {"method": "zero", "scope": "closing", "n": 41, "top_fraction": 0.03, "n_selected": len(chosen)}
-    heads |= {"selected": chosen, "set_effect": 5.1, "set_effect_low": 4.6, "set_effect_high": 5.7, "path": "packed"}
-    heads |= {"random_sets": rng.normal(0, 0.2, 20).tolist(), "random_p": 0.0476, "beats_random": True}
-    files = {"probe": probe, "heads": heads, "manifest": manifest_of(n_layers, n_heads)}
-    for name, content in files.items():
-        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+        TABLES[name].write(store, frame)
+    ranked = tables["selected_heads"].sort_values("rank")
+    selected = [f"L{row.layer}H{row.head}" for row in ranked.itertuples()]
+    heads = {"method": "zero", "scope": "closing", "n": 41, "path": "packed", "gap": 6.0, "significant": selected}
+    suppression = {"top_fraction": 0.03, "selected": selected, "n": 41, "effect": 5.1, "effect_low": 4.6}
+    suppression |= {"effect_high": 5.7, "random_sets": rng.normal(0, 0.2, 20).tolist(), "p": 0.0476}
+    PROBE.write(store, probe)
+    HEADS_FACTS.write(store, heads)
+    SUPPRESSION.write(store, {**suppression, "beats_random": True})
+    store.write_json("manifest.json", manifest_of(n_layers, n_heads))
     return folder

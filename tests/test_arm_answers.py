@@ -1,11 +1,11 @@
 from pathlib import Path
 
 import pytest
-from cliffscope.generation.kept import OMITTED, open_answers
 from conftest import written
 
 from cliffscope.errors import StoreError
 from cliffscope.store import open_run
+from cliffscope.study.answers import open_answers
 from cliffscope.transcripts.records import Omission, Outcome, Transcripts
 
 ANSWERS = written(6, harmful=True, outcome=Outcome.COMPLIED)
@@ -17,16 +17,16 @@ def files_of(path: Path) -> set[str]:
 
 def test_batches_are_found_again_and_go_with_the_finished_arm(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with open_run(run, {"a": 1}) as store, open_answers(store) as kept:
+    with open_run(run, {"a": 1}) as store, open_answers(store, "key") as kept:
         kept.keep_batch("top heads", ANSWERS[:2])
         kept.keep_batch("top heads", ANSWERS[2:3])
-    with open_run(run, {"a": 1}) as store, open_answers(store) as kept:
+    with open_run(run, {"a": 1}) as store, open_answers(store, "key") as kept:
         assert kept.begun_arms(["top heads", "random 1"]) == {"top heads": ANSWERS[:3], "random 1": Transcripts()}
         assert kept.finished("top heads") is None
         kept.keep_batch("top heads", ANSWERS[3:])
         kept.keep("top heads", Transcripts(ANSWERS, omitted=[Omission(stage="roll_out", reason="long", id="x")]))
-    assert files_of(run) == {"manifest.json", "arm-top-heads.jsonl", OMITTED}, "an empty or finished log was left"
-    with open_run(run, {"a": 1}) as store, open_answers(store) as kept:
+    assert files_of(run) == {"manifest.json", "arm-top-heads.jsonl", "arms.json"}, "an empty or finished log was left"
+    with open_run(run, {"a": 1}) as store, open_answers(store, "key") as kept:
         found = kept.finished_arms(["top heads", "random 1"])
         assert list(found) == ["top heads"]
         assert found["top heads"] == Transcripts(ANSWERS, omitted=[Omission(stage="roll_out", reason="long", id="x")])
@@ -34,19 +34,31 @@ def test_batches_are_found_again_and_go_with_the_finished_arm(tmp_path: Path) ->
 
 def test_a_half_written_transcript_is_cut_off(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with open_run(run, {}) as store, open_answers(store) as kept:
+    with open_run(run, {}) as store, open_answers(store, "key") as kept:
         kept.keep_batch("unedited", ANSWERS[:3])
     log = run / "arm-unedited.log"
     log.write_bytes(log.read_bytes()[:-7])
-    with open_run(run, {}) as store, open_answers(store) as kept:
+    with open_run(run, {}) as store, open_answers(store, "key") as kept:
         assert kept.begun("unedited") == ANSWERS[:2]
 
 
 def test_what_was_kept_holds_the_directory_for_its_configuration(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with open_run(run, {"seed": 0}) as store, open_answers(store) as kept:
+    with open_run(run, {"seed": 0}) as store, open_answers(store, "key") as kept:
         kept.begun("unedited")
-    with open_run(run, {"seed": 1}) as store, open_answers(store) as kept:
+    with open_run(run, {"seed": 1}) as store, open_answers(store, "key") as kept:
         kept.keep_batch("unedited", ANSWERS[:3])
     with pytest.raises(StoreError, match="seed was 1, now 2"), open_run(run, {"seed": 2}):
         pass
+
+
+def test_answers_of_other_settings_are_refused(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with open_run(run, {}) as store, open_answers(store, "one key") as answers:
+        answers.keep_batch("unedited", ANSWERS[:3])
+    with (
+        open_run(run, {}) as store,
+        open_answers(store, "another key") as answers,
+        pytest.raises(StoreError, match="one key"),
+    ):
+        answers.begun("unedited")

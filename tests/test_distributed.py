@@ -16,11 +16,11 @@ from conftest import random_probe
 import cliffscope as cs
 from cliffscope.errors import DataError, MissingExtraError, ResourceError, UnsupportedModelError
 from cliffscope.model.load import LensModel
-from cliffscope.readouts.files import save_probe
 from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.selection.distributed import RayEngine
 from cliffscope.selection.scoring import score_pool
 from cliffscope.store import open_run
+from cliffscope.study.saved_probe import save_probe
 from cliffscope.transcripts.datasets import write_transcripts
 from cliffscope.transcripts.records import Transcripts
 

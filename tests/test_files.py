@@ -9,13 +9,15 @@ from conftest import fixed_report, random_probe
 
 from cliffscope.errors import ProbeError, StoreError
 from cliffscope.model.load import LensModel
-from cliffscope.readouts.files import ARRAYS, JSON, TABLE, load_probe, save_probe
 from cliffscope.readouts.probe import RefusalProbe, fit_probe
 from cliffscope.readouts.reports import ProbeReport, RegionReport, region_report
 from cliffscope.stats import Interval
 from cliffscope.store import RunStore, open_run
+from cliffscope.study.artefacts import PROBE, PROBE_ARRAYS, PROBE_LAYERS
+from cliffscope.study.saved_probe import load_probe, save_probe
 from cliffscope.transcripts.records import Transcripts
 
+JSON, ARRAYS, TABLE = PROBE.file, PROBE_ARRAYS.file, PROBE_LAYERS.file
 NAN = float("nan")
 EMPTY_REGION = RegionReport(
     region="late thinking",

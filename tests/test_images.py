@@ -1,6 +1,7 @@
 """Figures as images: kaleido draws them, and what is missing is named."""
 
 import builtins
+import json
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from cliffscope.errors import DataError, MissingExtraError, StoreError
 from cliffscope.figures import head_grid
 from cliffscope.figures.images import save_figure
 from cliffscope.report.images import write_images
+from cliffscope.store import SCHEMA
 
 drawn = pytest.mark.skipif(shutil.which("chromium") is None, reason="kaleido needs Chrome or chromium")
 # kaleido's browser is asked to stop and is not waited for.
@@ -68,7 +70,7 @@ def test_without_kaleido_the_extra_is_named(figure: go.Figure, tmp_path: Path, m
 
 
 def test_a_run_without_results_has_no_images(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "manifest.json").write_text(json.dumps({"schema": SCHEMA}))
     with pytest.raises(DataError, match="holds no result that is drawn"):
         write_images(tmp_path, tmp_path / "out")
     with pytest.raises(StoreError, match="does not exist"):

@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+from cliffscope.study.run import Run, silent
 
 from cliffscope.model.checkpoints import ASSETS
 from cliffscope.store import open_run
 from cliffscope.study import runner as study
 from cliffscope.study.config import StudyConfig
-from cliffscope.study.run import Run, silent
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 

@@ -16,7 +16,8 @@ from cliffscope.errors import DataError, StoreError
 from cliffscope.figures.circuits import circuits_script
 from cliffscope.report import write_report
 from cliffscope.report.page import write_comparison
-from cliffscope.report.stored import COLUMNS
+from cliffscope.store import SCHEMA, RunStore
+from cliffscope.study.artefacts import TABLES as ARTEFACTS
 
 SECTIONS = [
     "run",
@@ -31,7 +32,8 @@ SECTIONS = [
     "method",
     "reproduce",
 ]
-TABLES = [*COLUMNS]
+TABLES = [*ARTEFACTS]
+BARE = json.dumps({"schema": SCHEMA})
 
 
 class Page(HTMLParser):
@@ -173,27 +175,34 @@ def test_same_run_gives_the_same_page(run_dir, tmp_path):
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_missing_or_empty_table_is_no_error(small_run, name):
-    (small_run / f"{name}.parquet").unlink()
+    (small_run / f"{name}.parquet").unlink(missing_ok=True)
     absent = written(small_run).text
-    pd.DataFrame(columns=list(COLUMNS[name])).to_parquet(small_run / f"{name}.parquet")
+    pd.DataFrame(columns=ARTEFACTS[name].column_names).to_parquet(small_run / f"{name}.parquet")
     assert absent == written(small_run).text
 
 
 def test_a_missing_stage_says_why(small_run):
-    for path in [*small_run.glob("*.parquet"), small_run / "probe.json", small_run / "heads.json"]:
-        path.unlink()
+    for path in [*small_run.glob("*.parquet"), *small_run.glob("*.json")]:
+        if path.name != "manifest.json":
+            path.unlink()
     why = "No transcript was refused, so no head could be ranked."
-    change_manifest(small_run, notes=[why, "other"], verdict={})
+    change_manifest(small_run, notes=[{"stage": "heads", "text": why}, {"stage": "safety", "text": "x"}], verdict={})
     page = written(small_run)
     assert why in page.text
     assert "reached no verdict" in page.text
     assert "No probe was fitted in this run." in page.text
 
 
-@pytest.mark.parametrize("content", ["{}", "[]"])
-def test_a_bare_manifest_is_enough(tmp_path, content):
-    (tmp_path / "manifest.json").write_text(content)
+def test_a_bare_manifest_is_enough(tmp_path):
+    (tmp_path / "manifest.json").write_text(BARE)
     assert "this model" in written(tmp_path).text
+
+
+@pytest.mark.parametrize("content", ["{}", '{"schema": 1, "config": {}}', "[]"])
+def test_a_directory_of_another_version_is_refused(tmp_path, content):
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises((StoreError, DataError), match=r"another version of CliffScope|not an object"):
+        write_report(tmp_path)
 
 
 def test_undefined_intervals_are_named_with_their_n(small_run):
@@ -209,6 +218,8 @@ def test_undefined_intervals_are_named_with_their_n(small_run):
 
 @pytest.mark.parametrize("name", TABLES)
 def test_missing_numbers_are_no_error(small_run, name):
+    if not (small_run / f"{name}.parquet").is_file():
+        ARTEFACTS[name].write(RunStore(path=small_run), ARTEFACTS[name].read(small_run))
     frame = pd.read_parquet(small_run / f"{name}.parquet")
     frame[frame.select_dtypes("float").columns] = np.nan
     frame.to_parquet(small_run / f"{name}.parquet")
@@ -259,7 +270,7 @@ def compared(first, second, tmp_path):
 
 def test_a_comparison_pairs_cliffs_and_shows_what_differs(tmp_path):
     run_dir, other = (write_run(tmp_path / name, n=60) for name in ("base", "other"))
-    change_manifest(other, config={"seed": 1, "model": "planted-llama"}, command="cliffscope study --seed 1")
+    change_manifest(other, settings={"seed": 1, "model": "planted-llama"}, command="cliffscope study --seed 1")
     cliffs = pd.read_parquet(other / "cliffs.parquet")
     shift = np.where(cliffs["group"] == "harmful, complied", 0.25, 0.0)
     cliffs.assign(cliff=cliffs["cliff"] + shift).to_parquet(other / "cliffs.parquet")
@@ -295,7 +306,7 @@ def test_runs_of_different_models_are_compared_without_pairing_heads(run_dir, tm
 
 def test_a_run_without_results_can_be_compared(run_dir, tmp_path):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "manifest.json").write_text("{}")
+    (tmp_path / "empty" / "manifest.json").write_text(BARE)
     for pair in ((run_dir, tmp_path / "empty"), (tmp_path / "empty", tmp_path / "empty")):
         text = compared(*pair, tmp_path)
         assert "Reproduce" in text
@@ -306,6 +317,7 @@ def test_cliffs_from_different_plateaus_are_not_paired(tmp_path):
     first, second = (write_run(tmp_path / name, n=60) for name in ("mean", "max"))
     cliffs = pd.read_parquet(second / "cliffs.parquet")
     cliffs.assign(cliff=cliffs["plateau_max"] - cliffs["final"]).to_parquet(second / "cliffs.parquet")
+    change_manifest(second, settings={"plateau": "max"})
     assert "different plateaus (mean and max), so they are not paired" in compared(first, second, tmp_path)
 
 
@@ -329,7 +341,7 @@ def test_long_names_of_runs_do_not_hide_what_the_curves_are(run_dir, tmp_path):
 
 
 def test_many_selected_heads_and_a_missing_random_arm_are_told_as_they_are(small_run):
-    path = small_run / "heads.json"
+    path = small_run / "suppression.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "selected": [f"L0H{i}" for i in range(35)]}))
     frame = pd.read_parquet(small_run / "edited_aligned.parquet")
     assert "L0H5 and 29 more), and with one random set" in written(small_run).text
@@ -338,7 +350,10 @@ def test_many_selected_heads_and_a_missing_random_arm_are_told_as_they_are(small
 
 
 def test_what_was_not_read_for_what_heads_read_is_told(small_run):
-    change_manifest(small_run, notes=["What heads read: 2 of 5 transcripts have 2,048 tokens or fewer."])
+    change_manifest(
+        small_run,
+        notes=[{"stage": "reading", "text": "What heads read: 2 of 5 transcripts have 2,048 tokens or fewer."}],
+    )
     section = written(small_run).text
     assert section.count("2 of 5 transcripts have 2,048 tokens or fewer") == 2, "once where it belongs, once at the end"
 
@@ -384,18 +399,18 @@ def test_figures_are_numbered_in_the_page_itself(run_dir):
 
 
 def test_the_selected_set_is_told_with_the_transcripts_that_it_was_tested_on(small_run):
-    path = small_run / "heads.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "n": 41, "set_n": 17, "random_sets": [0.0] * 4}))
+    path = small_run / "suppression.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "n": 17, "random_sets": [0.0] * 4}))
     text = written(small_run).text
     assert "against random sets of heads (n=17 transcripts)" in text
     assert "4 sets allow no less than 0.200" in text
 
 
 def test_a_p_that_could_not_be_smaller_says_so(small_run):
-    path = small_run / "heads.json"
+    path = small_run / "suppression.json"
     facts = json.loads(path.read_text())
     for p, told in ((0.2, True), (0.4, False)):
-        path.write_text(json.dumps({**facts, "random_sets": [0.0] * 4, "random_p": p}))
+        path.write_text(json.dumps({**facts, "random_sets": [0.0] * 4, "p": p}))
         assert ("(the least possible)" in written(small_run).text) is told
 
 

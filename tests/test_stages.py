@@ -1,3 +1,5 @@
+"""What stages hand to the runner, as tables and facts."""
+
 import json
 
 import numpy as np
@@ -6,12 +8,16 @@ import pytest
 from conftest import random_probe, written
 
 from cliffscope.heads.controls import SetControl, control_sets
-from cliffscope.heads.edits import HeadRef, Scope
+from cliffscope.heads.edits import HeadRef
 from cliffscope.heads.ranking import HeadRanking, rank_heads
 from cliffscope.model.load import LensModel
 from cliffscope.readouts.trace import trace_refusal
-from cliffscope.study.results import counts, heads_json, held_out_first, layer_frame, transcript_frame, versions
-from cliffscope.transcripts.records import Outcome, Transcripts
+from cliffscope.study.manifest import library_versions
+from cliffscope.study.stages import STAGES
+from cliffscope.study.stages.suppression import suppression_facts
+from cliffscope.study.stages.traces import held_out_first, layer_table
+from cliffscope.study.stages.transcripts import count_outcomes, transcript_table
+from cliffscope.transcripts.records import Outcome, Split, Transcripts
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +38,7 @@ def test_layer_traces_have_a_row_for_each_layer_and_position_of_the_transcripts_
     probe = random_probe(llama, 5)
     wanted = [complied_harmful[0].id, complied_harmful[2].id]
     traces = trace_refusal(llama, probe, complied_harmful, layers_of=wanted)
-    frame = layer_frame(traces)
+    frame = layer_table(traces)
     assert list(frame.columns) == ["id", "position", "layer", "score"]
     assert frame["id"].unique().tolist() == wanted
     for name, part in frame.groupby("id"):
@@ -45,25 +51,24 @@ def test_layer_traces_have_a_row_for_each_layer_and_position_of_the_transcripts_
 
 
 def test_without_layers_the_table_is_empty_and_has_its_columns(llama: LensModel, complied_harmful: Transcripts) -> None:
-    frame = layer_frame(trace_refusal(llama, random_probe(llama, 5), complied_harmful))
+    frame = layer_table(trace_refusal(llama, random_probe(llama, 5), complied_harmful))
     assert len(frame) == 0
     assert list(frame.columns) == ["id", "position", "layer", "score"]
 
 
-def test_the_headline_of_a_ranking_is_json_and_says_what_the_objects_say(
+def test_the_facts_of_a_set_are_json_and_say_what_the_objects_say(
     ranked: tuple[HeadRanking, SetControl],
 ) -> None:
     ranking, control = ranked
-    found = heads_json(ranking, control, 0.03)
-    assert json.loads(json.dumps(found, allow_nan=False)) == found
-    assert (found["method"], str(found["scope"]), found["n"], found["set_n"]) == ("zero", "closing", 4, 4)
-    assert found["selected"] == [str(h) for h in ranking.top(0.03)]
-    assert found["n_selected"] == 2
-    assert found["top_fraction"] == 0.03
-    assert found["set_effect"] == pytest.approx(float(control.effects.mean()))
-    assert found["set_effect_low"] <= found["set_effect"] <= found["set_effect_high"]
-    assert len(found["random_sets"]) == 6
-    assert found["random_p"] == control.p
+    facts = suppression_facts(control, fraction=0.03, significant=True)
+    assert json.loads(json.dumps(facts, allow_nan=False)) == facts
+    assert facts["n"] == 4
+    assert facts["selected"] == [str(h) for h in ranking.top(0.03)]
+    assert facts["top_fraction"] == 0.03
+    assert facts["effect"] == pytest.approx(float(control.effects.mean()))
+    assert facts["effect_low"] <= facts["effect"] <= facts["effect_high"]
+    assert len(facts["random_sets"]) == 6
+    assert facts["p"] == control.p
 
 
 def control_of(effect: float, random: list[float]) -> SetControl:
@@ -77,30 +82,6 @@ def control_of(effect: float, random: list[float]) -> SetControl:
     )
 
 
-def ranking_of(model: LensModel, effects: np.ndarray) -> HeadRanking:
-    return HeadRanking(
-        heads=tuple(HeadRef(layer=layer, head=h) for layer in range(8) for h in range(8)),
-        effects=effects.astype(np.float32),
-        clean=np.zeros(len(effects), np.float32),
-        harmless_effects=np.zeros((0, 64), np.float32),
-        refused_effects=np.zeros((0, 64), np.float32),
-        order=np.argsort(-effects.mean(0), kind="stable"),
-        dose=1.0,
-        sign=1,
-        donors="",
-        can_tell=True,
-        gap=5.0,
-        gap_score=0.8,
-        shape=model.shape,
-        method="zero",
-        scope=Scope.CLOSING,
-        path="packed",
-        probe_layer=7,
-        seed=0,
-        omitted=(),
-    )
-
-
 @pytest.mark.parametrize(
     ("effect", "random", "significant", "beats"),
     [
@@ -111,15 +92,10 @@ def ranking_of(model: LensModel, effects: np.ndarray) -> HeadRanking:
     ],
 )
 def test_heads_beat_random_sets_only_above_all_of_them_and_with_a_significant_head(
-    llama: LensModel, effect: float, random: list[float], significant: bool, beats: bool
+    effect: float, random: list[float], significant: bool, beats: bool
 ) -> None:
-    effects = np.zeros((12, 64))
-    effects[:, 0] = 5.0 if significant else 0.0
-    ranking = ranking_of(llama, effects)
-    assert bool(ranking.significant()) is significant
-    found = heads_json(ranking, control_of(effect, random), 0.03)
-    assert found["beats_random"] is beats
-    assert found["significant"] == (["L0H0"] if significant else [])
+    facts = suppression_facts(control_of(effect, random), fraction=0.03, significant=significant)
+    assert facts["beats_random"] is beats
 
 
 def test_transcripts_are_counted_by_outcome_and_by_harmfulness(complied_harmful: Transcripts) -> None:
@@ -128,7 +104,7 @@ def test_transcripts_are_counted_by_outcome_and_by_harmfulness(complied_harmful:
         t.replace(id=f"x{i}", harmful=None, outcome=o)
         for i, (t, o) in enumerate(zip(complied_harmful, [Outcome.UNFINISHED, Outcome.UNJUDGED], strict=False))
     )
-    found = counts(group)
+    found = count_outcomes(group)
     assert {k: v for k, v in found.items() if k != "by"} == {
         **{"transcripts": 9, "refused": 3, "complied": 4, "unfinished": 1, "unjudged": 1}
     }
@@ -142,7 +118,7 @@ def test_transcripts_are_counted_by_outcome_and_by_harmfulness(complied_harmful:
 
 
 def test_no_transcripts_are_counted_as_none() -> None:
-    found = counts(Transcripts())
+    found = count_outcomes(Transcripts())
     assert found["transcripts"] == 0
     assert found["by"] == []
 
@@ -154,10 +130,10 @@ def test_the_transcript_table_has_splits_and_counts_generated_tokens(complied_ha
             complied_harmful[1].replace(harmful=None),
         ]
     )
-    frame = transcript_frame(group, {group[0].id: "fit", group[1].id: "test"})
-    assert list(frame.columns) == [
+    frame = transcript_table(group, {group[0].id: Split.FIT, group[1].id: Split.TEST})
+    assert set(frame.columns) == {
         *("id", "split", "harmful", "outcome", "source", "prompt", "thinking", "answer", "n_pos")
-    ]
+    }
     assert frame["split"].tolist() == ["fit", "test"]
     assert frame["n_pos"].tolist() == [5, 0]
     assert frame["outcome"].tolist() == ["complied", "complied"]
@@ -169,7 +145,7 @@ def test_the_transcript_table_survives_parquet(
     complied_harmful: Transcripts, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     group = Transcripts([*complied_harmful[:2], complied_harmful[2].replace(harmful=None, thinking=None, answer=None)])
-    frame = transcript_frame(group, {t.id: "fit" for t in group})
+    frame = transcript_table(group, {t.id: Split.FIT for t in group})
     path = tmp_path_factory.mktemp("frame") / "a.parquet"
     frame.to_parquet(path, index=False)
     found = pd.read_parquet(path)
@@ -178,7 +154,7 @@ def test_the_transcript_table_survives_parquet(
 
 
 def test_versions_name_what_numbers_depend_on() -> None:
-    found = versions()
+    found = library_versions()
     assert {"python", "torch", "transformers", "transformer-lens", "numpy", "scikit-learn"} == set(found)
     assert all(v[0].isdigit() for v in found.values())
 
@@ -186,3 +162,15 @@ def test_versions_name_what_numbers_depend_on() -> None:
 def test_held_out_transcripts_are_shown_before_those_that_were_fitted_on() -> None:
     cliffs = pd.DataFrame({"id": list("abcde"), "split": ["fit", "test", "validate", "test", "fit"]})
     assert held_out_first(cliffs, ["d"]) == ["d", "b", "a", "c", "e"]
+
+
+def test_what_a_stage_needs_comes_before_it_and_no_artefact_has_two_makers() -> None:
+    names = [stage.name for stage in STAGES]
+    assert len(set(names)) == len(names)
+    for place, stage in enumerate(STAGES):
+        assert set(stage.needs) <= set(names[:place]), stage.name
+    makers: dict[str, list[str]] = {}
+    for stage in STAGES:
+        for artefact in stage.makes:
+            makers.setdefault(artefact.file, []).append(stage.name)
+    assert {file for file, stages in makers.items() if len(stages) > 1} <= {"arm-*.log"}

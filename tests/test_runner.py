@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,28 +16,42 @@ import pytest
 
 from cliffscope.errors import CliffScopeError, DataError, EditError, StoreError
 from cliffscope.model.checkpoints import ASSETS
-from cliffscope.store import open_run
-from cliffscope.study.runner import Study, StudyConfig, open_study, run_study
+from cliffscope.study.config import StudyConfig
+from cliffscope.study.runner import Study, open_study, plan_study, run_study
+from cliffscope.study.stages.selection import SelectionStage
 from cliffscope.transcripts.datasets import read_transcripts, write_transcripts
 
 pytestmark = pytest.mark.skipif(
     not all((ASSETS / name / "truth.json").is_file() for name in ("planted-llama", "null-llama")),
     reason="the organisms' assets are not in the package yet",
 )
-STAGES = ("transcripts", "probe", "traces", "heads", "edited", "safety", "selection", "repair", "report")
+STAGES = (
+    *("transcripts", "readouts", "traces", "heads", "suppression", "reading"),
+    *("safety", "side effects", "selection", "report"),
+)
+TOPICS = ["probe", "cliff", "heads", "suppression", "intervention", "side effects", "selection"]
 FILES = {
     *("manifest.json", "transcripts.jsonl", "transcripts.parquet", "omitted.parquet", "report.html"),
     *("probe.json", "probe.safetensors", "probe_layers.parquet"),
     *("traces.parquet", "layer_traces.parquet", "aligned.parquet", "cliffs.parquet"),
     *("edited_aligned.parquet", "edited_cliffs.parquet", "head_sources.parquet"),
-    *("heads.parquet", "heads.json", "safety.parquet", "safety_pairs.parquet", "safety_quality.parquet"),
+    *(
+        "heads.parquet",
+        "heads.json",
+        "selected_heads.parquet",
+        "suppression.json",
+        "safety.parquet",
+        "safety_pairs.parquet",
+        "safety_quality.parquet",
+    ),
     *("side_effects.parquet", "arms.json"),
     *("arm-top-heads.jsonl", "arm-random-1.jsonl", "arm-random-2.jsonl", "arm-random-3.jsonl"),
     *("selection.parquet", "selection.jsonl"),
 }
 RUN = """
 import json, sys
-from cliffscope.study.runner import StudyConfig, run_study
+from cliffscope.study.config import StudyConfig
+from cliffscope.study.runner import run_study
 run_study(StudyConfig(**json.loads(sys.argv[1])))
 """
 
@@ -71,6 +86,7 @@ def files_of(path: Path) -> set[str]:
 
 
 def same_results(a: Path, b: Path) -> None:
+    """The same files with the same contents, and the same manifest but for times."""
     assert files_of(a) == files_of(b)
     for name in files_of(a):
         if name.endswith(".parquet"):
@@ -90,7 +106,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Study:
 def test_a_study_leaves_every_file_and_finds_what_was_planted(whole: Study) -> None:
     assert files_of(whole.path) == FILES
     assert list(stages_of(whole.path)) == list(STAGES)
-    assert list(whole.verdict) == ["probe", "cliff", "heads", "intervention", "selection"]
+    assert list(whole.verdict) == [
+        "probe",
+        "cliff",
+        "heads",
+        "suppression",
+        "intervention",
+        "side effects",
+        "selection",
+    ]
     assert not any("nan" in sentence.lower().split() for sentence in whole.verdict.values())
     assert whole.verdict["cliff"].startswith("There is a refusal cliff")
     safety = pd.read_parquet(whole.path / "safety.parquet")
@@ -121,11 +145,106 @@ def test_a_finished_study_is_opened_and_not_run_again(whole: Study) -> None:
     assert repr(again) == f"Study({str(whole.path)!r}: {whole.verdict['cliff']})"
 
 
-def test_another_configuration_is_refused_and_changes_nothing(whole: Study) -> None:
-    before = (whole.path / "manifest.json").read_bytes()
-    with pytest.raises(StoreError, match="seed was 0, now 1"):
-        run_study(config_of(whole.path, seed=1))
-    assert (whole.path / "manifest.json").read_bytes() == before
+def copy_of(study: Study, tmp_path: Path) -> Path:
+    shutil.copytree(study.path, tmp_path / "run", ignore=shutil.ignore_patterns(".lock"))
+    return tmp_path / "run"
+
+
+def planned(config: StudyConfig, **options: str) -> list[str]:
+    """Stages that would run."""
+    plan = plan_study(config, **options)
+    return plan["stage"][plan["action"] == "run"].tolist()
+
+
+def test_a_plan_says_what_would_run_and_why_without_a_model(whole: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cliffscope.study.stages.base.load_model", None)
+    before = {p.name: p.stat().st_mtime_ns for p in whole.path.iterdir()}
+    config = config_of(whole.path)
+    assert planned(config) == []
+    assert planned(replace(config, batch_size=8, device=None)) == []
+    assert planned(replace(config, seed=1)) == list(STAGES)
+    assert planned(replace(config, controls=4)) == ["suppression", "reading", "safety", "side effects", "report"]
+    assert planned(replace(config, repair=True)) == ["repair", "report"]
+    assert planned(replace(config, select_fraction=0.1)) == ["selection", "report"]
+    assert planned(replace(config, plateau="max"), until="traces") == ["traces"]
+    why = plan_study(replace(config, top_fraction=0.05)).set_index("stage")["why"]
+    assert why["suppression"] == "top_fraction was 0.03, now 0.05"
+    assert why["safety"] == "depends on suppression"
+    assert {p.name: p.stat().st_mtime_ns for p in whole.path.iterdir()} == before
+
+
+def test_a_new_directory_is_planned_from_the_start(tmp_path: Path) -> None:
+    assert planned(config_of(tmp_path / "run")) == list(STAGES)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_fraction_runs_again_what_depends_on_it_and_nothing_else(whole: Study, tmp_path: Path) -> None:
+    path = copy_of(whole, tmp_path)
+    before = {p.name: p.stat().st_mtime_ns for p in path.iterdir()}
+    run_study(config_of(path, select_fraction=0.2))
+    changed = {p.name for p in path.iterdir() if p.stat().st_mtime_ns != before.get(p.name)} - {".lock"}
+    assert changed == {"manifest.json", "omitted.parquet", "report.html", "selection.parquet", "selection.jsonl"}
+    assert len(read_transcripts(path / "selection.jsonl")) > len(read_transcripts(whole.path / "selection.jsonl"))
+    run_study(config_of(path))
+    same_results(path, whole.path)
+
+
+def test_code_that_gives_other_results_runs_again_by_its_version(
+    whole: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = copy_of(whole, tmp_path)
+    monkeypatch.setattr(SelectionStage, "version", 99)
+    assert planned(config_of(path)) == ["selection", "report"]
+    with caplog.at_level("INFO", logger="cliffscope"):
+        run_study(config_of(path))
+    assert "stage selection: code changed (version)" in caplog.text
+    assert planned(config_of(path)) == []
+
+
+def test_a_file_that_was_deleted_is_made_again(whole: Study, tmp_path: Path) -> None:
+    path = copy_of(whole, tmp_path)
+    (path / "selection.parquet").unlink()
+    assert planned(config_of(path)) == ["selection"]
+    run_study(config_of(path))
+    same_results(path, whole.path)
+
+
+def test_the_report_alone_is_written_again_and_other_stages_only_on_what_they_need(
+    whole: Study, tmp_path: Path
+) -> None:
+    path = copy_of(whole, tmp_path)
+    (path / "report.html").unlink()
+    run_study(config_of(path), only="report")
+    assert (path / "report.html").read_bytes() == whole.report.read_bytes()
+    with pytest.raises(DataError, match="stage suppression is not up to date with these settings"):
+        run_study(config_of(path, top_fraction=0.05), only="safety")
+    with pytest.raises(DataError, match="expected a stage: transcripts, readouts"):
+        run_study(config_of(path), only="sefety")
+    with pytest.raises(DataError, match="Pass one of them"):
+        run_study(config_of(path), only="report", until="heads")
+
+
+def test_until_leaves_out_what_comes_after_and_outdated_results_are_not_kept(whole: Study, tmp_path: Path) -> None:
+    path = copy_of(whole, tmp_path)
+    study = run_study(config_of(path, plateau="max"), until="traces")
+    assert list(stages_of(path)) == [
+        "transcripts",
+        "readouts",
+        "traces",
+        "heads",
+        "suppression",
+        "safety",
+        "side effects",
+    ]
+    assert not {"selection.parquet", "edited_cliffs.parquet", "report.html"} & files_of(path)
+    assert list(study.verdict) == TOPICS[:-1]
+
+
+def test_a_directory_of_an_older_version_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "manifest.json").write_text(json.dumps({"schema": 1, "config": {}, "stages": {}}))
+    with pytest.raises(StoreError, match=r"another version of CliffScope \(schema 1, expected 2\).*different --out"):
+        run_study(config_of(tmp_path / "run"))
 
 
 def after_stage(stage: str) -> Callable[[Path], bool]:
@@ -151,9 +270,9 @@ def inside_the_first_roll_out(path: Path) -> bool:
     ("reached", "finished"),
     [
         (inside_the_first_roll_out, ()),
-        (after_stage("probe"), STAGES[:2]),
-        (inside_an_arm, STAGES[:5]),
-        (after_the_first_random_arm, STAGES[:5]),
+        (after_stage("readouts"), STAGES[:2]),
+        (inside_an_arm, STAGES[:6]),
+        (after_the_first_random_arm, STAGES[:6]),
     ],
     ids=["inside transcripts", "after the probe", "inside an arm", "inside safety"],
 )
@@ -217,8 +336,11 @@ def test_an_organism_that_complies_with_nothing_is_told_so(tmp_path: Path) -> No
     study = run_study(config_of(tmp_path / "run", model="null-llama"))
     notes = manifest_of(study.path)["notes"]
     assert notes == [
-        "Heads were not ranked: 0 harmful transcripts of the fit and 0 of the test split were complied with; 4 of each "
-        "are needed. There is nothing to restore."
+        {
+            "stage": "heads",
+            "text": "Heads were not ranked: 0 harmful transcripts of the fit and validate splits and 0 of the test "
+            "split were complied with; 4 of each are needed.",
+        }
     ]
     assert "no cliff to look for" in study.verdict["cliff"]
     assert study.verdict["heads"].startswith("Heads were not ranked")
@@ -254,23 +376,18 @@ def test_a_run_that_fails_before_anything_is_written_leaves_no_directory_that_it
     assert not (tmp_path / "run").exists()
 
 
-def test_what_another_configuration_left_unfinished_is_not_counted(tmp_path: Path, whole: Study) -> None:
-    """A first stage that was killed belongs to nobody; its omissions must not be told of the next study."""
-    out = tmp_path / "run"
-    with open_run(out, {"model": "another"}) as store:
-        store.write_frame("omitted.parquet", pd.DataFrame({"stage": ["x"], "reason": ["y"], "id": ["z"]}))
+def test_transcripts_in_which_nothing_was_complied_with_fit_no_probe(tmp_path: Path, whole: Study) -> None:
     few = read_transcripts(whole.path / "transcripts.jsonl").where(outcome="refused")
     write_transcripts(few, tmp_path / "few.jsonl")
-    study = run_study(config_of(out, transcripts=str(tmp_path / "few.jsonl"), limit=10))
-    assert "z" not in set(pd.read_parquet(study.path / "omitted.parquet")["id"])
-    assert len(read_transcripts(out / "transcripts.jsonl")) == 10
+    study = run_study(config_of(tmp_path / "run", transcripts=str(tmp_path / "few.jsonl"), limit=10))
+    assert len(read_transcripts(study.path / "transcripts.jsonl")) == 10
     assert study.verdict["probe"].startswith("No probe could be fitted")
 
 
 def test_a_repair_on_request_is_made_once_measured_and_told(whole: Study, tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="the extra repair is not installed")
-    # Rewrite of the manifest would be another configuration: the whole path is run again, short.
-    config = config_of(tmp_path / "run", repair=True, select_fraction=0.5, controls=1)
+    config = config_of(copy_of(whole, tmp_path), repair=True, select_fraction=0.5)
+    assert planned(config) == ["selection", "repair", "report"]
     study = run_study(config)
     table = pd.read_parquet(study.path / "repair.parquet").set_index(["measure", "model"])["value"]
     assert table[("asr", "after")] < table[("asr", "before")]
