@@ -215,7 +215,8 @@ def test_the_report_alone_is_written_again_and_other_stages_only_on_what_they_ne
     path = copy_of(whole, tmp_path)
     (path / "report.html").unlink()
     run_study(config_of(path), only="report")
-    assert (path / "report.html").read_bytes() == whole.report.read_bytes()
+    assert whole.verdict["heads"] in (path / "report.html").read_text(encoding="utf-8")
+    assert stages_of(path)["heads"] == stages_of(whole.path)["heads"]
     with pytest.raises(DataError, match="stage suppression is not up to date with these settings"):
         run_study(config_of(path, top_fraction=0.05), only="safety")
     with pytest.raises(DataError, match="expected a stage: transcripts, readouts"):
