@@ -76,8 +76,8 @@ docs: $(STAMP)
 benchmarks: $(STAMP)
 	$(BIN)/python benchmarks/sweep.py
 
-# The package alone, so that the first report comes soon.
-$(DEMO): pyproject.toml constraints.txt
+# The package alone, so that the first report comes soon. The version is in __init__.py.
+$(DEMO): pyproject.toml constraints.txt cliffscope/__init__.py
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
