@@ -73,11 +73,11 @@ def write_comparison(run_dirs: Sequence[str | Path], path: str | Path) -> Path:
         The path of the page.
 
     Raises:
-        DataError: not two directories were given, or a file of a run cannot be read.
+        DataError: the number of directories is not two, or a file of a run cannot be read.
         StoreError: a directory holds no run, or the page cannot be written.
     """
     if len(run_dirs) != 2:
-        raise DataError(f"{len(run_dirs)} runs were given; two can be compared.")
+        raise DataError(f"{len(run_dirs)} run directories were passed; a comparison takes exactly two.")
     short = [Path(folder).resolve().name for folder in run_dirs]
     full = [str(folder) for folder in run_dirs]
     names = [printable(name, limit=60) for name in (short if len(set(short)) > 1 else full)]
@@ -90,7 +90,7 @@ def write_comparison(run_dirs: Sequence[str | Path], path: str | Path) -> Path:
         dict(
             title=" and ".join(names),
             kicker="comparison of two runs",
-            heading=[("What differs between ", names[0]), (" and ", names[1]), ("?", "")],
+            heading=[("How do ", names[0]), (" and ", names[1]), (" differ?", "")],
             version=_version(runs[-1].run),
             verdicts=[],
             tiles=comparison_tiles(runs),
@@ -105,7 +105,7 @@ def _write(page: str, target: Path) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StoreError(f"{target} cannot be written: {error.strerror or error}. Give another path.") from error
+        raise StoreError(f"{target} cannot be written: {error.strerror or error}. Choose a different path.") from error
     # Bytes, because a changed newline would break the hashes of the security policy.
     write_atomically(target, lambda partial: partial.write_bytes(page.encode("utf-8")))
     return target
@@ -164,7 +164,7 @@ def sections_of(run: StoredRun) -> list[Section]:
         heads_section,
         safety_section,
         selection_section,
-        # A repair is made on request alone, and is then told of even where it could not be made.
+        # A repair runs on request only; once requested, the page reports it even if it failed.
         *((repair_section,) if run.section("config").get("repair") or len(run.tables["repair"]) else ()),
         probe_section,
         omitted_section,
@@ -173,8 +173,8 @@ def sections_of(run: StoredRun) -> list[Section]:
 
 
 def _verdicts(run: StoredRun) -> list[tuple[str, str]]:
-    found = run.section("verdict")
-    named = ((name, found.get(name)) for name in VERDICTS)
+    verdicts = run.section("verdict")
+    named = ((name, verdicts.get(name)) for name in VERDICTS)
     return [(name, printable(str(text), limit=600)) for name, text in named if text]
 
 
