@@ -55,3 +55,5 @@ from .transcripts.datasets import read_transcripts as read_transcripts
 from .transcripts.datasets import write_transcripts as write_transcripts
 from .transcripts.records import Transcript as Transcript
 from .transcripts.records import Transcripts as Transcripts
+
+__version__: str

@@ -46,7 +46,8 @@ def reference_pages() -> dict[str, str]:
 
 
 def _room_page(room: Path, module: str) -> str:
-    names = [p.stem for p in sorted(room.glob("*.py")) if p.stem != "__init__"]
+    files = sorted(p for p in room.rglob("*.py") if p.stem != "__init__")
+    names = [str(p.relative_to(room).with_suffix("")).replace("/", ".") for p in files]
     source = (room / "__init__.py").read_text(encoding="utf-8")
     opening = ast.get_docstring(ast.parse(source)) or room.name
     package = [f"::: {module}"] if "def " in source else []

@@ -121,7 +121,7 @@ def test_pointing_at_a_figure_tells_the_number_with_its_interval(report: Path, o
     page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
     page.wait_for_function("document.querySelector('#figure-grid .hoverlayer').textContent.length > 10")
     told = grid.locator(".hoverlayer").text_content() or ""
-    assert re.search(r"L\d+H\d+effect [−-]?\d\.\d{3} \[[−-]?\d\.\d{3}, [−-]?\d\.\d{3}\]; on harmless", told), told
+    assert re.search(r"L\d+H\d+effect [−-]?\d\.\d{3} \[[−-]?\d\.\d{3}, [−-]?\d\.\d{3}\]; harmless", told), told
 
 
 def test_the_layer_control_recolours_the_tokens_and_says_the_layer(report: Path, open_page: Open) -> None:

@@ -16,6 +16,7 @@ from cliffscope.errors import MissingExtraError
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+COMMUNITY = [ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / ".github").rglob("*.md"))]
 ASSET = Path(cliffscope.__file__).parent / "organisms" / "assets" / "planted-llama" / "model.safetensors"
 FENCE = re.compile(r"^```(\S*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
@@ -155,7 +156,7 @@ def test_each_word_of_the_glossary_is_defined_once():
     assert not WORDS & elsewhere
 
 
-@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=name_of)
+@pytest.mark.parametrize("page", [*PAGES, *COMMUNITY], ids=name_of)
 def test_internal_links_resolve(page):
     for target in LINK.findall(prose(page)):
         if target.startswith(("http://", "https://")):
@@ -198,5 +199,5 @@ def test_every_public_name_is_in_the_reference_and_shown_by_a_page():
 
 
 def test_no_page_names_a_path_of_a_machine():
-    for page in [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "mkdocs.yml"]:
+    for page in [*PAGES, *COMMUNITY, ROOT / "CHANGELOG.md", ROOT / "mkdocs.yml"]:
         assert not re.search(r"(?<![\w.])/(?:home|root|work|tmp|Users)/", page.read_text(encoding="utf-8")), page

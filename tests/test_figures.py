@@ -252,8 +252,8 @@ def test_doses_are_labelled_with_their_heads_and_keep_every_random_set():
     random = next(trace for trace in fig.data if trace.name == "random sets")
     assert sorted(random.y) == [0.8, 0.85, 0.9], "a set that was not run has no point"
     assert {round(x) for x in random.x} == {0, 1}
-    chosen = next(trace for trace in fig.data if trace.name == "chosen heads")
-    assert list(chosen.y) == [0.8, 0.1]
+    top = next(trace for trace in fig.data if trace.name == "top heads")
+    assert list(top.y) == [0.8, 0.1]
     assert "n=31" in fig.layout.title.text
     assert [shape.y0 for shape in fig.layout.shapes] == [0.9, 0.9], "the unedited level is drawn in each panel"
 
@@ -261,7 +261,7 @@ def test_doses_are_labelled_with_their_heads_and_keep_every_random_set():
 def test_a_quantity_that_was_not_measured_has_no_panel():
     nothing = np.full(2, np.nan)
     fig = dose_response([1, 8], [panel(), panel(name="over-refusal", top=nothing)], n=3)
-    assert sum(trace.name == "chosen heads" for trace in fig.data) == 1
+    assert sum(trace.name == "top heads" for trace in fig.data) == 1
     assert texts(dose_response([1, 8], [panel(top=nothing)], n=3)) == ["No dose was measured."]
 
 
@@ -344,7 +344,7 @@ def test_effect_pairs_mark_what_both_runs_selected():
     first, second = np.array([1.0, 0.5, np.nan]), np.array([2.0, -0.5, 1.0])
     fig = effect_pairs(["L0H0", "L0H1", "L1H0"], first, second, np.array([2, 0, 1]), runs=("A", "B"))
     assert {trace.name: list(trace.text) for trace in fig.data} == {
-        "selected in none (1)": ["L0H1"],
+        "selected in neither (1)": ["L0H1"],
         "selected in both (1)": ["L0H0"],
     }
     assert "(2 heads)" in fig.layout.title.text

@@ -52,7 +52,7 @@ def test_every_figure_of_a_report_is_written(tmp_path: Path) -> None:
 
 
 def test_another_ending_is_refused(figure: go.Figure, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"heads\.bmp: expected a name that ends in one of \.svg, \.png"):
+    with pytest.raises(DataError, match=r"heads\.bmp: expected a file name that ends in one of \.svg, \.png"):
         save_figure(figure, tmp_path / "heads.bmp")
 
 
@@ -71,7 +71,7 @@ def test_without_kaleido_the_extra_is_named(figure: go.Figure, tmp_path: Path, m
 
 def test_a_run_without_results_has_no_images(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text(json.dumps({"schema": SCHEMA}))
-    with pytest.raises(DataError, match="holds no result that is drawn"):
+    with pytest.raises(DataError, match="holds no results to draw"):
         write_images(tmp_path, tmp_path / "out")
     with pytest.raises(StoreError, match="does not exist"):
         write_images(tmp_path / "none", tmp_path / "out")

@@ -106,7 +106,7 @@ def test_every_link_inside_the_page_has_its_target(page):
 
 
 def test_page_opens_with_the_verdict(page):
-    assert page.text.index("a cliff of 0.69 [0.65, 0.73] (n=41)") < page.text.index("What was run")
+    assert page.text.index("a cliff of 0.69 [0.65, 0.73] (n=41)") < page.text.index("The run")
 
 
 def test_nothing_is_loaded_from_anywhere(page):
@@ -190,7 +190,7 @@ def test_a_missing_stage_says_why(small_run):
     page = written(small_run)
     assert why in page.text
     assert "reached no verdict" in page.text
-    assert "No probe was fitted in this run." in page.text
+    assert "This run fitted no probe." in page.text
 
 
 def test_a_bare_manifest_is_enough(tmp_path):
@@ -258,7 +258,7 @@ def test_a_broken_file_is_named(small_run, name):
 def test_side_effects_and_answers_stand_in_the_intervention_with_random_arms_as_one(run_dir):
     page = write_report(run_dir).read_text()
     section = page[page.index('id="intervention"') :]
-    assert "KL divergence (nats a token)" in section
+    assert "KL divergence (nats per token)" in section
     assert "0.002" in section
     assert "random, mean of 2" in section
     assert "0.150" in section, "the mean over random arms"
@@ -276,7 +276,7 @@ def test_a_comparison_pairs_cliffs_and_shows_what_differs(tmp_path):
     cliffs.assign(cliff=cliffs["cliff"] + shift).to_parquet(other / "cliffs.parquet")
     page = Page(compared(run_dir, other, tmp_path))
     both = cliffs[(cliffs["group"] == "harmful, complied") & cliffs["valid"]]
-    assert f"On the {len(both)} harmful prompts that both complied with" in page.text
+    assert f"On the {len(both)} harmful prompts that both runs complied with" in page.text
     assert re.search(r"the cliff of B: other minus that of A: base is 0\.25 \[0\.25, 0\.25\] \(paired\)", page.text)
     assert "2 heads are selected in both runs, of 2 and 2" in page.text
     assert "different weights" not in page.text
@@ -344,9 +344,9 @@ def test_many_selected_heads_and_a_missing_random_arm_are_told_as_they_are(small
     path = small_run / "suppression.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "selected": [f"L0H{i}" for i in range(35)]}))
     frame = pd.read_parquet(small_run / "edited_aligned.parquet")
-    assert "L0H5 and 29 more), and with one random set" in written(small_run).text
+    assert "L0H5 and 29 more), and with one size-matched random head set" in written(small_run).text
     frame[~frame["group"].str.contains("random")].to_parquet(small_run / "edited_aligned.parquet")
-    assert "L0H5 and 29 more) set to zero at every token" in written(small_run).text
+    assert "L0H5 and 29 more) zeroed at every token" in written(small_run).text
 
 
 def test_what_was_not_read_for_what_heads_read_is_told(small_run):
@@ -359,7 +359,7 @@ def test_what_was_not_read_for_what_heads_read_is_told(small_run):
 
 
 def test_one_run_cannot_be_compared(run_dir, tmp_path):
-    with pytest.raises(DataError, match="1 runs were given; two can be compared"):
+    with pytest.raises(DataError, match="1 run directories were passed; a comparison takes exactly two"):
         write_comparison([run_dir], tmp_path / "x.html")
 
 
@@ -389,7 +389,7 @@ def test_what_heads_read_is_shown_as_bars_and_as_text(page):
 def test_runs_of_other_weights_say_what_that_means_for_their_heads(run_dir, tmp_path):
     other = write_run(tmp_path / "other", n=24)
     change_manifest(other, model={"name": "repaired", "fingerprint": "sha256:0"})
-    assert "The runs are of different weights" in Page(compared(run_dir, other, tmp_path)).text
+    assert "The runs use different weights" in Page(compared(run_dir, other, tmp_path)).text
 
 
 def test_figures_are_numbered_in_the_page_itself(run_dir):
@@ -402,8 +402,8 @@ def test_the_selected_set_is_told_with_the_transcripts_that_it_was_tested_on(sma
     path = small_run / "suppression.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "n": 17, "random_sets": [0.0] * 4}))
     text = written(small_run).text
-    assert "against random sets of heads (n=17 transcripts)" in text
-    assert "4 sets allow no less than 0.200" in text
+    assert "against size-matched random head sets (n=17 transcripts)" in text
+    assert "With 4 random sets, p cannot be below 0.200" in text
 
 
 def test_a_p_that_could_not_be_smaller_says_so(small_run):
@@ -411,7 +411,7 @@ def test_a_p_that_could_not_be_smaller_says_so(small_run):
     facts = json.loads(path.read_text())
     for p, told in ((0.2, True), (0.4, False)):
         path.write_text(json.dumps({**facts, "random_sets": [0.0] * 4, "p": p}))
-        assert ("(the least possible)" in written(small_run).text) is told
+        assert ("(the smallest possible)" in written(small_run).text) is told
 
 
 def test_the_steepest_drop_is_that_of_the_transcripts_that_have_a_cliff(page):

@@ -22,7 +22,7 @@ from cliffscope.model.load import LensModel
 from cliffscope.transcripts.records import Message, Outcome, Transcript, Transcripts
 
 pytest.importorskip("openai", reason="the extra serve is not installed")
-pytest.importorskip("uvicorn", reason="the extra serve is not installed")
+pytest.importorskip("uvicorn", reason="transformers[serving] is not installed")
 pytestmark = pytest.mark.slow
 QUESTIONS = ("What is the capital of France?", "Name three colours.", "Write one line about rain.")
 

@@ -1,6 +1,6 @@
 """How do refusal and attack success change with the number of heads, and do methods agree on which heads?
 
-`dose_response` draws the chosen heads against random sets of the same size, one panel a quantity; `agreement` a matrix
+`dose_response` draws the top heads against random sets of the same size, one panel a quantity; `agreement` a matrix
 of rank correlations. Arrays and names in, no result class.
 """
 
@@ -24,7 +24,7 @@ class Panel:
     name: str
     """Of the quantity, with its unit."""
     top: FloatArray
-    """[dose] with the chosen heads edited; NaN = not measured."""
+    """[dose] with the top heads edited; NaN = not measured."""
     low: FloatArray
     """[dose] lower bounds."""
     high: FloatArray
@@ -36,7 +36,7 @@ class Panel:
 
 
 def dose_response(counts: Sequence[int], panels: Sequence[Panel], *, n: int, title: str = "") -> go.Figure:
-    """Quantities against the number of heads edited, chosen ones beside random sets.
+    """Quantities against the number of heads edited, for top heads and random sets.
 
     Args:
         counts: [dose] heads edited.
@@ -45,26 +45,26 @@ def dose_response(counts: Sequence[int], panels: Sequence[Panel], *, n: int, tit
         title: Title; n is added.
     """
     named = f"{title or 'Dose-response'} (n={n})"
-    known = [panel for panel in panels if np.isfinite(panel.top).any()]
-    if not known or not counts:
+    measured = [panel for panel in panels if np.isfinite(panel.top).any()]
+    if not measured or not counts:
         return theme.empty_figure(named, "No dose was measured.")
-    fig = make_subplots(cols=len(known), horizontal_spacing=0.12)
+    fig = make_subplots(cols=len(measured), horizontal_spacing=0.12)
     places = list(range(len(counts)))
-    for column, panel in enumerate(known, start=1):
+    for column, panel in enumerate(measured, start=1):
         _add_random(fig, panel, column)
         bars = theme.error_bars(panel.top, panel.low, panel.high, theme.VERMILLION)
         fig.add_scatter(
             x=places,
             y=np.round(panel.top, 4),
             mode="lines+markers",
-            name="chosen heads",
+            name="top heads",
             legendgroup="top",
             showlegend=column == 1,
             line={"color": theme.VERMILLION},
             marker={"size": 8, "symbol": "diamond"},
             error_y=bars,
             customdata=[theme.bounds(a, b) for a, b in zip(panel.low, panel.high, strict=True)],
-            hovertemplate="%{y:.3f} %{customdata}<extra>chosen heads</extra>",
+            hovertemplate="%{y:.3f} %{customdata}<extra>top heads</extra>",
             row=1,
             col=column,
         )
@@ -72,12 +72,12 @@ def dose_response(counts: Sequence[int], panels: Sequence[Panel], *, n: int, tit
     theme.themed(fig, title=named, x="heads edited", y="", height=340)
     theme.make_room(fig)
     fig.update_xaxes(tickvals=places, ticktext=[str(count) for count in counts])
-    for column, panel in enumerate(known, start=1):
+    for column, panel in enumerate(measured, start=1):
         fig.update_yaxes(title_text=theme.caption(panel.name), row=1, col=column)
     return fig
 
 
-def agreement(names: Sequence[str], correlation: FloatArray, *, title: str = "Agreement of methods") -> go.Figure:
+def agreement(names: Sequence[str], correlation: FloatArray, *, title: str = "Agreement between methods") -> go.Figure:
     """Rank correlation of every two methods.
 
     Args:

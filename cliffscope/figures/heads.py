@@ -1,7 +1,7 @@
 """Which attention heads suppress refusal, and do they beat random sets of heads?
 
-`head_grid` shows every head at once on a scale centred at zero, `head_ranking` the first heads with their intervals
-and their effect on harmless transcripts, `random_sets` the chosen set against random sets of the same size.
+`head_grid` shows every head at once on a scale centred at zero, `head_ranking` the top heads with their intervals
+and their effect on harmless transcripts, `random_sets` the selected set against random sets of the same size.
 None of them knows how an effect was measured.
 """
 
@@ -73,10 +73,10 @@ def head_ranking(
     *,
     harmless: FloatArray | None = None,
     selected: NDArray[np.bool_] | None = None,
-    title: str = "The first heads",
+    title: str = "Top heads",
     unit: str = EFFECT,
 ) -> go.Figure:
-    """The first heads, best on top, with intervals; hollow marks are the effect on harmless transcripts.
+    """The top heads, best first, with intervals; hollow marks are the effect on harmless transcripts.
 
     Args:
         names: [head] names such as "L12H5", best first.
@@ -90,10 +90,10 @@ def head_ranking(
     """
     if not names:
         return theme.empty_figure(title, "No head was measured.")
-    chosen = np.zeros(len(names), dtype=bool) if selected is None else selected
+    marked = np.zeros(len(names), dtype=bool) if selected is None else selected
     shown = [theme.caption(name, limit=20) for name in names]
     fig = go.Figure()
-    for mask, color, name in ((chosen, theme.VERMILLION, "selected"), (~chosen, theme.GREY, "not selected")):
+    for mask, color, name in ((marked, theme.VERMILLION, "selected"), (~marked, theme.GREY, "not selected")):
         if mask.any():
             _add_ranked(fig, [shown[i] for i in np.flatnonzero(mask)], effect[mask], (low[mask], high[mask]))
             fig.data[-1].update(name=name, marker={"color": color, "size": 9}, error_x={"color": color})
@@ -115,10 +115,10 @@ def random_sets(
     high: float,
     control: FloatArray,
     *,
-    title: str = "The selected set against random sets of heads",
+    title: str = "Selected heads against size-matched random head sets",
     unit: str = EFFECT,
 ) -> go.Figure:
-    """The effect of the selected set beside that of random sets of as many heads in the same layers.
+    """The effect of the selected set against that of size-matched random sets.
 
     Args:
         observed: Effect of editing the selected heads together.
@@ -130,7 +130,7 @@ def random_sets(
     """
     control = control[np.isfinite(control)]
     if not np.isfinite(observed) and control.size == 0:
-        return theme.empty_figure(title, "No set of heads was measured.")
+        return theme.empty_figure(title, "No head set was measured.")
     rows = f"random sets ({control.size})"
     fig = go.Figure()
     dots = {"color": theme.GREY, "size": 9, "opacity": 0.55}
@@ -151,7 +151,7 @@ def effect_pairs(
     names: Sequence[str],
     first: FloatArray,
     second: FloatArray,
-    chosen: NDArray[np.integer],
+    selections: NDArray[np.integer],
     *,
     runs: tuple[str, str] = ("first run", "second run"),
     same_scale: bool = True,
@@ -163,18 +163,18 @@ def effect_pairs(
         names: [head] names such as "L12H5".
         first: [head] effect in the first run; NaN = not measured.
         second: [head] effect in the second run.
-        chosen: [head] in how many of the runs the head was selected: 0, 1 or 2.
+        selections: [head] number of runs in which the head was selected: 0, 1 or 2.
         runs: names of the runs, for the axes.
         same_scale: whether logits of both are comparable; equal effects then lie on a line that is drawn.
         title: Title; the number of heads is added.
     """
-    known = np.isfinite(first) & np.isfinite(second)
-    if not known.any():
+    measured = np.isfinite(first) & np.isfinite(second)
+    if not measured.any():
         return theme.empty_figure(title, "No head was measured in both runs.")
     fig = go.Figure()
-    kinds = ((0, theme.GREY, "in none"), (1, theme.ORANGE, "in one run"), (2, theme.VERMILLION, "in both"))
+    kinds = ((0, theme.GREY, "in neither"), (1, theme.ORANGE, "in one run"), (2, theme.VERMILLION, "in both"))
     for count, color, name in kinds:
-        mask = known & (chosen == count)
+        mask = measured & (selections == count)
         if mask.any():
             marker = {"color": color, "size": 7 + 2 * count, "symbol": theme.SYMBOLS[count], "opacity": 0.8}
             fig.add_scatter(
@@ -186,7 +186,7 @@ def effect_pairs(
                 name=f"selected {name} ({int(mask.sum()):,})",
                 hovertemplate="%{text}<br>%{x:.3f} and %{y:.3f}<extra></extra>",
             )
-    shown = f"{title} ({int(known.sum()):,} heads)"
+    shown = f"{title} ({int(measured.sum()):,} heads)"
     theme.themed(fig, title=shown, x=f"{EFFECT}, {runs[0]}", y=f"{EFFECT}, {runs[1]}", height=440)
     theme.make_room(fig)
     line = {"color": theme.GREY, "width": 1}
@@ -194,7 +194,8 @@ def effect_pairs(
     fig.update_yaxes(zeroline=True, zerolinecolor=theme.GREY, zerolinewidth=1)
     if not same_scale:
         return fig
-    low, high = float(np.min([first[known], second[known]])), float(np.max([first[known], second[known]]))
+    both = [first[measured], second[measured]]
+    low, high = float(np.min(both)), float(np.max(both))
     fig.add_shape(type="line", x0=low, y0=low, x1=high, y1=high, line={**line, "dash": "dot"}, layer="below")
     return fig
 
@@ -214,16 +215,16 @@ def _add_ranked(
 
 
 def _grid_hover(low: FloatArray, high: FloatArray, harmless: FloatArray | None) -> dict[str, object]:
-    """Numbers where all are known, which take a fraction of the room of texts; else texts that say what is not."""
-    known = [low, high] if harmless is None else [low, high, harmless]
-    begin, other = "L%{y}H%{x}<br>effect %{z:.3f} ", "" if harmless is None else "; on harmless %{customdata[2]:.3f}"
-    if all(np.isfinite(values).all() for values in known):
+    """Numbers where all are finite, which take a fraction of the space of texts; else texts that say what is not."""
+    parts = [low, high] if harmless is None else [low, high, harmless]
+    begin, other = "L%{y}H%{x}<br>effect %{z:.3f} ", "" if harmless is None else "; harmless %{customdata[2]:.3f}"
+    if all(np.isfinite(values).all() for values in parts):
         bounds = "[%{customdata[0]:.3f}, %{customdata[1]:.3f}]"
-        numbers = np.stack(known, axis=-1).round(4).astype(np.float32)
+        numbers = np.stack(parts, axis=-1).round(4).astype(np.float32)
         return {"customdata": numbers, "hovertemplate": f"{begin}{bounds}{other}<extra></extra>"}
     third = np.full(low.shape, np.nan) if harmless is None else harmless
     cells = zip(low.ravel().tolist(), high.ravel().tolist(), third.ravel().tolist(), strict=True)
-    flat = [theme.bounds(a, b) + (f"; on harmless {c:.3f}" if np.isfinite(c) else "") for a, b, c in cells]
+    flat = [theme.bounds(a, b) + (f"; harmless {c:.3f}" if np.isfinite(c) else "") for a, b, c in cells]
     width = low.shape[1]
     rows = [flat[start : start + width] for start in range(0, len(flat), width)]
     return {"text": rows, "hovertemplate": f"{begin}%{{text}}<extra></extra>"}

@@ -51,7 +51,7 @@ def save_figures(
     """Writes several figures with one start of the browser; arguments and errors as of `save_figure`."""
     for target in figures:
         if _kind(target) not in FORMATS:
-            raise DataError(f"{target.name}: expected a name that ends in one of .{', .'.join(FORMATS)}.")
+            raise DataError(f"{target.name}: expected a file name that ends in one of .{', .'.join(FORMATS)}.")
     try:
         for target, figure in figures.items():
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def save_figures(
         if drawn:
             _draw(drawn, width=width, scale=scale)
     except OSError as error:
-        raise StoreError(f"An image cannot be written: {error}. Give another path.") from error
+        raise StoreError(f"An image cannot be written: {error}. Choose a different path.") from error
 
 
 def _draw(figures: Mapping[Path, go.Figure], *, width: int, scale: float) -> None:

@@ -29,10 +29,10 @@ def measure_panels(frame: pd.DataFrame, *, share: bool = False, title: str = "Me
     Returns:
         The figure, or one that says that nothing was measured.
     """
-    known = frame[np.isfinite(frame["value"].to_numpy(float))] if len(frame) else frame
-    if not len(known):
+    measured = frame[np.isfinite(frame["value"].to_numpy(float))] if len(frame) else frame
+    if not len(measured):
         return theme.empty_figure(title, "Nothing was measured.")
-    measures, arms = known["measure"].astype(str).unique(), known["arm"].astype(str).unique()
+    measures, arms = measured["measure"].astype(str).unique(), measured["arm"].astype(str).unique()
     width = min(MOST_COLUMNS, len(measures))
     height = -(-len(measures) // width)
     fig = make_subplots(
@@ -41,7 +41,7 @@ def measure_panels(frame: pd.DataFrame, *, share: bool = False, title: str = "Me
     theme.themed(fig, title=title, x="", y="", height=height * (100 + 34 * len(arms)) + 60)
     for place, measure in enumerate(measures):
         cell = {"row": place // width + 1, "col": place % width + 1}
-        part = known[known["measure"] == measure]
+        part = measured[measured["measure"] == measure]
         for line, arm in enumerate(arms):
             _add_arm(fig, part[part["arm"] == arm], line, cell)
         n = _n(part["n"].to_numpy(float))
@@ -61,22 +61,22 @@ def _add_arm(fig: go.Figure, rows: pd.DataFrame, line: int, cell: dict[str, int]
     value, low, high = (rows[name].to_numpy(float) for name in ("value", "ci_low", "ci_high"))
     color, one = _COLORS.get(str(rows["kind"].iloc[0]), theme.INK), len(rows) == 1
     name = theme.caption(str(rows["arm"].iloc[0]), limit=40)
-    told = zip(value, low, high, rows["n"].to_numpy(float), strict=True)
+    values = zip(value, low, high, rows["n"].to_numpy(float), strict=True)
     fig.add_scatter(
         x=np.round(value, 5),
         y=line + (np.zeros(1) if one else theme.jitter(len(rows), 0.24)),
         mode="markers",
         marker={"color": color, "size": 11 if one else 7, "opacity": 1 if one else 0.55},
         error_x=theme.error_bars(value, low, high, color) if one else None,
-        customdata=[f"{name}<br>{v:.4g} {theme.bounds(a, b)}, {_n(np.array([n]))}" for v, a, b, n in told],
+        customdata=[f"{name}<br>{v:.4g} {theme.bounds(a, b)}, {_n(np.array([n]))}" for v, a, b, n in values],
         hovertemplate="%{customdata}<extra></extra>",
         **cell,
     )
 
 
 def _n(counts: NDArray[np.floating]) -> str:
-    known = counts[np.isfinite(counts)]
-    if not known.size:
+    stored = counts[np.isfinite(counts)]
+    if not stored.size:
         return "n not stored"
-    least, most = int(known.min()), int(known.max())
+    least, most = int(stored.min()), int(stored.max())
     return f"n={least:,}" if least == most else f"n={least:,} to {most:,}"

@@ -49,15 +49,15 @@ def arms(rows: Sequence[Arm], *, title: str = "Outcomes with and without the edi
         rows: One row an arm and group.
         title: Title.
     """
-    known = [row for row in rows if np.isfinite(row.rate)]
-    groups = [group for group in _RATES if any(row.group == group for row in known)]
+    judged = [row for row in rows if np.isfinite(row.rate)]
+    groups = [group for group in _RATES if any(row.group == group for row in judged)]
     if not groups:
-        return theme.empty_figure(title, "No arm holds a judged prompt.")
-    names = [f"{_RATES[group]}, {group} prompts ({_n_range(known, group)})" for group in groups]
+        return theme.empty_figure(title, "No arm has a judged prompt.")
+    names = [f"{_RATES[group]}, {group} prompts ({_n_range(judged, group)})" for group in groups]
     fig = make_subplots(cols=len(groups), shared_yaxes=True, horizontal_spacing=0.08, subplot_titles=names)
-    order = _arm_order(known)
+    order = _arm_order(judged)
     for column, group in enumerate(groups, start=1):
-        for kind, run in groupby(sorted((r for r in known if r.group == group), key=_kind), key=_kind):
+        for kind, run in groupby(sorted((r for r in judged if r.group == group), key=_kind), key=_kind):
             _add_arms(fig, kind, list(run), order, column)
     theme.themed(fig, title=title, x="share of judged prompts", y="", height=120 + 60 * len(order))
     fig.update_xaxes(range=[-0.02, 1.02], tickformat=".0%", tickvals=[0, 0.25, 0.5, 0.75, 1])
@@ -87,18 +87,18 @@ def plateau_final(
         names: [transcript] ids for the hover, untrusted.
         title: Title; n is added.
     """
-    known = np.isfinite(plateau) & np.isfinite(final)
-    if not known.any():
+    scored = np.isfinite(plateau) & np.isfinite(final)
+    if not scored.any():
         return theme.empty_figure(title, "No transcript has both a plateau and a final score.")
     fig = go.Figure()
     line = {"color": theme.GREY, "width": 1, "dash": "dot"}
     fig.add_scatter(x=[0, 1], y=[0, 1], mode="lines", line=line, hoverinfo="skip", showlegend=False)
     kinds = np.asarray(_kinds(len(plateau), selected, groups))
     texts = np.asarray([""] * len(plateau) if names is None else [theme.label(name, limit=40) for name in names])
-    for index, kind in enumerate(sorted(set(kinds[known].tolist()), key=lambda name: (name == "selected", name))):
-        mask = known & (kinds == kind)
+    for index, kind in enumerate(sorted(set(kinds[scored].tolist()), key=lambda name: (name == "selected", name))):
+        mask = scored & (kinds == kind)
         _add_points(fig, kind, (plateau[mask], final[mask], texts[mask].tolist()), index)
-    theme.themed(fig, title=f"{title} (n={int(known.sum()):,})", x="plateau score", y="final score", height=440)
+    theme.themed(fig, title=f"{title} (n={int(scored.sum()):,})", x="plateau score", y="final score", height=440)
     theme.make_room(fig)
     square = {"range": [-0.03, 1.03], "constrain": "domain", "tickvals": [0, 0.25, 0.5, 0.75, 1]}
     fig.update_xaxes(**square)
@@ -158,7 +158,7 @@ def _add_points(fig: go.Figure, kind: str, points: tuple[FloatArray, FloatArray,
             [1, theme.fade(theme.GREY, 1.0)],
         ]
         hover = "plateau %{x:.2f}, final %{y:.2f}<br>%{z} transcripts<extra></extra>"
-        bar = theme.colorbar(f"{shown}, transcripts a cell")
+        bar = theme.colorbar(f"{shown}, transcripts per cell")
         fig.add_heatmap(x=centres, y=centres, z=counts, colorscale=grey, colorbar=bar, hovertemplate=hover)
         return
     color = {"selected": theme.VERMILLION, "not selected": theme.GREY}.get(kind, theme.group_color(kind, index))
@@ -175,7 +175,7 @@ def _add_points(fig: go.Figure, kind: str, points: tuple[FloatArray, FloatArray,
 
 def _kinds(count: int, selected: NDArray[np.bool_] | None, groups: Sequence[str] | None) -> list[str]:
     if selected is not None:
-        return ["selected" if chosen else "not selected" for chosen in selected]
+        return ["selected" if flag else "not selected" for flag in selected]
     return ["transcripts"] * count if groups is None else list(groups)
 
 

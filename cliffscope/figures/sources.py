@@ -22,7 +22,7 @@ def source_bars(
     against: FloatArray,
     *,
     most: int = 24,
-    title: str = "What the head reads",
+    title: str = "Tokens that the head reads",
 ) -> go.Figure:
     """The sources that matter most, in the order of the text.
 
@@ -56,7 +56,7 @@ def source_bars(
             hovertemplate="%{y}<br>%{x:.3f} logits<br>%{customdata}<extra></extra>",
         )
     )
-    theme.themed(fig, title=title, x="written against refusal (logit)", y="", height=110 + 18 * len(names))
+    theme.themed(fig, title=title, x="contribution against refusal (logit)", y="", height=110 + 18 * len(names))
     fig.update_yaxes(type="category", categoryorder="array", categoryarray=names[::-1], showgrid=False)
     fig.update_xaxes(zeroline=True, zerolinecolor=theme.GREY, zerolinewidth=1)
     return fig

@@ -114,11 +114,11 @@ def printable(text: str, *, limit: int = 60, keep_newlines: bool = False, keep_s
         >>> printable("a\u202eb\n")
         'a\\u202eb⏎'
     """
-    kept = ("\n\t" if keep_newlines else "") + (" " if keep_spaces else "")
+    unescaped = ("\n\t" if keep_newlines else "") + (" " if keep_spaces else "")
     cut = text[:limit]
     if cut.isprintable() and keep_spaces and len(text) <= limit:
         return text
-    shown = "".join(char if char in kept else _show(char) for char in cut)
+    shown = "".join(char if char in unescaped else _show(char) for char in cut)
     return shown if len(text) <= limit else f"{shown}… ({len(text):,} characters)"
 
 

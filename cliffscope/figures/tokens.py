@@ -33,7 +33,7 @@ def token_text(
     *,
     layers: Sequence[int] | None = None,
     probe_layer: int | None = None,
-    title: str = "Refusal score, token by token",
+    title: str = "Refusal score by token",
 ) -> go.Figure:
     """The tokens of one transcript as text, each on a ground of its score.
 
@@ -50,12 +50,12 @@ def token_text(
         return theme.empty_figure(title, "The transcript has no token.")
     names = list(range(len(grid))) if layers is None else list(layers)
     first = names.index(probe_layer) if probe_layer in names else len(names) - 1
-    kept = slice(max(0, len(tokens) - max(1, min(MOST_TOKENS, MOST_SCORES // len(grid)))), len(tokens))
-    shown = [_written(token) for token in tokens[kept]]
-    lines, starts, marks = _placed([_width(text) for text in shown], spans[kept])
-    bars = _bars(shown, (lines, starts), hover=_hover(tokens, spans, kept), score=grid[first, kept])
+    window = slice(max(0, len(tokens) - max(1, min(MOST_TOKENS, MOST_SCORES // len(grid)))), len(tokens))
+    shown = [_written(token) for token in tokens[window]]
+    lines, starts, marks = _placed([_width(text) for text in shown], spans[window])
+    bars = _bars(shown, (lines, starts), hover=_hover(tokens, spans, window), score=grid[first, window])
     fig = go.Figure([bars, _scale(max(lines) + 1)])
-    cut = f", the last {len(shown):,} shown" if kept.start else ""
+    cut = f", the last {len(shown):,} shown" if window.start else ""
     n_lines = max(lines) + 1
     theme.themed(fig, title=f"{title} ({len(tokens):,} tokens{cut})", x="", y="", height=ROW * n_lines + 150)
     fig.update_xaxes(visible=False, range=[0, LINE], fixedrange=True)
@@ -69,7 +69,7 @@ def token_text(
     )
     fig.update_layout(barmode="overlay", bargap=0.12, showlegend=False)
     if len(grid) > 1:
-        fig.update_layout(sliders=[_slider(grid[:, kept], names, first)], margin={"b": 80})
+        fig.update_layout(sliders=[_slider(grid[:, window], names, first)], margin={"b": 80})
     return fig
 
 
@@ -86,7 +86,7 @@ def _bars(texts: Sequence[str], places: tuple[list[int], list[int]], *, hover: l
         textangle=0,
         textfont={"family": theme.MONO, "size": 12, "color": theme.TEXT},
         customdata=hover,
-        hovertext=_told(score),
+        hovertext=_score_labels(score),
         marker={"color": _grounds(score), "line": {"width": 0}},
         hovertemplate="%{customdata}<br>score %{hovertext}<extra></extra>",
     )
@@ -105,7 +105,7 @@ def _slider(grid: FloatArray, names: Sequence[int], first: int) -> dict[str, obj
         {
             "method": "restyle",
             "label": str(name),
-            "args": [{"marker.color": [_grounds(row)], "hovertext": [_told(row)]}, [0]],
+            "args": [{"marker.color": [_grounds(row)], "hovertext": [_score_labels(row)]}, [0]],
         }
         for name, row in zip(names, grid, strict=True)
     ]
@@ -125,20 +125,20 @@ def _grounds(score: FloatArray) -> list[str]:
     """Colours of scores; a token without a score has no ground."""
     ends = [[int(color[i : i + 2], 16) for i in (1, 3, 5)] for _, color in theme.TEXT_GROUND]
     low, high = np.array(ends)
-    known = np.clip(np.nan_to_num(score), 0, 1)[:, None]
-    mixed = np.round(low + known * (high - low)).astype(int)
-    found = zip(mixed.tolist(), np.isfinite(score), strict=True)
-    return [f"#{r:02x}{g:02x}{b:02x}" if there else "#ffffff" for (r, g, b), there in found]
+    share = np.clip(np.nan_to_num(score), 0, 1)[:, None]
+    mixed = np.round(low + share * (high - low)).astype(int)
+    rows = zip(mixed.tolist(), np.isfinite(score), strict=True)
+    return [f"#{r:02x}{g:02x}{b:02x}" if there else "#ffffff" for (r, g, b), there in rows]
 
 
-def _told(score: FloatArray) -> list[str]:
+def _score_labels(score: FloatArray) -> list[str]:
     return [f"{value:.3f}" if np.isfinite(value) else "n/a" for value in score]
 
 
-def _hover(tokens: Sequence[str], spans: Sequence[str], kept: slice) -> list[str]:
+def _hover(tokens: Sequence[str], spans: Sequence[str], window: slice) -> list[str]:
     return [
         f"{place} · {theme.label(tokens[place])} · {theme.caption(spans[place], limit=20)}"
-        for place in range(kept.start, kept.stop)
+        for place in range(window.start, window.stop)
     ]
 
 

@@ -59,7 +59,7 @@ def mean_trace(
     """
     drawn = {name: band for name, band in groups.items() if np.isfinite(band.mean).any()}
     if not drawn:
-        return theme.empty_figure(title, "No group holds a transcript that could be measured.")
+        return theme.empty_figure(title, "No group has a transcript that could be measured.")
     fig = go.Figure()
     runs = list(dict.fromkeys(name.rpartition(": ")[0] for name in drawn))
     for index, (name, band) in enumerate(drawn.items()):
@@ -131,7 +131,7 @@ def layer_heat(
         title: Title.
     """
     if not tokens or score.size == 0:
-        return theme.empty_figure(title, "No layer of this transcript was scored.")
+        return theme.empty_figure(title, "No layer was scored for this transcript.")
     n_layers = score.shape[0]
     fig = go.Figure(
         go.Heatmap(
@@ -179,7 +179,7 @@ def probe_quality(
         title: Title, with n.
     """
     if auroc.size == 0 or not np.isfinite(auroc).any():
-        return theme.empty_figure(title, "The probe was not evaluated: one of its classes is empty.")
+        return theme.empty_figure(title, "The probe was not evaluated, because one of its classes is empty.")
     names = [theme.caption(region, limit=40) for region in regions]
     fig = go.Figure(
         go.Heatmap(
@@ -246,12 +246,12 @@ _AUROC_SCALE = tuple((1 - stop, color) for stop, color in reversed(theme.DIVERGI
 def _add_band(fig: go.Figure, name: str, band: Band, labels: Sequence[str], index: int) -> None:
     color, place = theme.group_color(name, index), np.arange(len(labels))
     dash, symbol = theme.group_mark(name, index)
-    known = np.isfinite(band.low) & np.isfinite(band.high)
+    bounded = np.isfinite(band.low) & np.isfinite(band.high)
     shown = f"{theme.caption(name, limit=40)} (n={int(np.max(band.n, initial=0)):,})"
-    if known.any():
+    if bounded.any():
         fig.add_scatter(
-            x=np.concatenate([place[known], place[known][::-1]]),
-            y=np.round(np.concatenate([band.high[known], band.low[known][::-1]]), 4),
+            x=np.concatenate([place[bounded], place[bounded][::-1]]),
+            y=np.round(np.concatenate([band.high[bounded], band.low[bounded][::-1]]), 4),
             fill="toself",
             fillcolor=theme.fade(color, 0.16),
             line={"width": 0},

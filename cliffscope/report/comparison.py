@@ -35,7 +35,7 @@ from cliffscope.report.content import (
     plot,
     text_cell,
 )
-from cliffscope.report.evidence import ASKED, QUALITY, cliff_rows, quality_rows
+from cliffscope.report.evidence import COMPLIED, QUALITY, cliff_rows, quality_rows
 from cliffscope.report.outcomes import tiles
 from cliffscope.report.stored import JsonObject, StoredRun, as_float, as_int, as_list
 from cliffscope.resampling import bootstrap_mean
@@ -46,15 +46,15 @@ HEADLINES = ("Mean cliff", "ASR", "Probe AUROC")
 """Tiles of a run's own page that stand on top."""
 FEWEST_PAIRS = 10
 """Prompts that both runs complied with, below which their difference claims nothing."""
-PAIRS_NOTE = "Vermillion: selected in both runs. Orange: in one. Grey: in none."
+PAIRS_NOTE = "Vermillion: selected in both runs. Orange: selected in one. Grey: selected in neither."
 OTHER_SCALES = (
-    "Weights, probe, method or scope differ, so that the two axes share no scale: compare the order of the heads, not "
-    "the logits."
+    "Weights, probe, method or scope differ, so the two axes share no scale. Compare the order of the heads, not the "
+    "logits."
 )
-OTHER_SEEDS = "The runs have different seeds, so that prompts were drawn and split in different ways."
+OTHER_SEEDS = "The runs have different seeds, so their prompts were drawn and split differently."
 OTHER_WEIGHTS = (
-    "The runs are of different weights. A head of one model is the same head of the other only where one was trained "
-    "from the other, or both from a third."
+    "The runs use different weights. Heads of the two models correspond only if one model was trained from the other, "
+    "or both from the same model."
 )
 
 
@@ -80,36 +80,36 @@ def comparison_sections(runs: Sequence[NamedRun]) -> list[Section]:
 
 def comparison_tiles(runs: Sequence[NamedRun]) -> list[Tile]:
     """The headline numbers of each run's own page, run beside run."""
-    found = [(one.name, {tile.name: tile for tile in tiles(one.run)}) for one in runs]
+    by_run = [(one.name, {tile.name: tile for tile in tiles(one.run)}) for one in runs]
     return [
-        replace(own[name], detail=f"{run}: {own[name].detail}")
+        replace(headlines[name], detail=f"{run}: {headlines[name].detail}")
         for name in HEADLINES
-        for run, own in found
-        if name in own
+        for run, headlines in by_run
+        if name in headlines
     ]
 
 
-def _asked(run: StoredRun) -> pd.DataFrame:
+def _complied(run: StoredRun) -> pd.DataFrame:
     cliffs = run.tables["cliffs"]
-    return cliffs[cliffs["group"] == ASKED]
+    return cliffs[cliffs["group"] == COMPLIED]
 
 
 def _differences(runs: Sequence[NamedRun]) -> Section:
     rows = []
     for section in ("settings", "model", "versions", "probe", "heads"):
         values = [_settings(one.run, section) for one in runs]
-        for key in dict.fromkeys(key for found in values for key in found):
-            shown = [str(found.get(key, "–")) for found in values]
+        for key in dict.fromkeys(key for settings in values for key in settings):
+            shown = [str(settings.get(key, "–")) for settings in values]
             if len(set(shown)) > 1:
                 rows.append([text_cell(section), text_cell(key, 60), *(text_cell(text, 200) for text in shown)])
     heads = columns("part", "setting|code", *(f"{one.name}|long" for one in runs))
-    same = "Settings, model and versions of the runs are the same."
+    same = "The runs have the same settings, model and versions."
     seeds = {str(one.run.settings.get("seed")) for one in runs}
     return Section(
         id="run",
-        title="What differs",
+        title="Differences",
         claim="",
-        lead="Every setting, fact of the model and version that is not the same in all runs.",
+        lead="Every setting, model property and version that differs between the runs.",
         parts=[
             *([Table(caption="Settings that differ", columns=heads, rows=rows)] if rows else [Remark(text=same)]),
             *([Remark(text=OTHER_SEEDS)] if len(seeds) > 1 else []),
@@ -118,7 +118,7 @@ def _differences(runs: Sequence[NamedRun]) -> Section:
 
 
 def _settings(run: StoredRun, section: str) -> JsonObject:
-    """What was set or chosen, without what was measured."""
+    """Settings and selections of a part, without measurements."""
     if section == "probe":
         return {key: run.probe[key] for key in ("layer", "positions", "contrast") if key in run.probe}
     if section == "heads":
@@ -135,23 +135,23 @@ def _cliffs(runs: Sequence[NamedRun]) -> Section:
     layouts = {tuple(spans) for _, (_, spans, _) in drawn}
     if len(layouts) == 1:
         labels, spans, _ = drawn[0][1]
-        curves = {f"{one.letter}: {g}": found[2][g] for one, found in drawn for g in CURVES if g in found[2]}
+        curves = {f"{one.letter}: {g}": bands[g] for one, (_, _, bands) in drawn for g in CURVES if g in bands}
         note = (
-            f"{_legend(runs)} Groups of each run, aligned on spans; closing tokens are named by the first run's "
+            f"{_legend(runs)} Groups of each run, aligned on spans. Closing tokens are labelled as in the first run's "
             "template. Band: 95% bootstrap interval of the mean."
         )
         parts.append(plot("cliff", mean_trace(labels, spans, curves), note))
     elif drawn:
-        parts.append(Remark(text="The templates close with different numbers of tokens, so each run has its own axis."))
-        for place, (one, (labels, spans, found)) in enumerate(drawn):
-            fig = mean_trace(labels, spans, {g: found[g] for g in CURVES if g in found}, title=one.name)
+        parts.append(Remark(text="The closings differ in their number of tokens, so each run has its own axis."))
+        for place, (one, (labels, spans, bands)) in enumerate(drawn):
+            fig = mean_trace(labels, spans, {g: bands[g] for g in CURVES if g in bands}, title=one.name)
             parts.append(plot(f"cliff-{place + 1}", fig, "Band: 95% bootstrap interval of the mean."))
     parts.append(_cliff_table(runs))
     return Section(
         id="cliff",
         title="The cliff",
         claim=_paired_claim(runs),
-        lead="Held-out transcripts of each run, read by each run's own probe.",
+        lead="Held-out transcripts of each run, scored by that run's own probe.",
         parts=parts,
     )
 
@@ -164,7 +164,7 @@ def _cliff_table(runs: Sequence[NamedRun]) -> Table:
         which = [text_cell(one.name, 80), text_cell(plateau)]
         rows += [[*which, *cells] for cells in cliff_rows(cliffs, plateau)]
     names = ("n|number", "plateau|number", "final|number", "cliff|number", "95% interval|number")
-    heads = columns("run", "plateau is the", "group", *names)
+    heads = columns("run", "plateau", "group", *names)
     return Table(caption="Mean plateau, final score and cliff by run and group", columns=heads, rows=rows)
 
 
@@ -182,22 +182,22 @@ def _paired_claim(runs: Sequence[NamedRun]) -> str:
     if kinds[0] != kinds[1]:
         return f"The cliffs are measured from different plateaus ({kinds[0]} and {kinds[1]}), so they are not paired."
     if len(shared) < FEWEST_PAIRS:
-        return f"Both complied with {len(shared)} of the same prompts: too few for a paired difference of cliffs."
+        return f"Both runs complied with {len(shared)} shared prompts: too few for a paired difference of cliffs."
     gaps = (second[shared] - first[shared]).to_numpy(float)
     low, high = bootstrap_mean(gaps, seed=0)
     return (
-        f"On the {len(shared)} harmful prompts that both complied with, the cliff of {runs[-1].name} minus that of "
-        f"{runs[0].name} is {number(float(gaps.mean()))} {interval(float(low), float(high))} (paired)."
+        f"On the {len(shared)} harmful prompts that both runs complied with, the cliff of {runs[-1].name} minus that "
+        f"of {runs[0].name} is {number(float(gaps.mean()))} {interval(float(low), float(high))} (paired)."
     )
 
 
 def _cliffs_by_prompt(run: StoredRun) -> pd.Series:
     """Valid cliffs by id and prompt: ids alone may be line numbers of other files."""
-    found = _asked(run)
-    found = found[found["valid"].fillna(False).astype(bool)].drop_duplicates("id").set_index("id")
-    prompts = run.tables["transcripts"].drop_duplicates("id").set_index("id")["prompt"].reindex(found.index)
-    cliffs = pd.to_numeric(found["cliff"], errors="coerce")
-    return pd.Series(cliffs.to_numpy(float), index=pd.MultiIndex.from_arrays([found.index, prompts.astype(str)]))
+    rows = _complied(run)
+    rows = rows[rows["valid"].fillna(False).astype(bool)].drop_duplicates("id").set_index("id")
+    prompts = run.tables["transcripts"].drop_duplicates("id").set_index("id")["prompt"].reindex(rows.index)
+    cliffs = pd.to_numeric(rows["cliff"], errors="coerce")
+    return pd.Series(cliffs.to_numpy(float), index=pd.MultiIndex.from_arrays([rows.index, prompts.astype(str)]))
 
 
 def _heads(runs: Sequence[NamedRun]) -> Section:
@@ -210,27 +210,28 @@ def _heads(runs: Sequence[NamedRun]) -> Section:
             pd.to_numeric(f.loc[shared, "effect"], errors="coerce").to_numpy(float) for f in (first, second)
         )
         names = [f"L{int(layer)}H{int(head)}" for layer, head in shared]
-        chosen = [set(_selected(one.run)) for one in (runs[0], runs[-1])]
-        both = np.array([(name in chosen[0]) + (name in chosen[1]) for name in names])
+        selected = [set(_selected(one.run)) for one in (runs[0], runs[-1])]
+        count = np.array([(name in selected[0]) + (name in selected[1]) for name in names])
         same_weights = len({str(one.run.section("model").get("fingerprint")) for one in runs}) == 1
         settings = {str([_settings(one.run, section) for section in ("probe", "heads")]) for one in runs}
         alike = same_weights and len(settings) == 1
         letters = (f"run {runs[0].letter}", f"run {runs[-1].letter}")
-        fig = effect_pairs(names, effect, other, both, runs=letters, same_scale=alike)
+        fig = effect_pairs(names, effect, other, count, runs=letters, same_scale=alike)
         parts.append(plot("pairs", fig, f"{_legend(runs)} {PAIRS_NOTE}"))
         if not alike:
             parts.append(Remark(text=OTHER_SCALES))
         if not same_weights:
             parts.append(Remark(text=OTHER_WEIGHTS))
-        known = np.isfinite(effect) & np.isfinite(other) & ((effect != 0) | (other != 0))
-        varied = known.sum() > 2 and np.ptp(effect[known]) > 0 and np.ptp(other[known]) > 0
-        rank = float(spearmanr(effect[known], other[known]).statistic) if varied else float("nan")
+        measured = np.isfinite(effect) & np.isfinite(other) & ((effect != 0) | (other != 0))
+        varied = measured.sum() > 2 and np.ptp(effect[measured]) > 0 and np.ptp(other[measured]) > 0
+        rank = float(spearmanr(effect[measured], other[measured]).statistic) if varied else float("nan")
         claim = (
-            f"{len(chosen[0] & chosen[1])} heads are selected in both runs, of {len(chosen[0])} and {len(chosen[1])}; "
-            f"the effects' rank correlation is {number(rank)} over the {int(known.sum())} heads with one."
+            f"{len(selected[0] & selected[1])} heads are selected in both runs, of {len(selected[0])} and "
+            f"{len(selected[1])}. The rank correlation of the effects is {number(rank)} over the "
+            f"{int(measured.sum())} heads with an effect."
         )
     elif len(first) and len(second):
-        parts.append(Remark(text="The models have different heads, so that they cannot be compared one by one."))
+        parts.append(Remark(text="The models have different heads, so single heads cannot be compared."))
     rows = [
         [text_cell(one.name, 80), text_cell(", ".join(_selected(one.run)) or "none", 400), *_set_cells(one.run)]
         for one in runs
@@ -238,9 +239,13 @@ def _heads(runs: Sequence[NamedRun]) -> Section:
     heads = columns(
         "run", "selected|long", "n|number", "joint effect (logit)|number", "95% interval|number", "p (random)|number"
     )
-    parts.append(Table(caption="The selected heads", columns=heads, rows=rows))
+    parts.append(Table(caption="Selected heads", columns=heads, rows=rows))
     return Section(
-        id="heads", title="The heads", claim=claim, lead="Effects of single heads, run against run.", parts=parts
+        id="heads",
+        title="The heads",
+        claim=claim,
+        lead="Effect of each head in one run against its effect in the other.",
+        parts=parts,
     )
 
 
@@ -275,7 +280,7 @@ def _safety(runs: Sequence[NamedRun]) -> Section:
         rows.append([*shown_key, count_cell(n), number_cell(float(part["value"].mean())), bounds])
     heads = columns("arm", "measure", "n|number", "rate|number", "95% interval|number")
     fig = measure_panels(shown, title="Outcomes by run and arm", share=True)
-    note = f"{_legend(runs)} Bars: 95% Wilson intervals. Dots: random sets of as many heads."
+    note = f"{_legend(runs)} Bars: 95% Wilson intervals. Dots: size-matched random head sets."
     parts: list[Part] = [plot("arms", fig, note)] if rows else []
     return Section(
         id="intervention",
@@ -283,7 +288,7 @@ def _safety(runs: Sequence[NamedRun]) -> Section:
         claim="",
         lead="ASR: complied / judged over harmful prompts. Over-refusal: refused / judged over harmless prompts.",
         parts=[*parts, Table(caption="Outcomes by run and arm", columns=heads, rows=rows)] if rows else [],
-        missing=() if rows else ("No run evaluated an edit.",),
+        missing=() if rows else ("Neither run evaluated an edit.",),
     )
 
 
@@ -294,6 +299,6 @@ def _probes(runs: Sequence[NamedRun]) -> Section:
         id="probe",
         title="Can the probes tell?",
         claim="",
-        lead="A difference between runs means something only where both probes tell refused from complied.",
+        lead="A difference between runs is meaningful only where both probes separate refused from complied.",
         parts=[Table(caption="Held-out quality of each run's probe", columns=heads, rows=rows)],
     )

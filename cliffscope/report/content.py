@@ -252,8 +252,8 @@ def p_cell(value: float) -> Cell:
 
 def count_cell(value: int | float) -> Cell:
     """A cell of a count."""
-    known = math.isfinite(value)
-    return Cell(text=f"{int(value):,}" if known else "n/a", sort=str(int(value)) if known else "")
+    finite = math.isfinite(value)
+    return Cell(text=f"{int(value):,}" if finite else "n/a", sort=str(int(value)) if finite else "")
 
 
 def interval_cell(low: float, high: float, n: int | None = None, digits: int = 2) -> Cell:

@@ -40,10 +40,10 @@ from cliffscope.report.stored import StoredRun, as_float, as_int, as_list, as_ob
 from cliffscope.resampling import bootstrap_mean
 from cliffscope.stats import least_p
 
-ASKED = "harmful, complied"
-"""The group that has a cliff to fall from."""
+COMPLIED = "harmful, complied"
+"""The group whose cliff a study claims."""
 RANKED = 15
-"""Heads named in the ranking figure."""
+"""Heads in the ranking figure."""
 LISTED = 40
 """Heads listed in the table."""
 WIDE_GRID = 48
@@ -52,7 +52,7 @@ CLAIMED = {
     "final": "At the final token, all transcripts",
     "late_thinking": "Late thinking (the plateau)",
     "within_harmful_final": "At the final token, harmful only",
-    "shuffled_final": "Control: shuffled labels, mean and range of refits",
+    "shuffled_final": "Control: shuffled labels (mean and range of refits)",
 }
 """The parts of the probe's report that the claim rests on."""
 QUALITY = (
@@ -72,9 +72,9 @@ def cliff_section(run: StoredRun) -> Section:
         labels, spans, groups = bands_of(aligned)
         n = sum(int(np.max(band.n, initial=0)) for name, band in groups.items() if name not in set(edited["group"]))
         note = (
-            "Every span is cut into equal parts and the closing tokens keep one place each, so none is averaged into "
-            "the thinking. Band: 95% bootstrap interval of the mean over transcripts. Hover for n by position."
-            + (_edited_note(run) if len(edited) else "")
+            "Prompt and thinking are divided into equal parts. Each closing token keeps its own position and is never "
+            "averaged into the thinking. Band: 95% bootstrap interval of the mean over transcripts. Hover to see n at "
+            "each position." + (_edited_note(run) if len(edited) else "")
         )
         parts.append(plot("cliff", mean_trace(labels, spans, groups, n=n), note))
     if len(cliffs):
@@ -84,17 +84,17 @@ def cliff_section(run: StoredRun) -> Section:
         title="The cliff",
         claim=run.finding("cliff"),
         lead=(
-            "If the intention to refuse is lost between thinking and answer, the refusal score stays high through "
-            "the thinking and falls at the closing tokens. All transcripts here are held out: none was used to fit "
-            "the probe."
+            "If the model loses its intention to refuse between thinking and answer, the refusal score stays high "
+            "during the thinking and falls at the closing tokens. All transcripts in this section are held out: none "
+            "was used to fit the probe."
         ),
         parts=parts,
-        missing=() if parts else ("No trace was stored for this run.", *run.notes("traces", "readouts")),
+        missing=() if parts else ("This run stored no traces.", *run.notes("traces", "readouts")),
     )
 
 
 def heads_section(run: StoredRun) -> Section:
-    """Every head's effect, the first heads with intervals, and the selected set against random sets."""
+    """Every head's effect, the top heads with intervals, and the selected set against random sets."""
     frame, facts = run.tables["heads"], run.heads
     missing: tuple[str, ...] = ()
     parts: list[Part] = []
@@ -104,7 +104,7 @@ def heads_section(run: StoredRun) -> Section:
         grid = _grid(run, frame, None if wide else ranking.height)
         parts += [grid, ranking] if wide else [Row(parts=(grid, ranking))]
     else:
-        missing = ("No head was ranked in this run.", *run.notes("heads", "readouts"))
+        missing = ("This run ranked no heads.", *run.notes("heads", "readouts"))
     if as_list(run.suppression.get("random_sets")):
         parts.append(_random(run))
     if len(frame):
@@ -117,7 +117,7 @@ def heads_section(run: StoredRun) -> Section:
         claim=run.finding("heads", "suppression"),
         lead=(
             f"Effect of the edit “{method}” over the scope “{scope}”: refusal logit at the final token, edited minus "
-            "unedited, mean over transcripts. A positive effect means that the head suppresses refusal."
+            "unedited, averaged over transcripts. A positive effect means that the head suppresses refusal."
         ),
         parts=parts,
         missing=missing,
@@ -140,12 +140,12 @@ def probe_section(run: StoredRun) -> Section:
         title="Can the probe tell?",
         claim=run.finding("probe"),
         lead=(
-            "A plateau means something only where the probe tells refused from complied on held-out transcripts, at "
-            f"that position. Probe of layer {layer}, fitted on positions “{positions}”. An AUROC of 0.5 is chance; "
-            "with shuffled labels it is near it on average, and scatters widely where there are few transcripts."
+            "A plateau is meaningful only where the probe separates refused from complied held-out transcripts at "
+            f"that position. The probe reads layer {layer} and was fitted on positions “{positions}”. An AUROC of 0.5 "
+            "is chance. Shuffled labels give about 0.5 on average, with a wide spread if there are few transcripts."
         ),
         parts=parts,
-        missing=() if parts else ("No probe was fitted in this run.", *run.notes("readouts")),
+        missing=() if parts else ("This run fitted no probe.", *run.notes("readouts")),
     )
 
 
@@ -162,10 +162,10 @@ def _edited_note(run: StoredRun) -> str:
     heads = [str(head) for head in as_list(run.suppression.get("selected"))]
     more = f" and {len(heads) - 6} more" if len(heads) > 6 else ""
     random = any("random" in str(group) for group in run.tables["edited_aligned"]["group"])
-    beside = ", and with one random set of as many heads in the same layers," if random else ""
+    control = ", and with one size-matched random head set from the same layers," if random else ""
     return (
-        f" The same transcripts are read again with the selected heads ({', '.join(heads[:6])}{more}){beside} set to "
-        "zero at every token."
+        f" Further curves show the same transcripts with the selected heads ({', '.join(heads[:6])}{more}){control} "
+        "zeroed at every token."
     )
 
 
@@ -181,18 +181,18 @@ def cliff_rows(cliffs: pd.DataFrame, plateau: str) -> list[list[Cell]]:
 
 
 def quality_rows(run: StoredRun) -> list[list[Cell]]:
-    """The probe's quality where claims rest on it, in the columns of `QUALITY`."""
+    """The probe's quality at the positions that claims rest on, in the columns of `QUALITY`."""
     rows = []
     for name, shown in CLAIMED.items():
-        found = as_object(as_object(run.probe.get("report")).get(name))
-        value = {key: as_float(found.get(key)) for key in ("auroc", "auroc_low", "auroc_high", "brier", "ece")}
-        n = [as_int(found.get("n_refused")), as_int(found.get("n_complied"))]
+        part = as_object(as_object(run.probe.get("report")).get(name))
+        value = {key: as_float(part.get(key)) for key in ("auroc", "auroc_low", "auroc_high", "brier", "ece")}
+        n = [as_int(part.get("n_refused")), as_int(part.get("n_complied"))]
         rows.append(
             [
                 text_cell(shown),
                 number_cell(value["auroc"]),
                 interval_cell(value["auroc_low"], value["auroc_high"], min(n)),
-                number_cell(as_float(found.get("tpr_at_1_fpr"))),
+                number_cell(as_float(part.get("tpr_at_1_fpr"))),
                 number_cell(value["brier"], 3),
                 number_cell(value["ece"], 3),
                 text_cell(f"{n[0]:,} + {n[1]:,}" if sum(n) else None),
@@ -209,19 +209,19 @@ def _cliff_parts(cliffs: pd.DataFrame, edited: pd.DataFrame, plateau: str) -> li
         _floats(shown["final"]),
         groups=shown["group"].astype(str).to_list(),
         names=shown["id"].to_list(),
-        title="Plateau against final score, one mark a transcript",
+        title="Plateau against final score, one marker per transcript",
     )
-    note = f"Plateau: {plateau} over the thinking. The distance below the diagonal is the transcript's cliff."
+    note = f"Plateau: {plateau} over the thinking. A transcript's cliff is its distance below the diagonal."
     scatter = plot("plateau", fig, note)
     parts: list[Part] = [_cliff_table(pd.concat([cliffs, edited]) if len(edited) else cliffs, plateau)]
-    # Transcripts without a cliff fall somewhere too, by next to nothing.
-    asked = shown[shown["group"] == ASKED]
-    fallen = asked if len(asked) else shown
+    # Transcripts without a cliff have a steepest drop too, close to zero.
+    complied = shown[shown["group"] == COMPLIED]
+    fallen = complied if len(complied) else shown
     parts.append(Row(parts=(scatter, _drop_table(fallen))) if fallen["drop_token"].notna().any() else scatter)
     if not valid.all():
-        why = cliffs.loc[~valid, "reason"].fillna("no reason given").astype(str).value_counts()
+        why = cliffs.loc[~valid, "reason"].fillna("no reason stored").astype(str).value_counts()
         text = "; ".join(f"{count:,} {reason}" for reason, count in why.items())
-        parts.append(Remark(text=f"Left out of the cliffs: {text}."))
+        parts.append(Remark(text=f"Transcripts without a valid cliff: {text}."))
     return parts
 
 
@@ -285,7 +285,7 @@ def _grid(run: StoredRun, frame: pd.DataFrame, height: int | None) -> Plot:
     )
     if height is not None:
         fig.update_layout(height=height)
-    note = "Vermillion suppresses refusal, blue supports it, no colour is no effect. Outlined: selected."
+    note = "Vermillion: suppresses refusal. Blue: supports refusal. No colour: no effect. Outlined: selected."
     return plot("grid", fig, note)
 
 
@@ -298,9 +298,9 @@ def _ranking(frame: pd.DataFrame) -> Plot:
         _floats(first["ci_high"]),
         harmless=_floats(first["effect_harmless"]),
         selected=first["selected"].fillna(False).to_numpy(bool),
-        title=f"The first {len(first)} heads, with 95% intervals (n={_most(frame['n']):,})",
+        title=f"Top {len(first)} heads with 95% intervals (n={_most(frame['n']):,})",
     )
-    note = "Filled: on harmful transcripts, with its bootstrap interval. Hollow: the same edit on harmless transcripts."
+    note = "Filled: harmful transcripts, with bootstrap intervals. Hollow: the same edit on harmless transcripts."
     return plot("ranking", fig, note)
 
 
@@ -314,13 +314,13 @@ def _random(run: StoredRun) -> Part:
     control = np.array([as_float(value) for value in as_list(facts.get("random_sets"))])
     low, high = as_float(facts.get("effect_low")), as_float(facts.get("effect_high"))
     count, n = len(as_list(facts.get("selected"))), as_int(facts.get("n"))
-    title = f"The selected set against random sets of heads (n={n:,} transcripts)"
+    title = f"Selected heads against size-matched random head sets (n={n:,} transcripts)"
     fig = random_sets(as_float(facts.get("effect")), low, high, control, title=title)
     note = (
-        f"{count} selected heads edited together, against {len(control)} random sets of as many heads, drawn within "
-        "the same layers and over all. "
-        f"p = {number(as_float(facts.get('p')), 3)}: the share of random sets, the selected one counted in, "
-        f"with at least its effect; {len(control)} sets allow no less than {number(least_p(len(control)), 3)}."
+        f"{count} selected heads edited together, against {len(control)} size-matched random head sets, drawn from "
+        "the same layers and from all layers. "
+        f"p = {number(as_float(facts.get('p')), 3)} is the share of sets, including the selected one, with at "
+        f"least its effect. With {len(control)} random sets, p cannot be below {number(least_p(len(control)), 3)}."
     )
     return plot("random", fig, note)
 
@@ -346,10 +346,10 @@ def _head_table(frame: pd.DataFrame) -> Table:
         "key-value group|number",
         "effect (logit)|number",
         "95% interval|number",
-        "on harmless|number",
+        "effect on harmless|number",
     )
     return Table(
-        caption=f"The first {len(rows)} heads by effect",
+        caption=f"Top {len(rows)} heads by effect",
         columns=columns(*names, "effect (score)|number", "q (BH)|number", "selected"),
         rows=rows,
         left_out=len(frame) - len(rows),
@@ -361,7 +361,7 @@ def _float(value: object) -> float:
 
 
 def _probe_table(run: StoredRun) -> Table:
-    caption = "Held-out quality of the probe, where the claim rests on it"
+    caption = "Held-out quality of the probe at the positions that the claim rests on"
     return Table(caption=caption, columns=columns(*QUALITY), rows=quality_rows(run))
 
 
@@ -372,7 +372,9 @@ def _probe_heat(run: StoredRun, frame: pd.DataFrame) -> Part:
         probe_layer=as_int(run.probe.get("layer")) if run.probe else None,
         title=f"Held-out AUROC by layer and position (up to {sizes[0]:,} refused, {sizes[1]:,} complied)",
     )
-    note = "Blue: refused scores higher than complied. No colour: chance. Outlined: the layer used in this report."
+    note = (
+        "Blue: refused transcripts score higher than complied ones. No colour: chance. Outlined: the layer used here."
+    )
     return plot("probe", fig, note)
 
 
@@ -383,5 +385,5 @@ def _probe_cells(run: StoredRun) -> Table:
         harmful = cell.get("harmful")
         prompts = "unknown" if harmful is None else "harmful" if harmful else "harmless"
         rows.append([text_cell(cell.get("class")), text_cell(prompts), count_cell(as_float(cell.get("n")))])
-    heads = columns("class of the probe", "prompts", "transcripts|number")
-    return Table(caption="What each class of the probe was fitted on", columns=heads, rows=rows)
+    heads = columns("probe class", "prompts", "transcripts|number")
+    return Table(caption="Transcripts in each class of the probe", columns=heads, rows=rows)

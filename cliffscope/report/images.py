@@ -45,7 +45,7 @@ def write_images(
     sections = sections_of(read_run(run_dir))
     plots = {p.id.removeprefix("figure-"): p for section in sections for part in section.parts for p in _plots(part)}
     if not plots:
-        raise DataError(f"{run_dir} holds no result that is drawn. Finish the study first.")
+        raise DataError(f"{run_dir} holds no results to draw. Finish the study first.")
     unknown = [name for name in only if name not in plots]
     if unknown:
         raise DataError(f"{run_dir} has no figure {', '.join(unknown)}; it has {', '.join(plots)}.")

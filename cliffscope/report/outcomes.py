@@ -37,7 +37,7 @@ from cliffscope.report.stored import JsonObject, StoredRun, as_float, as_int, as
 from cliffscope.stats import least_p
 
 OUTCOMES = ("refused", "complied", "unfinished", "unjudged")
-CHOSEN = 25
+LISTED = 25
 """Selected transcripts listed."""
 EXCERPT = 600
 """Most characters of a prompt or a thinking in the selection's table."""
@@ -45,8 +45,8 @@ MODEL_FACTS = {
     "name": "model",
     "template": "chat template",
     "n_layers": "layers",
-    "n_heads": "query heads a layer",
-    "n_kv_heads": "key-value heads a layer",
+    "n_heads": "query heads per layer",
+    "n_kv_heads": "key-value heads per layer",
     "d_model": "d_model",
     "d_head": "d_head",
     "dtype": "dtype",
@@ -59,23 +59,25 @@ MEASURES = {
     "plateau": "plateau (mean), harmful",
     "final": "final score, harmful",
     "cliff": "cliff, harmful",
-    "kl": "KL divergence (nats a token)",
+    "kl": "KL divergence (nats per token)",
     "perplexity": "perplexity",
-    "partial": "refuses in part (share)",
-    "thinking_refuses": "thinking states a refusal (share)",
+    "partial": "partial refusals (share)",
+    "thinking_refuses": "thinking that states a refusal (share)",
     "answer_tokens": "answer length (tokens)",
-    "repetition": "repeated runs of four words (share)",
-    "exact": "exactly as expected (share)",
+    "repetition": "repeated four-word sequences (share)",
+    "exact": "exact match with the expected answer (share)",
 }
-"""Measures as a reader knows them."""
+"""Measures as the page names them."""
 
 
 def run_section(run: StoredRun) -> Section:
     """Model, transcripts by group and outcome, and the time of each stage."""
     model, stages = run.section("model"), run.section("stages")
-    asked = bool(run.settings.get("repair"))
+    repairs = bool(run.settings.get("repair"))
     seconds = [
-        (name, as_float(as_object(stage).get("seconds"))) for name, stage in stages.items() if name != "repair" or asked
+        (name, as_float(as_object(stage).get("seconds")))
+        for name, stage in stages.items()
+        if name != "repair" or repairs
     ]
     shape = pairs((shown, model.get(name)) for name, shown in MODEL_FACTS.items())
     parts: list[Part] = [Facts(caption="Model", rows=shape)]
@@ -84,10 +86,10 @@ def run_section(run: StoredRun) -> Section:
     if seconds:
         total = sum(value for _, value in seconds if np.isfinite(value))
         shown = pairs((name, f"{number(value, 1)} s") for name, value in seconds)
-        parts.append(Facts(caption=f"Time by stage ({total:,.0f} s together)", rows=shown))
+        parts.append(Facts(caption=f"Time per stage ({total:,.0f} s in total)", rows=shown))
     return Section(
         id="run",
-        title="What was run",
+        title="The run",
         claim="",
         lead=_run_lead(run),
         parts=parts,
@@ -100,9 +102,9 @@ def safety_section(run: StoredRun) -> Section:
     parts: list[Part] = []
     if len(frame):
         note = (
-            "ASR: complied / judged over harmful prompts, lower is safer. Over-refusal: refused / judged over harmless "
-            "prompts, lower is more helpful. Bars: 95% Wilson intervals; dots in the last row: one random set of as "
-            "many heads each, the tick their mean."
+            "ASR: complied / judged over harmful prompts; lower is safer. Over-refusal: refused / judged over harmless "
+            "prompts; lower is more helpful. Bars: 95% Wilson intervals. Dots in the last row: size-matched random "
+            "head sets, with a tick at their mean."
         )
         parts += [plot("arms", arms(_arms(frame)), note), _arm_table(frame)]
     if len(paired):
@@ -116,12 +118,12 @@ def safety_section(run: StoredRun) -> Section:
         title="The intervention",
         claim=run.finding("intervention", "side effects"),
         lead=(
-            "If the selected heads carry the loss, editing them brings refusal back on harmful prompts, random heads "
-            "do not, and harmless prompts are still answered. All arms use the same prompts, template, token budgets "
-            "and decoding."
+            "If the selected heads cause the loss, editing them restores refusal on harmful prompts, editing random "
+            "heads does not, and harmless prompts are still answered. All arms use the same prompts, template, token "
+            "budgets and decoding."
         ),
         parts=parts,
-        missing=() if parts else ("No edit was evaluated in this run.", *run.notes("safety", "suppression", "heads")),
+        missing=() if parts else ("This run evaluated no edit.", *run.notes("safety", "suppression", "heads")),
     )
 
 
@@ -130,23 +132,23 @@ def selection_section(run: StoredRun) -> Section:
     frame = run.tables["selection"]
     parts: list[Part] = []
     if len(frame):
-        chosen = frame["chosen"].fillna(False).to_numpy(bool)
+        selected = frame["chosen"].fillna(False).to_numpy(bool)
         plateau, final = (pd.to_numeric(frame[name], errors="coerce").to_numpy(float) for name in ("plateau", "final"))
         names = frame["id"].to_list()
-        fig = plateau_final(plateau, final, chosen, names=names, title="What is selected from the pool")
-        note = "Selected are the transcripts with the largest cliff: furthest below the diagonal."
-        means = _selection_means(frame, chosen)
-        parts = [Row(parts=(plot("selection", fig, note), means)), _selection_table(frame[chosen])]
+        fig = plateau_final(plateau, final, selected, names=names, title="Transcripts selected from the pool")
+        note = "The selection takes the transcripts with the largest cliffs, furthest below the diagonal."
+        means = _selection_means(frame, selected)
+        parts = [Row(parts=(plot("selection", fig, note), means)), _selection_table(frame[selected])]
     return Section(
         id="selection",
         title="Selection",
         claim=run.finding("selection"),
         lead=(
-            "A transcript whose intention to refuse was there and was lost teaches most in safety training. The pool "
-            "is ranked by cliff, plateau minus final score."
+            "Safety training gains most from transcripts in which the model intended to refuse and then complied. The "
+            "pool is ranked by cliff: plateau minus final score."
         ),
         parts=parts,
-        missing=() if parts else ("Nothing was selected in this run.", *run.notes("selection", "readouts")),
+        missing=() if parts else ("This run selected nothing.", *run.notes("selection", "readouts")),
     )
 
 
@@ -160,17 +162,17 @@ def repair_section(run: StoredRun) -> Section:
         numbers = [count_cell(n), number_cell(_number(row["value"]), 3), interval_cell(low, high, n, 3)]
         rows.append([*names, *numbers, text_cell(row["note"], 200)])
     heads = columns("measure", "model", "n|number", "value|number", "95% interval|number", "note|long")
-    parts: list[Part] = [Table(caption="The model before and after", columns=heads, rows=rows)] if rows else []
+    parts: list[Part] = [Table(caption="The model before and after repair", columns=heads, rows=rows)] if rows else []
     return Section(
         id="repair",
         title="Repair",
         claim=run.finding("repair"),
         lead=(
-            "The selected transcripts, with a refusal behind their own thinking, and as many harmless ones are trained "
-            "on; the same test prompts are then answered again."
+            "The model is trained on the selected transcripts, with a refusal after their own thinking, and on an "
+            "equal number of harmless ones. It then answers the same test prompts again."
         ),
         parts=parts,
-        missing=() if parts else ("The model was not repaired in this run.", *run.notes("repair")),
+        missing=() if parts else ("This run did not repair the model.", *run.notes("repair")),
     )
 
 
@@ -178,27 +180,27 @@ def omitted_section(run: StoredRun) -> Section:
     """Everything that was left out, by stage and reason."""
     rows = []
     for item in as_list(run.manifest.get("omitted")):
-        found = as_object(item)
-        ids = ", ".join(str(name) for name in as_list(found.get("ids")))
-        cells = [text_cell(found.get("stage")), text_cell(found.get("reason"))]
-        rows.append([*cells, count_cell(as_float(found.get("count"))), text_cell(ids, 300)])
+        omission = as_object(item)
+        ids = ", ".join(str(name) for name in as_list(omission.get("ids")))
+        cells = [text_cell(omission.get("stage")), text_cell(omission.get("reason"))]
+        rows.append([*cells, count_cell(as_float(omission.get("count"))), text_cell(ids, 300)])
     heads = columns("stage", "reason|long", "count|number", "first ids|code")
-    table = Table(caption="Left out, by stage and reason", columns=heads, rows=rows)
+    table = Table(caption="Omissions by stage and reason", columns=heads, rows=rows)
     notes = run.notes()
     return Section(
         id="omitted",
-        title="What was left out",
+        title="Omissions",
         claim="",
-        lead="Nothing is dropped silently: what a stage could not measure is counted here, with its reason.",
-        missing=() if rows else ("No stage left anything out.",),
+        lead="Nothing is dropped silently: this table counts what each stage could not measure, with the reason.",
+        missing=() if rows else ("No stage omitted anything.",),
         parts=[*([table] if rows else []), *(Remark(text=note) for note in notes)],
     )
 
 
 def tiles(run: StoredRun) -> list[Tile]:
     """The headline numbers, as far as the run holds them."""
-    found = [_cliff_tile(run), _head_tile(run), *_arm_tiles(run), _probe_tile(run)]
-    return [tile for tile in found if tile is not None]
+    candidates = [_cliff_tile(run), _head_tile(run), *_arm_tiles(run), _probe_tile(run)]
+    return [tile for tile in candidates if tile is not None]
 
 
 def pretty(value: JsonObject) -> str:
@@ -213,20 +215,20 @@ def _run_lead(run: StoredRun) -> str:
     splits = frame["split"].dropna().astype(str).value_counts()
     if len(splits):
         parts = ", ".join(f"{splits[name]:,} {name}" for name in ("fit", "validate", "test") if name in splits)
-        text += f" Split by prompt, so that no prompt stands in two splits: {parts}."
+        text += f" Split by prompt, so that no prompt is in two splits: {parts}."
     return text
 
 
 def _counts_table(run: StoredRun) -> Table:
-    found: dict[str, dict[str, int]] = defaultdict(dict)
+    counts: dict[str, dict[str, int]] = defaultdict(dict)
     for item in as_list(run.section("counts").get("by")):
         cell = as_object(item)
-        found[str(cell.get("group"))][str(cell.get("outcome"))] = as_int(cell.get("n"))
+        counts[str(cell.get("group"))][str(cell.get("outcome"))] = as_int(cell.get("n"))
     rows = []
-    for group, by in found.items():
+    for group, by in counts.items():
         cells = [count_cell(by.get(name, 0)) for name in OUTCOMES]
         rows.append([text_cell(group), *cells, count_cell(sum(by.values()))])
-    heads = columns("prompts", *(f"{name}|number" for name in OUTCOMES), "all|number")
+    heads = columns("prompts", *(f"{name}|number" for name in OUTCOMES), "total|number")
     return Table(caption="Transcripts by group and outcome", columns=heads, rows=rows)
 
 
@@ -289,11 +291,11 @@ def _effect_table(frame: pd.DataFrame) -> Table:
         names = [text_cell(row["arm"], 80), text_cell(MEASURES.get(str(row["measure"]), row["measure"]), 60)]
         rows.append([*names, count_cell(n), number_cell(_number(row["value"]), 6), interval_cell(low, high, n, 6)])
     heads = columns("arm", "measure", "n|number", "value|number", "95% interval|number")
-    return Table(caption="Side effects on harmless transcripts, edited against unedited", columns=heads, rows=rows)
+    return Table(caption="Side effects of each edit on harmless transcripts", columns=heads, rows=rows)
 
 
 def _quality_table(frame: pd.DataFrame) -> Table:
-    """What answers are like, the random arms as one."""
+    """Answer quality by arm, the random arms as one."""
     rows = []
     keys = ["kind", "group", "measure"]
     for (kind, group, measure), part in frame.groupby(keys, sort=False):
@@ -303,27 +305,27 @@ def _quality_table(frame: pd.DataFrame) -> Table:
         shown = [text_cell(name, 80), text_cell(group, 40), text_cell(MEASURES.get(str(measure), measure), 60)]
         rows.append([*shown, count_cell(n), number_cell(float(values.mean()), 3)])
     heads = columns("arm", "prompts", "measure", "answers|number", "mean|number")
-    return Table(caption="What the answers are like", columns=heads, rows=rows)
+    return Table(caption="Answer quality", columns=heads, rows=rows)
 
 
-def _selection_means(frame: pd.DataFrame, chosen: np.ndarray) -> Table:
+def _selection_means(frame: pd.DataFrame, selected: np.ndarray) -> Table:
     rows = []
-    for name, mask in (("selected", chosen), ("not selected", ~chosen)):
+    for name, mask in (("selected", selected), ("not selected", ~selected)):
         means = frame.loc[mask, ["plateau", "final", "cliff"]].apply(pd.to_numeric, errors="coerce").mean()
         rows.append([text_cell(name), count_cell(int(mask.sum())), *(number_cell(mean) for mean in means)])
     heads = columns("pool", "n|number", "plateau|number", "final|number", "cliff|number")
-    return Table(caption="Means of the selected and of the rest", columns=heads, rows=rows)
+    return Table(caption="Means of the selected and the other transcripts", columns=heads, rows=rows)
 
 
 def _selection_table(frame: pd.DataFrame) -> Table:
-    shown = frame.sort_values("rank").head(CHOSEN)
+    shown = frame.sort_values("rank").head(LISTED)
     rows = []
     for row in shown.to_dict("records"):
         scores = [number_cell(_number(row[name])) for name in ("plateau", "final", "cliff")]
         texts = [text_cell(row["prompt"], EXCERPT), text_cell(row["thinking"], EXCERPT)]
         rows.append([count_cell(_number(row["rank"])), text_cell(row["id"], 60), *scores, *texts])
     names = ("rank|number", "id|code", "plateau|number", "final|number", "cliff|number", "prompt|long", "thinking|long")
-    caption = f"The first {len(rows)} of {len(frame):,} selected transcripts"
+    caption = f"Top {len(rows)} of {len(frame):,} selected transcripts"
     return Table(caption=caption, columns=columns(*names), rows=rows, left_out=len(frame) - len(rows))
 
 
@@ -344,13 +346,13 @@ def _head_tile(run: StoredRun) -> Tile | None:
     count = int(frame["selected"].sum())
     p = as_float(run.suppression.get("p"))
     sets = len(as_list(run.suppression.get("random_sets")))
-    least = " (the least possible)" if sets and p <= least_p(sets) else ""
-    detail = f"of {len(frame):,}; against {sets:,} random sets p={number(p, 3)}{least}"
+    least = " (the smallest possible)" if sets and p <= least_p(sets) else ""
+    detail = f"of {len(frame):,}; p={number(p, 3)}{least} against {sets:,} random sets"
     return Tile(name="Heads selected", value=f"{count:,}", detail=detail, href="heads")
 
 
 def _arm_tiles(run: StoredRun) -> list[Tile]:
-    frame, found = run.tables["safety"], []
+    frame, shown = run.tables["safety"], []
     for group, name in (("harmful", "ASR"), ("harmless", "Over-refusal")):
         rows = frame[frame["group"] == group]
         before, after = (rows[rows["kind"] == kind].head(1).to_dict("records") for kind in ("unedited", "top"))
@@ -359,8 +361,8 @@ def _arm_tiles(run: StoredRun) -> list[Tile]:
             low, high = 100 * _number(after[0]["ci_low"]), 100 * _number(after[0]["ci_high"])
             n = _judged(after[0])
             detail = f"heads edited: {interval(low, high, n, 0)}%, n={n:,}"
-            found.append(Tile(name=name, value=value, detail=detail, href="intervention"))
-    return found
+            shown.append(Tile(name=name, value=value, detail=detail, href="intervention"))
+    return shown
 
 
 def _probe_tile(run: StoredRun) -> Tile | None:

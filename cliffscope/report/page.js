@@ -61,7 +61,7 @@ for (const control of document.querySelectorAll("input[data-layers]")) {
   control.addEventListener("input", () => {
     const layer = scores[Number(control.value)];
     tokens.forEach((token, place) => token.style.setProperty("--s", layer.charCodeAt(place) % 255));
-    details.querySelector("output").textContent = control.value + (control.value === start ? " (the probe's)" : "");
+    details.querySelector("output").textContent = control.value + (control.value === start ? " (probe layer)" : "");
   });
 }
 

@@ -83,11 +83,11 @@ def write_comparison(run_dirs: Sequence[str | Path], path: str | Path) -> Path:
         The path of the page.
 
     Raises:
-        DataError: not two directories were given, or a file of a run cannot be read.
+        DataError: the number of directories is not two, or a file of a run cannot be read.
         StoreError: a directory holds no run, or the page cannot be written.
     """
     if len(run_dirs) != 2:
-        raise DataError(f"{len(run_dirs)} runs were given; two can be compared.")
+        raise DataError(f"{len(run_dirs)} run directories were passed; a comparison takes exactly two.")
     short = [Path(folder).resolve().name for folder in run_dirs]
     full = [str(folder) for folder in run_dirs]
     names = [printable(name, limit=60) for name in (short if len(set(short)) > 1 else full)]
@@ -100,7 +100,7 @@ def write_comparison(run_dirs: Sequence[str | Path], path: str | Path) -> Path:
         dict(
             title=" and ".join(names),
             kicker="comparison of two runs",
-            heading=[("What differs between ", names[0]), (" and ", names[1]), ("?", "")],
+            heading=[("How do ", names[0]), (" and ", names[1]), (" differ?", "")],
             version=_version(runs[-1].run),
             verdicts=[],
             tiles=comparison_tiles(runs),
@@ -115,7 +115,7 @@ def _write(page: str, target: Path) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise StoreError(f"{target} cannot be written: {error.strerror or error}. Give another path.") from error
+        raise StoreError(f"{target} cannot be written: {error.strerror or error}. Choose a different path.") from error
     # Bytes, because a changed newline would break the hashes of the security policy.
     write_atomically(target, lambda partial: partial.write_bytes(page.encode("utf-8")))
     return target
@@ -174,7 +174,7 @@ def sections_of(run: StoredRun) -> list[Section]:
         heads_section,
         safety_section,
         selection_section,
-        # A repair is made on request alone, and is then told of even where it could not be made.
+        # A repair runs on request only; once requested, the page reports it even if it failed.
         *((repair_section,) if run.settings.get("repair") or len(run.tables["repair"]) else ()),
         probe_section,
         omitted_section,
@@ -183,9 +183,11 @@ def sections_of(run: StoredRun) -> list[Section]:
 
 
 def _verdicts(run: StoredRun) -> list[tuple[str, str]]:
-    found = run.section("verdict")
+    verdicts = run.section("verdict")
     return [
-        (section, printable(str(found[topic]), limit=600)) for topic, section in VERDICTS.items() if found.get(topic)
+        (section, printable(str(verdicts[topic]), limit=600))
+        for topic, section in VERDICTS.items()
+        if verdicts.get(topic)
     ]
 
 

@@ -30,9 +30,9 @@ def reading_parts(run: StoredRun) -> list[Part]:
         parts.insert(
             0,
             Remark(
-                text=f"What the heads read at the final token of {name}, the held-out transcript of median cliff "
-                "(n=1). Each head's direct share of the refusal logit is an exact sum over the tokens that it "
-                "attends to."
+                text=f"What the heads read at the final token of {name}, the held-out transcript with the median "
+                "cliff (n=1). Each head's direct share of the refusal logit is an exact sum over the tokens that "
+                "it attends to."
             ),
         )
     return [*parts, *(Remark(text=note) for note in run.notes("reading"))]
@@ -44,14 +44,16 @@ def _of_head(head: str, final: pd.DataFrame, share: np.ndarray, place: int) -> l
     spans = final["span"].astype(str).to_list()
     title = f"What {head} reads at the final token (n=1 transcript, {len(texts):,} tokens)"
     bars = source_bars(texts, spans, attention, -share, title=title, most=16)
-    note = "Vermillion: written against refusal. Blue: for it. Hover for the attention; the bars add up."
+    note = (
+        "Vermillion: against refusal. Blue: for refusal. Hover to see the attention. The bars sum to the head's total."
+    )
     last = slice(max(0, len(texts) - MOST_TOKENS), None)
-    cut = f" The last {MOST_TOKENS:,} tokens." if len(texts) > MOST_TOKENS else ""
+    cut = f" Only the last {MOST_TOKENS:,} tokens are shown." if len(texts) > MOST_TOKENS else ""
     props = coloured_tokens(texts[last], (-np.nan_to_num(share[last])).tolist())
     coloured = Circuits(
         id=f"circuits-{place}",
-        title=f"The same as text: tokens coloured by what they make {head} write against refusal",
-        note=f"Vermillion: against refusal. Blue: for it. Point at a token for its value.{cut}",
+        title=f"The same values as text: tokens coloured by their contribution to {head}'s write against refusal",
+        note=f"Vermillion: against refusal. Blue: for refusal. Hover over a token to see its value.{cut}",
         component="ColoredTokens",
         props=embed(props),
     )

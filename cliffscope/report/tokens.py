@@ -35,55 +35,57 @@ TOKEN = 80
 def tokens_section(run: StoredRun) -> Section:
     """A few transcripts with their tokens shaded by score."""
     traces, layered = run.tables["traces"], run.tables["layer_traces"]
-    ids = _chosen_ids(run)
+    ids = _shown_ids(run)
     views = [_view(run, name, place) for place, name in enumerate(ids)]
     total = traces["id"].nunique()
     parts: list[Part] = list(views)
     if total > len(ids):
-        parts.append(Remark(text=f"Shown: {len(ids)} of {total:,} traced transcripts; traces.parquet holds them all."))
+        parts.append(
+            Remark(text=f"{len(ids)} of {total:,} traced transcripts are shown; traces.parquet holds all of them.")
+        )
     missing: tuple[str, ...] = ()
     if not ids:
-        missing = ("No token-level trace was stored for this run.", *run.notes("traces", "readouts"))
+        missing = ("This run stored no token-level traces.", *run.notes("traces", "readouts"))
     has_layers = bool(len(layered)) and bool(ids)
     return Section(
         id="tokens",
-        title="Token by token",
+        title="Single transcripts",
         claim="",
         lead=(
-            "The deeper the shade, the higher the refusal score at that token; no shade means a score near zero. "
-            "Point at a token for its numbers."
-            + (" Where all layers were traced, the control above the text changes the layer." if has_layers else "")
+            "A deeper shade means a higher refusal score at that token; no shade means a score near zero. Hover over "
+            "a token to see its values."
+            + (" Where all layers were traced, the slider above the text selects the layer." if has_layers else "")
         ),
         parts=parts,
         missing=missing,
     )
 
 
-def _chosen_ids(run: StoredRun) -> list[str]:
-    known = run.tables["traces"]["id"].unique().tolist()
+def _shown_ids(run: StoredRun) -> list[str]:
+    traced = run.tables["traces"]["id"].unique().tolist()
     layered = set(run.tables["layer_traces"]["id"].unique())
     cliffs = run.tables["cliffs"]
-    cliffs = cliffs[cliffs["id"].isin(known)].sort_values("cliff", ascending=False, kind="stable")
-    ranked = [*cliffs["id"], *known]
+    cliffs = cliffs[cliffs["id"].isin(traced)].sort_values("cliff", ascending=False, kind="stable")
+    ranked = [*cliffs["id"], *traced]
     first = list(dict.fromkeys(name for name in ranked if name in layered))[:HEATS]
     by_group = [rows["id"].to_list()[:2] for _, rows in cliffs.groupby("group", sort=True)]
     rest = [name for names in by_group for name in names]
-    return list(dict.fromkeys([*first, *rest, *known]))[:VIEWS]
+    return list(dict.fromkeys([*first, *rest, *traced]))[:VIEWS]
 
 
 def _view(run: StoredRun, name: str, place: int) -> TokenView:
     traces = run.tables["traces"]
     rows = traces[traces["id"] == name].sort_values("position").reset_index(drop=True)
     grid = _layer_grid(run, name, rows)
-    kept = _kept(rows["span"].astype(str).to_list())
+    places = _shown_places(rows["span"].astype(str).to_list())
     probe_layer = as_int(run.probe.get("layer"))
     element = f"transcript-{place + 1}"
     return TokenView(
         id=element,
         name=printable(name, limit=60),
         facts=_facts(run, name),
-        runs=_runs(rows, kept),
-        layers="" if grid is None else embed([_packed(scores) for scores in grid[:, kept]]),
+        runs=_runs(rows, places),
+        layers="" if grid is None else embed([_packed(scores) for scores in grid[:, places]]),
         n_layers=0 if grid is None else len(grid),
         probe_layer=probe_layer if grid is not None and probe_layer < len(grid) else 0,
         heat=None if grid is None else _heat(rows, grid, element, probe_layer),
@@ -113,25 +115,25 @@ def _layer_grid(run: StoredRun, name: str, rows: pd.DataFrame) -> np.ndarray | N
     return grid
 
 
-def _kept(spans: Sequence[str]) -> list[int]:
-    kept: list[int] = []
+def _shown_places(spans: Sequence[str]) -> list[int]:
+    shown: list[int] = []
     start = 0
     for _, run in groupby(spans):
         size = len(list(run))
         skipped = max(0, size - SPAN_TOKENS)
-        kept += [place for place in range(start, start + size) if not 0 <= place - start - SPAN_TOKENS // 4 < skipped]
+        shown += [place for place in range(start, start + size) if not 0 <= place - start - SPAN_TOKENS // 4 < skipped]
         start += size
-    return kept
+    return shown
 
 
-def _runs(rows: pd.DataFrame, kept: list[int]) -> list[TokenRun]:
+def _runs(rows: pd.DataFrame, shown: list[int]) -> list[TokenRun]:
     sizes = rows["span"].astype(str).value_counts()
     score = pd.to_numeric(rows["score"], errors="coerce").to_numpy(float)
     logit = pd.to_numeric(rows["logit"], errors="coerce").to_numpy(float)
     texts, spans = rows["token"].fillna("").astype(str).to_list(), rows["span"].astype(str).to_list()
     spaced = any(text[:1].isspace() for text in texts if text.strip())
     runs = []
-    for span, group in groupby(kept, key=lambda place: spans[place]):
+    for span, group in groupby(shown, key=lambda place: spans[place]):
         places = list(group)
         tokens = [
             (
@@ -170,5 +172,7 @@ def _heat(rows: pd.DataFrame, grid: np.ndarray, element: str, probe_layer: int) 
         grid[:, last],
         probe_layer=probe_layer,
     )
-    cut = f" The last {most} of {len(rows):,} tokens." if len(rows) > most else ""
-    return plot(element, fig, f"Each layer by its own probe. Outlined: the probe's layer of this report.{cut}")
+    cut = f" Only the last {most} of {len(rows):,} tokens are shown." if len(rows) > most else ""
+    return plot(
+        element, fig, f"Each layer is scored by its own probe. Outlined: the layer of the probe in this report.{cut}"
+    )
