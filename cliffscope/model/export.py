@@ -23,7 +23,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from cliffscope.errors import StoreError, UnsupportedModelError
 from cliffscope.model.load import LensModel
-from cliffscope.store import PARTIAL, umask
+from cliffscope.store import PARTIAL, flush_directory, flush_file, system_reason, umask
 
 CARD = "README.md"
 SHARD_BYTES = 5_000_000_000
@@ -134,25 +134,19 @@ def write_folder(place: Path, write: Callable[[Path], None], *, overwrite: bool)
         temporary.chmod(0o777 & ~umask())
         for path in temporary.iterdir():
             path.chmod(0o666 & ~umask())
-        _flush(temporary)
+        for path in temporary.iterdir():
+            flush_file(path)
+        flush_directory(temporary)
         _move(temporary, place, overwrite=overwrite)
+        flush_directory(place.parent)
     except (OSError, SafetensorError) as error:
         raise StoreError(
-            f"{place} cannot be written: {getattr(error, 'strerror', None) or error}. Free space or give another "
-            "directory, then export again; nothing was left behind."
+            f"{place} cannot be written: {system_reason(error)}. Free space or choose a different directory, then "
+            "export again; nothing was left behind."
         ) from error
     finally:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _flush(folder: Path) -> None:
-    for path in (*folder.iterdir(), folder):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _move(temporary: Path, place: Path, *, overwrite: bool) -> None:
