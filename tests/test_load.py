@@ -1,11 +1,13 @@
 import copy
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+import platformdirs
 import pytest
 import torch
 from conftest import MakeCheckpoint, count_hooks, plain_logits, plain_residuals, tiny_network
@@ -316,6 +318,18 @@ def test_a_hub_name_without_a_network_is_one_line_with_the_local_alternative() -
     ) as caught:
         load_model("someone/some-model", device="cpu")
     assert "\n" not in str(caught.value)
+
+
+def test_the_cache_is_the_users_own_unless_the_environment_names_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/home/someone/cache")
+    monkeypatch.delenv(checkpoints.CACHE)
+    if sys.platform == "linux":
+        assert checkpoints.cache_folder() == Path("/home/someone/cache/cliffscope")
+    assert checkpoints.cache_folder() == Path(platformdirs.user_cache_dir("cliffscope", appauthor=False))
+    monkeypatch.setenv(checkpoints.CACHE, "/elsewhere")
+    assert checkpoints.cache_folder() == Path("/elsewhere")
+    monkeypatch.setenv(checkpoints.CACHE, "off")
+    assert checkpoints.cache_folder() is None
 
 
 def test_a_gguf_file_is_converted_once_and_the_copy_is_the_same_model(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import platformdirs
 import torch
 from accelerate.utils import align_module_device
 from safetensors import SafetensorError
@@ -146,16 +147,21 @@ def _take_marks_off(model: PreTrainedModel) -> None:
             delattr(place, name)
 
 
+def cache_folder() -> Path | None:
+    """Where converted models are cached: `CLIFFSCOPE_CACHE`, else the user's cache directory; None if it is `off`."""
+    setting = os.environ.get(CACHE) or platformdirs.user_cache_dir("cliffscope", appauthor=False)
+    return None if setting == "off" else Path(setting)
+
+
 def _kept_gguf(source: str, options: Mapping[str, Any], dtype: torch.dtype | str) -> Path | None:
     """Where the converted copy of a GGUF file is kept; None for other checkpoints, or where none is wanted."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    place = os.environ.get(CACHE) or str(Path(home) / "cliffscope")
-    if "gguf_file" not in options or place == "off":
+    folder = cache_folder()
+    if "gguf_file" not in options or folder is None:
         return None
     path = (Path(source) / options["gguf_file"]).resolve()
     about = path.stat()
     key = f"{path}\0{about.st_size}\0{about.st_mtime_ns}\0{dtype}\0{version('transformers')}"
-    return Path(place) / "gguf" / hashlib.sha256(key.encode()).hexdigest()[:24]
+    return folder / "gguf" / hashlib.sha256(key.encode()).hexdigest()[:24]
 
 
 def _keep(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, place: Path) -> None:
