@@ -4,6 +4,7 @@ For each: load, trace, sweep of every head, weight edit, export, reload; equal t
 value. The table of docs/models.md is what this run found (CLIFFSCOPE_WRITE_DOCS=1 writes it).
 """
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import pytest
 import torch
 import transformers
 from conftest import check_documented, random_probe, tokens_of, words_tokenizer, written
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import cliffscope as cs
@@ -26,6 +27,14 @@ from cliffscope.heads.edits import HeadRef, Scope, edited_weights
 from cliffscope.heads.shares import decompose_logit
 from cliffscope.heads.sources import trace_sources
 from cliffscope.heads.sweep import sweep_branches
+from cliffscope.model.architectures import (
+    cut_to_blocks,
+    find_blocks,
+    find_mlp,
+    find_projection,
+    has_heads,
+    read_shape,
+)
 from cliffscope.model.load import LensModel, load_model
 from cliffscope.readouts import activations
 from cliffscope.readouts.activations import gather_residuals, project_layer, project_residuals
@@ -352,6 +361,56 @@ def test_a_config_that_lies_about_its_heads_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_attention_heads": 8, "num_key_value_heads": 4}))
     with pytest.raises((UnsupportedModelError, DataError), match=r"size|mismatch|heads"):
         load_model(tmp_path, device="cpu")
+
+
+def test_one_file_knows_where_heads_are() -> None:
+    """Apart from grow.py, which builds the organisms' own architectures and no others."""
+    package = Path(cs.__file__).parent
+    spelling = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if any(word in path.read_text(encoding="utf-8") for word in ("self_attn", "o_proj"))
+    }
+    assert spelling == {"model/architectures.py", "organisms/grow.py"}
+
+
+def test_the_parts_of_a_block_are_those_that_transformers_names(case: Case) -> None:
+    blocks = find_blocks(case.plain)
+    assert blocks is case.plain.get_decoder().layers
+    assert read_shape(case.plain) == case.model.shape
+    for layer, block in enumerate(blocks):
+        assert has_heads(block) == (layer in case.model.shape.attention_layers)
+        if has_heads(block):
+            assert find_projection(block) is block.self_attn.o_proj
+        assert find_mlp(block) is block.mlp
+
+
+def test_a_block_without_known_names_has_no_heads_and_no_mlp(case: Case) -> None:
+    bare = nn.ModuleDict({"attention": nn.Linear(2, 2)})
+    assert not has_heads(bare)
+    assert not has_heads(nn.ModuleDict({"self_attn": nn.ModuleDict({"dense": nn.Linear(2, 2)})}))
+    assert find_mlp(bare) is None
+    broken = copy.copy(case.model)
+    object.__setattr__(broken, "hf", copy.deepcopy(case.plain))
+    broken.decoder.layers[1] = bare
+    with pytest.raises(UnsupportedModelError, match=r"Layer 1 of .* no MLP under a known name, only \['attention'\]"):
+        broken.mlp(1)
+
+
+def test_a_cut_model_is_whole_again_after_an_error(case: Case) -> None:
+    decoder, config = case.plain.get_decoder(), case.plain.config.get_text_config()
+    layers, kinds = decoder.layers, getattr(config, "layer_types", None)
+
+    def use() -> None:
+        with cut_to_blocks(case.plain, 1, 2) as blocks:
+            assert list(decoder.layers) == blocks == list(layers)[1:3]
+            assert kinds is None or config.layer_types == kinds[1:3]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        use()
+    assert decoder.layers is layers
+    assert getattr(config, "layer_types", None) == kinds
 
 
 def table() -> str:

@@ -16,10 +16,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cliffscope.errors import CliffScopeError, DataError
+from cliffscope.model.architectures import ModelShape, read_shape
 from cliffscope.model.bridges import boot, check_views, unbridged
 from cliffscope.model.checkpoints import default_dtype, find_device, read_checkpoint, read_tokenizer
 from cliffscope.model.hooked import is_hooked, unhook
-from cliffscope.model.lens import Batch, LensModel, ModelShape, read_shape
+from cliffscope.model.lens import Batch, LensModel
 from cliffscope.transcripts.templates import Template, resolve_template
 
 if TYPE_CHECKING:
