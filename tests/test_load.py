@@ -350,7 +350,7 @@ def test_a_gguf_file_is_converted_once_and_the_copy_is_the_same_model(
     assert again.tokenizer.encode(text) == first.tokenizer.encode(text)
     assert again.tokenizer.chat_template == first.tokenizer.chat_template
     assert took < 12, "the copy was not read"
-    monkeypatch.setattr(checkpoints, "MOST_KEPT", 1)
+    monkeypatch.setattr(checkpoints, "LARGEST_COPY", 1)
     shutil.rmtree(kept)
     load_model("smollm2", device="cpu")
     assert list((tmp_path / "gguf").iterdir()) == []
