@@ -130,8 +130,8 @@ class Case:
 
     def states(self, ids: list[int], zero: tuple[int, int, slice] | None = None) -> tuple[list[Tensor], Tensor]:
         """The oracle: residuals after every block, and logits, with one head zeroed over some positions."""
-        blocks, kept = self.plain.get_decoder().layers, []
-        handles = [b.register_forward_hook(lambda _m, _i, out: kept.append(_tensor(out)[0])) for b in blocks]
+        blocks, states = self.plain.get_decoder().layers, []
+        handles = [b.register_forward_hook(lambda _m, _i, out: states.append(_tensor(out)[0])) for b in blocks]
         if zero is not None:
             handles.append(self._zeroing(*zero))
         try:
@@ -140,7 +140,7 @@ class Case:
         finally:
             for handle in handles:
                 handle.remove()
-        return kept, logits
+        return states, logits
 
     def _zeroing(self, layer: int, head: int, where: slice) -> torch.utils.hooks.RemovableHandle:
         size = self.plain.get_decoder().layers[layer].self_attn.o_proj.in_features // 4
@@ -167,9 +167,9 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             load_model(folder, device="cpu")
         pytest.skip("the bridge of TransformerLens 3 computes another latent attention, and is refused")
     model = load_model(folder, device="cpu")
-    asked = [t for w in (None, "story") for t in written(2, harmful=True, outcome=Outcome.COMPLIED, wrapper=w)]
+    texts = [t for w in (None, "story") for t in written(2, harmful=True, outcome=Outcome.COMPLIED, wrapper=w)]
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    return Case(kind=request.param, model=model, plain=plain.train(False), rows=tokens_of(model, Transcripts(asked)))
+    return Case(kind=request.param, model=model, plain=plain.train(False), rows=tokens_of(model, Transcripts(texts)))
 
 
 FOUND: dict[str, dict[str, str]] = {}
@@ -194,13 +194,13 @@ def noted(case: Case, what: str) -> Iterator[Callable[[str], None]]:
         raise
 
 
-def assert_close(found: object, expected: object) -> None:
-    found, expected = (
-        np.asarray(v.detach() if isinstance(v, Tensor) else v, dtype=np.float64) for v in (found, expected)
+def assert_close(actual: object, expected: object) -> None:
+    actual, expected = (
+        np.asarray(v.detach() if isinstance(v, Tensor) else v, dtype=np.float64) for v in (actual, expected)
     )
-    assert found.shape == expected.shape
+    assert actual.shape == expected.shape
     scale = max(1.0, float(np.abs(expected).max()))
-    np.testing.assert_allclose(found / scale, expected / scale, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(actual / scale, expected / scale, rtol=0, atol=TOLERANCE)
 
 
 def test_traces_are_the_plain_models_residuals(case: Case) -> None:
@@ -241,7 +241,7 @@ def test_every_heads_effect_is_that_of_a_plain_forward_pass(case: Case, scope: S
         model, rows = case.model, case.rows[1:3]
         layer = model.shape.n_layers - 1
         probe = random_probe(model, layer)
-        found = sweep_branches(
+        swept = sweep_branches(
             model, probe, rows, [(HeadRef(layer=a, head=b),) for a, b in model.shape.places], scope=scope
         )
         for i, row in enumerate(rows):
@@ -253,8 +253,8 @@ def test_every_heads_effect_is_that_of_a_plain_forward_pass(case: Case, scope: S
                 for a, b in model.shape.places
             ]
             assert np.ptp(logits) > 1e-3, "no head matters"
-            assert_close(found.edited[i], logits)
-        say(found.path.split(" ")[0])
+            assert_close(swept.edited[i], logits)
+        say(swept.path.split(" ")[0])
 
 
 def test_an_edit_of_the_weights_and_its_export_are_that_edit(case: Case, tmp_path: Path) -> None:
@@ -276,7 +276,7 @@ def test_every_method_ranks_the_heads_that_there_are(case: Case, method: str) ->
     if case.kind not in ("qwen3-next", "deepseek-v3", "gpt-oss"):
         pytest.skip("the methods are tested on plain architectures elsewhere")
     model, probe = case.model, random_probe(case.model, 3)
-    asked, others, refused = (
+    complied, others, refused = (
         written(4, harmful=harmful, outcome=outcome, seed=seed)
         for harmful, outcome, seed in (
             (True, Outcome.COMPLIED, 5),
@@ -284,17 +284,17 @@ def test_every_method_ranks_the_heads_that_there_are(case: Case, method: str) ->
             (True, Outcome.REFUSED, 7),
         )
     )
-    found = cs.rank_heads(model, probe, asked, method=method, harmless=others, refused=refused, fraction=0.2)
-    frame = found.to_frame()
+    ranking = cs.rank_heads(model, probe, complied, method=method, harmless=others, refused=refused, fraction=0.2)
+    frame = ranking.to_frame()
     assert set(zip(frame["layer"], frame["head"], strict=True)) == set(model.shape.places)
     assert np.isfinite(frame["effect"]).all()
-    assert found.plot().data
+    assert ranking.plot().data
     if method == "attribution":
         # A gradient is what a small change does, for its size; but where it makes a token choose another expert.
-        little = cs.rank_heads(model, probe, asked, method="scale", factor=0.99)
-        scale = np.abs(found.effects).max()
-        assert np.quantile(np.abs(little.effects / 0.01 - found.effects) / scale, 0.9) < 0.05
-    heads = found.top(0.2)
+        little = cs.rank_heads(model, probe, complied, method="scale", factor=0.99)
+        scale = np.abs(ranking.effects).max()
+        assert np.quantile(np.abs(little.effects / 0.01 - ranking.effects) / scale, 0.9) < 0.05
+    heads = ranking.top(0.2)
     drawn = random_set(model.shape, heads, np.random.default_rng(0), same_layers=False)
     assert {ref.layer for ref in drawn} <= set(model.shape.attention_layers)
 
@@ -317,18 +317,18 @@ def test_what_a_head_reads_adds_up_to_what_it_writes_or_is_refused(case: Case) -
     probe, transcript = random_probe(case.model, 2), written(1, harmful=True, outcome=Outcome.COMPLIED)[0]
     (row,) = tokens_of(case.model, Transcripts([transcript]))
     with noted(case, "sources"):
-        found = trace_sources(case.model, probe, transcript, HeadRef(layer=layer, head=1))
+        sources = trace_sources(case.model, probe, transcript, HeadRef(layer=layer, head=1))
         # The oracle: what plain transformers' residual after the block loses with the head's write taken out.
         size = case.plain.get_decoder().layers[layer].self_attn.o_proj.in_features // 4
-        kept: list[Tensor] = []
+        z: list[Tensor] = []
         projection = case.plain.get_decoder().layers[layer].self_attn.o_proj
-        handle = projection.register_forward_pre_hook(lambda _m, inputs: kept.append(inputs[0][0, row.final]))
+        handle = projection.register_forward_pre_hook(lambda _m, inputs: z.append(inputs[0][0, row.final]))
         case.states(row.token_ids.tolist())
         handle.remove()
         columns = projection.weight.detach()[:, size : 2 * size]
-        expected = float(kept[0][size : 2 * size] @ columns.T.float() @ torch.from_numpy(probe.weight))
-        assert_close(found.effect, -expected)
-        assert_close(found.attention.sum(1).max() <= 1 + 1e-5, True)
+        expected = float(z[0][size : 2 * size] @ columns.T.float() @ torch.from_numpy(probe.weight))
+        assert_close(sources.effect, -expected)
+        assert_close(sources.attention.sum(1).max() <= 1 + 1e-5, True)
 
 
 def test_an_architecture_without_the_projection_of_its_heads_is_refused_by_name(tmp_path: Path) -> None:

@@ -143,8 +143,8 @@ def test_the_table_of_a_set_counts_every_random_set() -> None:
 
 def test_agreement_is_drawn_as_a_symmetric_matrix() -> None:
     row = {"first": "zero", "second": "mean", "spearman": 0.5, "overlap": 1.0, "count": 1, "n_first": 4, "n_second": 6}
-    found = RankingAgreement(frame=pd.DataFrame([row]))
-    heat = found.plot().data[0]
+    agreement = RankingAgreement(frame=pd.DataFrame([row]))
+    heat = agreement.plot().data[0]
     np.testing.assert_allclose(np.array(heat.z, dtype=float), [[1, 0.5], [0.5, 1]])
-    assert "n=4 to 6" in found.plot().layout.title.text
-    assert repr(found) == "RankingAgreement(1 pairs, Spearman 0.50 to 0.50, n=4 to 6)"
+    assert "n=4 to 6" in agreement.plot().layout.title.text
+    assert repr(agreement) == "RankingAgreement(1 pairs, Spearman 0.50 to 0.50, n=4 to 6)"

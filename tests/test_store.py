@@ -277,11 +277,11 @@ def test_frames_and_arrays_are_read_back_as_they_were(run: RunStore) -> None:
     run.write_frame("a.parquet", frame)
     run.write_arrays("a.safetensors", arrays)
     pd.testing.assert_frame_equal(run.read_frame("a.parquet"), frame)
-    found = run.read_arrays("a.safetensors")
-    assert set(found) == {"w", "nan"}
+    stored = run.read_arrays("a.safetensors")
+    assert set(stored) == {"w", "nan"}
     for name, values in arrays.items():
-        np.testing.assert_array_equal(found[name], values)
-        assert found[name].dtype == np.float32
+        np.testing.assert_array_equal(stored[name], values)
+        assert stored[name].dtype == np.float32
 
 
 def test_an_empty_table_keeps_its_columns(run: RunStore) -> None:
@@ -637,11 +637,11 @@ def test_a_log_cut_anywhere_loses_at_most_its_last_row(tmp_path, cut):
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) - cut])
     with open_log(file, {}) as log:
-        kept = dict(log.rows)
+        survivors = dict(log.rows)
         for key in ("a", "b"):
-            if key not in kept:
+            if key not in survivors:
                 log.append(key, {"n": 1 + (key == "b")})
-    assert set(kept) <= {"a", "b"}
+    assert set(survivors) <= {"a", "b"}
     assert file.read_bytes() == whole
 
 
