@@ -1,7 +1,7 @@
 """Every error that CliffScope raises on purpose.
 
-One tree, so that `except CliffScopeError` catches all of them and nothing else. A message says what was given, what
-was expected and what to do. `exit_code` is what the command line returns for that kind of error.
+One tree, so that `except CliffScopeError` catches all of them and nothing else. A message states what was given, what
+was expected and what to do. `exit_code` is the exit status of the command line for that kind of error.
 """
 
 
@@ -12,7 +12,7 @@ class CliffScopeError(Exception):
 
 
 class DataError(CliffScopeError):
-    """A file or a transcript does not hold what is needed."""
+    """A file, a transcript or an argument does not hold what is needed."""
 
     exit_code = 3
 
@@ -30,19 +30,19 @@ class SpanError(CliffScopeError):
 
 
 class ShapeError(CliffScopeError):
-    """An array does not have the shape that the model or the probe needs."""
+    """An array has a different shape than the model, the probe or the array paired with it."""
 
     exit_code = 3
 
 
 class ProbeError(CliffScopeError):
-    """A probe cannot be fitted, or does not belong to this model."""
+    """A probe cannot be fitted, or belongs to another model."""
 
     exit_code = 3
 
 
 class EditError(CliffScopeError):
-    """A head edit names heads that the model lacks, or cannot be applied in the way asked for."""
+    """A head edit names heads that the model does not have, or cannot be applied as requested."""
 
     exit_code = 3
 
@@ -54,19 +54,19 @@ class GenerationError(CliffScopeError):
 
 
 class JudgeError(CliffScopeError):
-    """A judge gave something that is not a verdict."""
+    """A judge returned something other than a verdict."""
 
     exit_code = 3
 
 
 class ReplyError(CliffScopeError):
-    """A server's reply to one request never came, or is no reply; other requests may still succeed."""
+    """A server's reply to one request never arrived or cannot be read; other requests may still succeed."""
 
     exit_code = 7
 
 
 class ServerError(CliffScopeError):
-    """A server is not there, or refuses the key or the model, so that no request can succeed."""
+    """A server cannot be reached, or rejects the key or the model, so that no request can succeed."""
 
     exit_code = 7
 
@@ -84,12 +84,12 @@ class StoreError(CliffScopeError):
 
 
 class MissingExtraError(CliffScopeError):
-    """An optional dependency is needed for what was asked."""
+    """The request needs an optional dependency that is not installed."""
 
     exit_code = 6
 
 
 class ResourceError(CliffScopeError):
-    """Memory or disk space ran out, and going on with less was not possible."""
+    """Memory or disk space ran out, and continuing with less was not possible."""
 
     exit_code = 7

@@ -1,32 +1,36 @@
-"""What does the machine give: how much memory is free, did it run out, how many threads are worth it?"""
+"""What does the machine offer: how much memory is free, did it run out, how many threads help?
 
-import os
+psutil reads the machine's memory, torch that of a GPU.
+"""
+
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
+import psutil
 import torch
 
 _WORDS = ("out of memory", "allocate memory", "not enough memory")
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that are free on a CUDA device, or in this machine's memory for any other."""
+    """Bytes that can be allocated on a CUDA device, or for any other device in this machine's memory without swapping.
+
+    A limit that a container sets below the machine's memory is not seen.
+    """
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return int(psutil.virtual_memory().available)
 
 
 def held_bytes(device: torch.device) -> int:
-    """Bytes that this process holds: tensors on a CUDA device, or all that is resident for any other."""
+    """Bytes that this process holds: tensors on a CUDA device, or for any other device its resident memory."""
     if device.type == "cuda":
         return int(torch.cuda.memory_allocated(device))
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    return int(psutil.Process().memory_info().rss)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on the CPU, whose allocator raises a plain RuntimeError.
+    """Whether an error says that memory ran out, on a GPU or on the CPU, where torch raises a plain RuntimeError.
 
     Example:
         >>> is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory")), is_out_of_memory(ValueError())
@@ -39,9 +43,9 @@ def is_out_of_memory(error: Exception) -> bool:
 
 @contextmanager
 def few_threads(*, small: bool) -> Iterator[None]:
-    """One thread while many small steps are made, if the model is small.
+    """Limits torch to one thread inside the context, if the model is small.
 
-    Threads that share a small matrix mostly wait for each other, and stand still where other work runs beside them.
+    Threads that share a small matrix mostly wait for each other, and most of all on a machine that is busy.
 
     Args:
         small: whether the model is small and on the CPU.

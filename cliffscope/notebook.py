@@ -1,8 +1,8 @@
 """How does a result show itself in a notebook?
 
 A result that is `Shown` has a one-line headline (its repr) and a small table; one that is `Plotted` has a figure too.
-Jupyter gets headline and table as HTML and the figure from plotly's own renderer, which loads plotly.js once a
-notebook; a terminal gets the headline. All text is escaped and made printable. It knows no science.
+Jupyter gets the headline and table as HTML and the figure from plotly's own renderer, which loads plotly.js once per
+notebook; a terminal gets the headline. All text is escaped and made printable. This file knows no science.
 """
 
 import html
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 ROWS = 6
-"""Rows of the small table: what fits under a headline without scrolling."""
+"""Rows of the small table: as many as fit under a headline without scrolling."""
 TEXT = 60
-"""Most characters of a text in the table."""
+"""Maximum number of characters of a text in the table."""
 _HEAD = "padding:2px 12px 2px 0;text-align:left;font-weight:600;border-bottom:1px solid currentColor"
 _CELL = "padding:2px 12px 2px 0;text-align:left;font-variant-numeric:tabular-nums"
 
@@ -28,7 +28,7 @@ class Shown(ABC):
 
     @abstractmethod
     def small_table(self) -> pd.DataFrame:
-        """What stands under the headline; of this only the first rows are shown."""
+        """The table under the headline, of which only the first rows are shown."""
 
     def _figures(self) -> list["Figure"]:
         return []
@@ -44,7 +44,9 @@ class Shown(ABC):
         from IPython import get_ipython
         from IPython.display import HTML, display
 
-        if not hasattr(get_ipython(), "kernel"):
+        # Of IPython's shells, only those that a notebook talks to have a kernel.
+        shell = get_ipython()
+        if shell is None or not shell.has_trait("kernel"):
             raise NotImplementedError
         # IPython's functions are not annotated.
         show: Callable[[object], None] = display
@@ -74,8 +76,8 @@ def _table(result: Shown) -> str:
         "<tr>" + "".join(f'<td style="{_CELL}">{_cell(value)}</td>' for value in row) + "</tr>"
         for row in frame.head(ROWS).itertuples(index=False)
     )
-    left = len(frame) - ROWS
-    more = f'<div style="opacity:.7">{left:,} more rows</div>' if left > 0 else ""
+    hidden = len(frame) - ROWS
+    more = f'<div style="opacity:.7">{hidden:,} more rows</div>' if hidden > 0 else ""
     body = f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>"
     table = f'<table class="cliffscope" style="border-collapse:collapse">{body}</table>'
     return f'<div style="overflow-x:auto;max-width:100%">{table}</div>{more}'
@@ -86,5 +88,4 @@ def _cell(value: object) -> str:
         return "n/a" if pd.isna(value) else f"{value:.3f}"
     from cliffscope.figures.theme import printable
 
-    shown = str(value)
-    return html.escape(printable(shown, limit=TEXT))
+    return html.escape(printable(str(value), limit=TEXT))

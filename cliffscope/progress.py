@@ -1,6 +1,6 @@
-"""How far is it? Bars on a terminal, log lines elsewhere.
+"""How far along is it? Bars on a terminal, log lines elsewhere.
 
-Knows stages by name and counts, nothing of what is counted.
+Knows stages by name and counts, and nothing about what is counted.
 """
 
 import logging
@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Progress = Callable[[str, int, int], None]
-"""Called with stage, items done, items in all."""
+"""Called with the stage, the items done and the total."""
 log = logging.getLogger(__name__)
 
 
 def log_to_standard_error() -> None:
-    """Lets log lines of CliffScope through, and of other packages their errors alone."""
+    """Shows CliffScope's log lines, and only the errors of other packages."""
     logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
     logging.getLogger("cliffscope").setLevel(logging.INFO)
     for noisy in ("httpx", "transformers", "transformer_lens", "huggingface_hub"):
@@ -29,10 +29,10 @@ def log_to_standard_error() -> None:
 
 @contextmanager
 def show_progress() -> Iterator[Progress]:
-    """Progress bars with rate and time left on a terminal; a log line a tenth elsewhere.
+    """Progress bars with rate and time left on a terminal; elsewhere a log line per tenth.
 
     Yields:
-        What is to be called with stage, items done and items in all.
+        The function to call with the stage, the items done and the total.
     """
     if not sys.stderr.isatty():
         yield _log_lines()
@@ -50,37 +50,37 @@ def show_progress() -> Iterator[Progress]:
     with Bars(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bars:
         tasks: dict[str, TaskID] = {}
 
-        def progress(stage: str, done: int, total: int) -> None:
+        def update_bar(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total, rate="")
             speed = next(task.speed for task in bars.tasks if task.id == tasks[stage])
             bars.update(tasks[stage], completed=done, total=total, rate=f"{speed:.1f}/s" if speed else "")
 
-        yield progress
+        yield update_bar
 
 
 def _log_lines() -> Progress:
     started: dict[str, tuple[float, int]] = {}
-    told: dict[str, int] = {}
+    tenths: dict[str, int] = {}
     last: dict[str, int] = {}
 
-    def progress(stage: str, done: int, total: int) -> None:
-        # The first call comes when something has been done already, so the rate counts from there; a stage that goes
-        # over its items again starts anew.
+    def log_tenth(stage: str, done: int, total: int) -> None:
+        # The first call may come after some items are done, so the rate counts from there; a stage that goes over its
+        # items again starts afresh.
         if done < last.get(stage, 0):
             started.pop(stage)
         last[stage] = done
         start, before = started.setdefault(stage, (time.perf_counter(), done))
         tenth = 10 * done // max(1, total)
-        if told.get(stage) != tenth:
-            told[stage] = tenth
+        if tenths.get(stage) != tenth:
+            tenths[stage] = tenth
             seconds = time.perf_counter() - start
-            # Items come in batches: what is seen within a second is no speed.
+            # Items come in batches, so less than a second says nothing about the speed.
             speed = (done - before) / seconds if seconds >= 1 else 0.0
             rate = f", {speed:.2f}/s, {(total - done) / speed:.0f} s left" if speed else ""
             log.info("%s: %d of %d%s", stage, done, total, rate)
 
-    return progress
+    return log_tenth
 
 
 def silent(stage: str, done: int, total: int) -> None:

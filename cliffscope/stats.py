@@ -1,13 +1,14 @@
-"""How sure is a number: every interval, p-value and classifier metric that CliffScope reports.
+"""How certain is a number: every interval, p-value and classifier metric that CliffScope reports.
 
 1. Classifier metrics on two arrays of scores: AUROC (ties count one half), TPR at a fixed FPR, Brier score, ECE.
 2. Intervals that stay inside the range of the quantity and do not collapse at its ends: Wilson for shares, the score
    form of Hanley and McNeil's variance for AUROC (Newcombe's method 5), Wilson limits for Cohen's kappa.
-3. Pairs: exact McNemar. What resamples rows is in resampling.py.
+3. Pairs: exact McNemar. Bootstrap and permutation tests are in resampling.py.
 4. Many heads at once: Benjamini-Hochberg, and the rank of a head set among random sets.
 
-A quantity that does not exist (an empty class, one row) is NaN, never 0 or 1. NumPy and SciPy only: this file knows
-no model, transcript or result class.
+SciPy and scikit-learn compute whatever they offer. Implemented here, because neither has it: the interval of the AUROC,
+the calibration error, the limits of kappa and the rank among random sets. A quantity that does not exist (an empty
+class, one row) is NaN, never 0 or 1. This file knows no model, transcript or result class.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, Float, Int, Shaped
 from scipy import optimize, special, stats
+from sklearn.metrics import brier_score_loss, cohen_kappa_score, roc_curve
 
 from cliffscope.errors import DataError, ShapeError
 
@@ -49,11 +51,11 @@ def auroc(positive: Shaped[np.ndarray, " n"], negative: Shaped[np.ndarray, " m"]
         >>> auroc(np.array([3.0, 2.0]), np.array([2.0, 1.0]))  # 3 wins and 1 tie of 4 pairs
         0.875
     """
-    scores = np.concatenate([positive, negative]).astype(np.float64)
-    n, m = len(positive), len(negative)
-    if n == 0 or m == 0 or np.isnan(scores).any():
+    if _undefined(positive, negative):
         return float("nan")
-    return float((stats.rankdata(scores)[:n].sum() - n * (n + 1) / 2) / (n * m))
+    # The p-value that comes with the statistic is not used; its asymptotic form costs nothing.
+    test = stats.mannwhitneyu(positive.astype(np.float64), negative.astype(np.float64), method="asymptotic")
+    return float(test.statistic / (len(positive) * len(negative)))
 
 
 def auroc_interval(
@@ -82,7 +84,8 @@ def auroc_interval(
         >>> round(interval.low, 4), interval.high
         (0.2065, 1.0)
     """
-    z, area = normal_quantile(level), auroc(positive, negative)
+    check_level(level)
+    z, area = float(special.ndtri((1 + level) / 2)), auroc(positive, negative)
     if np.isnan(area):
         return Interval(low=float("nan"), high=float("nan"), level=level)
     n, m = len(positive), len(negative)
@@ -98,12 +101,12 @@ def auroc_interval(
 def tpr_at_fpr(positive: Shaped[np.ndarray, " n"], negative: Shaped[np.ndarray, " m"], fpr: float = 0.01) -> float:
     """Highest true positive rate of any threshold whose false positive rate is at most `fpr`.
 
-    Nothing is interpolated: with fewer than 1 / fpr negatives no negative may pass.
+    Nothing is interpolated: with fewer than 1 / fpr negatives, the threshold lies above all of them.
 
     Args:
         positive: [n] scores of the positive class.
         negative: [m] scores of the negative class.
-        fpr: allowed share of negatives above the threshold, in [0, 1]. 1% is where a safety monitor has to work.
+        fpr: allowed share of negatives above the threshold, in [0, 1]. 1% is a rate that a safety monitor can afford.
 
     Returns:
         TPR in [0, 1]; NaN if a class is empty or a score is NaN.
@@ -112,23 +115,29 @@ def tpr_at_fpr(positive: Shaped[np.ndarray, " n"], negative: Shaped[np.ndarray, 
         >>> tpr_at_fpr(np.array([3.0, 2.0]), np.array([2.0, 1.0]), fpr=0.01)
         0.5
     """
-    if len(positive) == 0 or len(negative) == 0 or np.isnan(positive).any() or np.isnan(negative).any():
+    if _undefined(positive, negative):
         return float("nan")
-    allowed = int(np.floor(fpr * len(negative) + 1e-9))
-    if allowed >= len(negative):
-        return 1.0
-    return float(np.mean(positive > np.sort(negative)[::-1][allowed]))
+    label = np.r_[np.ones(len(positive)), np.zeros(len(negative))]
+    # scikit-learn accepts no infinite scores; the largest finite ones have the same order.
+    score = np.nan_to_num(np.r_[positive, negative].astype(np.float64))
+    false_rate, true_rate, _ = roc_curve(label, score, drop_intermediate=False)
+    return float(true_rate[false_rate <= fpr + 1e-9].max())
 
 
 def brier(score: Float[np.ndarray, " n"], label: Shaped[np.ndarray, " m"]) -> float:
-    """Mean squared distance between a score in [0, 1] and its label, 0 or 1; NaN without rows.
+    """Mean squared distance between a score in [0, 1] and its label, 0 or 1; NaN without rows or with a NaN score.
+
+    Source:
+        Brier, Monthly Weather Review 78 (1950), in its form for two classes.
 
     Example:
         >>> brier(np.array([1.0, 0.5]), np.array([True, False]))  # (0 + 0.25) / 2
         0.125
     """
     check_same_length(score, label)
-    return float(np.mean((score - label.astype(np.float64)) ** 2)) if len(score) else float("nan")
+    if len(score) == 0 or np.isnan(score).any():
+        return float("nan")
+    return float(brier_score_loss(label.astype(np.int64), score.astype(np.float64), pos_label=1))
 
 
 def expected_calibration_error(
@@ -182,8 +191,11 @@ def wilson(successes: int, n: int, *, level: float = 0.95) -> Interval:
     """
     if not 0 <= successes <= n:
         raise DataError(f"{successes} successes of {n} trials: expected 0 <= successes <= n. Check the counts.")
-    low, high = _wilson_limits(successes / n, n, normal_quantile(level)) if n else (float("nan"), float("nan"))
-    return Interval(low=low, high=high, level=level)
+    check_level(level)
+    if n == 0:
+        return Interval(low=float("nan"), high=float("nan"), level=level)
+    limits = stats.binomtest(successes, n).proportion_ci(level, method="wilson")
+    return Interval(low=float(limits.low), high=float(limits.high), level=level)
 
 
 def benjamini_hochberg(p: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
@@ -196,16 +208,16 @@ def benjamini_hochberg(p: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
         >>> benjamini_hochberg(np.array([0.01, 0.04, np.nan]))  # 0.01 x 2/1 and 0.04 x 2/2
         array([0.02, 0.04,  nan])
     """
-    q, known = np.full(p.shape, np.nan), ~np.isnan(p)
-    if known.any():
-        q[known] = stats.false_discovery_control(p[known].astype(np.float64), method="bh")
+    q, tested = np.full(p.shape, np.nan), ~np.isnan(p)
+    if tested.any():
+        q[tested] = stats.false_discovery_control(p[tested].astype(np.float64), method="bh")
     return q
 
 
 def mcnemar(a: Bool[np.ndarray, " n"], b: Bool[np.ndarray, " m"]) -> float:
     """Exact two-sided McNemar p: do two conditions differ on the same prompts?
 
-    Only the discordant pairs speak; without any, p is 1.
+    Only discordant pairs carry information; without any, p is 1.
 
     Args:
         a: [n] outcome under the first condition.
@@ -226,7 +238,7 @@ def mcnemar(a: Bool[np.ndarray, " n"], b: Bool[np.ndarray, " m"]) -> float:
 
 
 def least_p(sets: int) -> float:
-    """The smallest p that so many random sets allow: 1 / (1 + sets), so that 20 sets reach 0.048."""
+    """The smallest p that a number of random sets can give: 1 / (1 + sets), which is 0.048 for 20 sets."""
     return 1 / (1 + sets)
 
 
@@ -236,11 +248,14 @@ def random_set_p(observed: float, control: Shaped[np.ndarray, " r"]) -> float:
     The smallest possible p is `least_p`.
 
     Args:
-        observed: effect of the chosen head set.
+        observed: effect of the head set under test.
         control: [r] effects of random head sets of the same size.
 
     Returns:
         p in (0, 1]; NaN if an effect is NaN or no control was run.
+
+    Source:
+        Phipson and Smyth, SAGMB 9 (2010): the observed set counts as one of the draws, so that p is never 0.
 
     Example:
         >>> random_set_p(3.0, np.array([1.0, 2.0, 4.0]))  # (1 + 1) / (1 + 3)
@@ -274,40 +289,34 @@ def cohen_kappa(table: Int[np.ndarray, "k k"], *, level: float = 0.95) -> tuple[
         >>> round(kappa, 4)
         0.4
     """
-    z, n = normal_quantile(level), int(table.sum())
-    undefined = float("nan"), Interval(low=float("nan"), high=float("nan"), level=level)
-    if n == 0:
-        return undefined
-    observed = float(np.trace(table)) / n
-    chance = float(table.sum(axis=0) @ table.sum(axis=1)) / n**2
+    n = int(table.sum())
+    observed = wilson(int(np.trace(table)), n, level=level)
+    chance = float(table.sum(axis=0) @ table.sum(axis=1)) / n**2 if n else 1.0
     if chance == 1:
-        return undefined
-    kappa, low, high = ((x - chance) / (1 - chance) for x in (observed, *_wilson_limits(observed, n, z)))
-    return kappa, Interval(low=low, high=high, level=level)
+        return float("nan"), Interval(low=float("nan"), high=float("nan"), level=level)
+    first, second = np.indices(table.shape)
+    kappa = cohen_kappa_score(first.ravel(), second.ravel(), sample_weight=table.ravel())
+    low, high = ((limit - chance) / (1 - chance) for limit in (observed.low, observed.high))
+    return float(kappa), Interval(low=low, high=high, level=level)
 
 
-def normal_quantile(level: float) -> float:
-    """Normal quantile of a two-sided level."""
+def check_level(level: float) -> None:
+    """Raises DataError unless a confidence level lies in (0, 1)."""
     if not 0 < level < 1:
         raise DataError(f"Confidence level {level}: expected a number between 0 and 1, such as 0.95.")
-    return float(special.ndtri((1 + level) / 2))
 
 
 def check_same_length(a: Shaped[np.ndarray, " n"], b: Shaped[np.ndarray, " m"]) -> None:
-    """Refuse to pair arrays of different lengths; hence their lengths have two names in the signatures."""
+    """Raises ShapeError if paired arrays differ in length, which is why the signatures name the two lengths apart."""
     if a.shape != b.shape:
         raise ShapeError(f"Paired arrays have shapes {a.shape} and {b.shape}: expected the same rows in both.")
 
 
-def _wilson_limits(share: float, n: int, z: float) -> tuple[float, float]:
-    """Wilson's limits of an observed share; rounding may not push them past the share or out of [0, 1]."""
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
-    low = 0.0 if share == 0 else float(min(centre - half, share))
-    high = 1.0 if share == 1 else float(max(centre + half, share))
-    return max(low, 0.0), min(high, 1.0)
+def _undefined(positive: Shaped[np.ndarray, " n"], negative: Shaped[np.ndarray, " m"]) -> bool:
+    """Whether no classifier metric exists: a class is empty, or a score is NaN."""
+    return any(len(scores) == 0 or bool(np.isnan(scores).any()) for scores in (positive, negative))
 
 
 def _last_root(excess: Callable[[float], float], start: float) -> float:
-    """Root of `excess` in [start, 1]. From start 0, a root itself, the search begins a hair further."""
+    """Root of `excess` in [start, 1]; a search from 0, which is itself a root, begins just above it."""
     return 1.0 if start == 1 else float(optimize.brentq(excess, max(start, 1e-12), 1.0, xtol=1e-12))

@@ -1,28 +1,31 @@
 """Where do the results of a run live, and how do they survive a crash?
 
-1. A run directory belongs to one configuration and, while it is open, to one process: it holds a lock that the system
-   releases when the process dies.
-2. Every file is written beside its place, flushed, and moved there at once, so that no half-written file is ever seen.
-3. A stage is finished when the manifest says so, after its files; a run started again skips finished stages.
+1. A run directory belongs to one configuration and, while it is open, to one process, which holds a lock that the
+   system releases when the process dies.
+2. Every file is written next to its destination, flushed and renamed, so that no half-written file is ever seen.
+3. A stage is finished when the manifest says so, after its files; a resumed run skips finished stages.
 4. Work that is done row by row goes to a log that is only ever appended to, so that a killed run loses no finished row.
 
-Knows files and JSON, no science.
+Files are flushed with fsync, which survives a killed process and a crashed system. On macOS the drive may still lose
+its own cache in a power cut; F_FULLFSYNC would prevent that and cost a pause per row, for results that can be computed
+again. Knows files and JSON, no science.
 """
 
-import fcntl
+import errno
 import json
 import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 import pandas as pd
+from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
@@ -32,9 +35,11 @@ SCHEMA = 2
 """Of run directories: 2 has a record and a key for each stage."""
 MANIFEST, LOCK = "manifest.json", ".lock"
 LOG = ".log"
-"""Ending of append-only files: work of a stage that is not finished."""
+"""Suffix of append-only files: work of a stage that is not finished."""
 PARTIAL = ".partial"
-"""Ending of files that are not complete; what a killed process left of them is removed by the next one."""
+"""Suffix of incomplete files; those that a killed process left behind are removed by the next one."""
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
+_NO_DIRECTORY_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -46,12 +51,12 @@ class RunStore:
 
     @property
     def config(self) -> object:
-        """The configuration that the directory was made with."""
+        """The configuration that the directory was created with."""
         return self.manifest.get("config")
 
     @property
     def manifest(self) -> dict[str, object]:
-        """What is known of the run so far."""
+        """The run's configuration, finished stages and further fields."""
         return self.read_json(MANIFEST)
 
     def update(self, **fields: object) -> None:
@@ -68,17 +73,17 @@ class RunStore:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Times what is done inside, and marks the stage finished unless it raises."""
+        """Times the work inside, and marks the stage finished unless it raises."""
         started = time.perf_counter()
         yield
         self.finish(name, time.perf_counter() - started)
 
     def has(self, name: str) -> bool:
-        """Whether a file is there."""
+        """Whether the directory holds a file."""
         return (self.path / name).is_file()
 
     def write_json(self, name: str, value: object) -> None:
-        """Writes JSON; NaN becomes null, which JSON knows."""
+        """Writes JSON; NaN becomes null, since JSON has no NaN."""
         text = json.dumps(plain(value), ensure_ascii=False, indent=1, allow_nan=False)
         self._write(name, lambda path: path.write_text(text, encoding="utf-8"))
 
@@ -88,7 +93,7 @@ class RunStore:
             value = json.loads((self.path / name).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise StoreError(
-                f"{self.path / name} cannot be read: {error}. Is it a run directory of CliffScope?"
+                f"{self.path / name} cannot be read: {error}. Check that it is a run directory of CliffScope."
             ) from error
         if not isinstance(value, dict):
             raise StoreError(
@@ -132,13 +137,13 @@ class RunStore:
 
 @contextmanager
 def open_run(path: str | Path, config: Mapping[str, object]) -> Iterator[RunStore]:
-    """Opens a run directory for writing, making it if need be.
+    """Opens a run directory for writing, and creates it if it does not exist.
 
-    A directory that was made here is removed again if an error of CliffScope ends the run before anything is written.
+    A directory created here is removed again if an error of CliffScope ends the run before anything is written.
 
     Args:
         path: the directory.
-        config: JSON-ready; must be the one the directory was made with, once a stage is finished or has kept rows.
+        config: JSON-ready; must equal that of the directory once a stage is finished or has logged rows.
 
     Yields:
         The store.
@@ -147,16 +152,14 @@ def open_run(path: str | Path, config: Mapping[str, object]) -> Iterator[RunStor
         StoreError: another process holds it, it belongs to another configuration, or it cannot be written.
     """
     folder = Path(path)
-    made = not folder.exists()
+    created = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / LOCK).open("a+")
     except OSError as error:
         raise StoreError(
-            f"Run directory {folder} cannot be written: {error.strerror or error}. Give another --out."
+            f"Run directory {folder} cannot be written: {error.strerror or error}. Choose a different --out."
         ) from error
-    with lock:
-        _take(lock, f"Run directory {folder}", "another --out")
+    with _locked(folder / LOCK, f"Run directory {folder}", "a different --out"):
         store = RunStore(path=folder)
         _claim(store, config)
         for rest in folder.glob(f".*{PARTIAL}"):
@@ -164,7 +167,7 @@ def open_run(path: str | Path, config: Mapping[str, object]) -> Iterator[RunStor
         try:
             yield store
         except CliffScopeError:
-            if made:
+            if created:
                 _discard(store)
             raise
 
@@ -176,11 +179,13 @@ class RowLog:
     path: Path
     """The file."""
     rows: Mapping[str, Mapping[str, object]]
-    """Rows that were there when it was opened, by key."""
+    """Rows that the file held when it was opened, by key."""
     dropped: int
     """Half-written rows at the end that were cut off: 0, or 1 after a crash."""
     file: IO[bytes]
     """Where rows are appended."""
+    lock: BaseFileLock
+    """Keeps other processes away from the file."""
 
     def append(self, key: str, row: Mapping[str, object]) -> None:
         """Adds a finished row; on return it survives a crash."""
@@ -188,45 +193,54 @@ class RowLog:
             _append(self.file, {"key": key, **row})
         except OSError as error:
             raise StoreError(
-                f"{self.path} cannot be written: {error.strerror or error}. Free space, then run the same again; the "
-                "rows that were written are kept."
+                f"{self.path} cannot be written: {error.strerror or error}. Free space, then rerun the command to "
+                "resume after the rows that were written."
             ) from error
+
+    def close(self) -> None:
+        """Closes the file and releases its lock, which leaving the context does too."""
+        self.file.close()
+        _release(self.lock, remove=True)
 
 
 @contextmanager
 def open_log(path: str | Path, config: Mapping[str, object]) -> Iterator[RowLog]:
-    """Opens an append-only file of finished rows, from which an interrupted run goes on.
+    """Opens an append-only file of finished rows, from which an interrupted run resumes.
 
     The first line holds the configuration, each further line one row as a JSON object with its `key`. A last line
-    without its line break was being written when the process died; it is cut off and counted.
+    without its line break was being written when the process died; it is cut off and counted. While the file is open, a
+    hidden lock file stands next to it.
 
     Args:
-        path: the file; made if need be.
-        config: JSON-ready; must be the one the file was made with.
+        path: the file; created if it does not exist.
+        config: JSON-ready; must equal that of the file.
 
     Yields:
         The log.
 
     Raises:
-        StoreError: another process holds it, it belongs to another configuration, it is no such log, or it cannot be
+        StoreError: another process holds it, it belongs to another configuration, it is not such a log, or it cannot be
             written.
     """
     place = Path(path)
     try:
         file = place.open("a+b")
     except OSError as error:
-        raise StoreError(f"{place} cannot be written: {error.strerror or error}. Give another file.") from error
-    with file:
-        _take(file, f"File {place}", "another file")
-        yield _read_log(place, file, config)
+        raise StoreError(f"{place} cannot be written: {error.strerror or error}. Choose a different file.") from error
+    # Windows lets nobody read a locked file, so the lock is a separate one. Symbolic links are resolved, so that a log
+    # has one lock under every name.
+    target = place.resolve()
+    lock_path = target.with_name(f".{target.name}{LOCK}")
+    with file, _locked(lock_path, f"File {place}", "a different file", remove=True) as lock:
+        yield _read_log(place, file, lock, config)
 
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file so that it is there whole or not at all.
+    """Writes a file completely or not at all.
 
     Args:
-        path: where it goes.
-        write: fills the temporary file that it is given.
+        path: the destination.
+        write: fills a temporary file, whose path it receives.
 
     Raises:
         StoreError: the disk is full or the folder cannot be written; nothing is left behind.
@@ -237,72 +251,122 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
         os.close(handle)
         temporary = Path(name)
         write(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        flush_file(temporary)
         temporary.chmod(0o666 & ~umask())
         temporary.replace(path)
+        flush_directory(path.parent)
     except (OSError, SafetensorError) as error:
         raise StoreError(
-            f"{path} cannot be written: {getattr(error, 'strerror', None) or error}. Free space or give another "
-            "directory, then run the same command again; finished stages are kept."
+            f"{path} cannot be written: {system_reason(error)}. Free space or choose a different directory, then rerun "
+            "the command to resume after the finished stages."
         ) from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
 
 
-def _take(lock: IO[str] | IO[bytes], what: str, instead: str) -> None:
+def system_reason(error: Exception) -> str:
+    """What the system says about an error, without the numbers and paths around it."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
+def flush_file(path: Path) -> None:
+    """Waits until a file's content is on the disk."""
+    with path.open("rb+") as file:
+        os.fsync(file.fileno())
+
+
+def flush_directory(folder: Path) -> None:
+    """Waits until a directory's entries are on the disk, so that a rename in it survives a crash of the system.
+
+    Does nothing where directories cannot be opened (Windows) or flushed (some network file systems).
+    """
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise StoreError(f"{what} is in use by another process. Wait for it to end, or give {instead}.") from error
+        handle = os.open(folder, os.O_RDONLY)
+    except PermissionError:
+        return
+    try:
+        os.fsync(handle)
     except OSError as error:
+        if error.errno not in _NO_DIRECTORY_FLUSH:
+            raise
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _locked(path: Path, what: str, alternative: str, *, remove: bool = False) -> Iterator[BaseFileLock]:
+    # A soft lock would outlive a killed process, so a file system without locks is refused.
+    lock = FileLock(path, timeout=0, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout as error:
         raise StoreError(
-            f"{what} cannot be locked: {error.strerror or error}. Give {instead} on a file system that has locks, such "
-            "as a local disk."
+            f"{what} is in use by another process. Wait for it to end, or choose {alternative}."
         ) from error
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            raise StoreError(
+                f"{what} cannot be locked: {system_reason(error)}. Choose {alternative} on a file system that supports "
+                "locks, such as a local disk."
+            ) from error
+        raise StoreError(f"{what} cannot be written: {system_reason(error)}. Choose {alternative}.") from error
+    try:
+        yield lock
+    finally:
+        _release(lock, remove=remove)
+
+
+def _release(lock: BaseFileLock, *, remove: bool) -> None:
+    if remove and lock.is_locked:
+        # filelock does not take a lock on a file that was removed after it was opened. Windows removes no open file.
+        with suppress(OSError):
+            Path(lock.lock_file).unlink()
+    lock.release()
 
 
 def _append(file: IO[bytes], row: Mapping[str, object]) -> None:
-    # One write a line: what a kill leaves of it has no line break, and only then.
+    # One write per line: only a line that a kill cut short has no line break.
     file.write(json.dumps(plain(row), ensure_ascii=True, allow_nan=False).encode() + b"\n")
     file.flush()
     os.fsync(file.fileno())
 
 
-def _read_log(path: Path, file: IO[bytes], config: Mapping[str, object]) -> RowLog:
-    wanted = plain({"schema": SCHEMA, "config": dict(config)})
-    head = json.dumps(wanted).encode()
+def _read_log(path: Path, file: IO[bytes], lock: BaseFileLock, config: Mapping[str, object]) -> RowLog:
+    expected = plain({"schema": SCHEMA, "config": dict(config)})
+    head = json.dumps(expected).encode()
     file.seek(0)
     data = file.read()
     whole = data.rfind(b"\n") + 1
     lines = data[:whole].split(b"\n")[:-1]
-    if lines and _log_line(path, 1, lines[0]) != wanted or not lines and not head.startswith(data):
+    if lines and _log_line(path, 1, lines[0]) != expected or not lines and not head.startswith(data):
         raise StoreError(
-            f"{path} is no log of this configuration: it begins with {data[:200].decode(errors='replace')!r}, expected "
-            f"{head.decode()}. Give another file, or the same options."
+            f"{path} is not a log of this configuration: it begins with {data[:200].decode(errors='replace')!r}, "
+            f"expected {head.decode()}. Choose a different file, or use the same options as before."
         )
     rows: dict[str, Mapping[str, object]] = {}
     for number, line in enumerate(lines[1:], start=2):
         row = _log_line(path, number, line)
         key = row.pop("key", None)
         if not isinstance(key, str) or key in rows:
-            raise StoreError(f"{path}, line {number}: expected a key of its own, found {key!r}. Give another file.")
+            raise StoreError(f"{path}, line {number}: expected a unique key, got {key!r}. Choose a different file.")
         rows[key] = row
-    # Nothing is cut off a file before it has shown itself to be a log.
+    # A file is cut only after all of it has proved to be a log.
     file.truncate(whole)
     if not lines:
         _append(file, {"schema": SCHEMA, "config": dict(config)})
-    return RowLog(path=path, rows=rows, dropped=int(whole < len(data)), file=file)
+    return RowLog(path=path, rows=rows, dropped=int(whole < len(data)), file=file, lock=lock)
 
 
 def _log_line(path: Path, number: int, line: bytes) -> dict[str, object]:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise StoreError(f"{path}, line {number} is not JSON: {error}. Give another file.") from error
+        raise StoreError(f"{path}, line {number} is not JSON: {error}. Choose a different file.") from error
     if not isinstance(row, dict):
-        raise StoreError(f"{path}, line {number} holds {type(row).__name__}, not an object. Give another file.")
+        raise StoreError(
+            f"{path}, line {number} holds {type(row).__name__}, expected an object. Choose a different file."
+        )
     return row
 
 
@@ -312,43 +376,45 @@ def _discard(store: RunStore) -> None:
 
 
 def umask() -> int:
-    """The rights that new files are not to have; the system tells it only to whoever sets it."""
+    """The permissions that new files do not get. The system reports them only when they are set, so they are reset."""
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
 
 
 def _claim(store: RunStore, config: Mapping[str, object]) -> None:
-    wanted = plain(dict(config))
-    new: dict[str, object] = {"schema": SCHEMA, "config": wanted, "stages": {}}
+    """Makes an unused directory the run of a configuration; refuses one that belongs to anything else."""
+    new: dict[str, object] = {"schema": SCHEMA, "config": plain(dict(config)), "stages": {}}
     if not store.has(MANIFEST):
         strangers = [p.name for p in store.path.iterdir() if not p.name.startswith(".")]
         if strangers:
             raise StoreError(
-                f"Directory {store.path} holds other files, such as {sorted(strangers)[0]!r}, and is no run of "
-                "CliffScope. Give an empty or new directory."
+                f"Directory {store.path} holds other files, such as {sorted(strangers)[0]!r}, and is not a run "
+                "directory of CliffScope. Choose an empty or new directory."
             )
         store.write_json(MANIFEST, new)
         return
-    found = store.manifest
-    if found.get("schema") != SCHEMA:
+    manifest = store.manifest
+    if manifest.get("schema") != SCHEMA:
         raise StoreError(
-            f"Run directory {store.path} was written by another version of CliffScope (schema {found.get('schema')}, "
-            f"expected {SCHEMA}) and cannot be read. Choose a different --out."
+            f"Run directory {store.path} was written by another version of CliffScope (schema "
+            f"{manifest.get('schema')}, expected {SCHEMA}) and cannot be read. Choose a different --out."
         )
-    kept = found.get("config")
-    begun = bool(found.get("stages")) or any(p.suffix == LOG for p in store.path.iterdir())
-    if kept != wanted and not begun:
-        store.write_json(MANIFEST, new)
-    elif kept != wanted:
-        before = kept if isinstance(kept, dict) else {}
-        now = wanted if isinstance(wanted, dict) else {}
-        changed = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
-        told = "; ".join(f"{k} was {before.get(k)!r}, now {now.get(k)!r}" for k in changed)
+    if manifest.get("config") == new["config"]:
+        return
+    if manifest.get("stages") or any(p.suffix == LOG for p in store.path.iterdir()):
         raise StoreError(
-            f"Run directory {store.path} belongs to another configuration ({told}). Give another --out, or the same "
-            "options."
+            f"Run directory {store.path} belongs to another configuration "
+            f"({_differences(manifest.get('config'), new['config'])}). Choose a different --out, or use the same "
+            "options as before."
         )
+    store.write_json(MANIFEST, new)
+
+
+def _differences(before: object, now: object) -> str:
+    old, new = (value if isinstance(value, dict) else {} for value in (before, now))
+    names = sorted(name for name in {*old, *new} if old.get(name) != new.get(name))
+    return "; ".join(f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in names)
 
 
 def plain(value: object) -> object:

@@ -4,6 +4,7 @@ For each: load, trace, sweep of every head, weight edit, export, reload; equal t
 value. The table of docs/models.md is what this run found (CLIFFSCOPE_WRITE_DOCS=1 writes it).
 """
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import pytest
 import torch
 import transformers
 from conftest import check_documented, random_probe, tokens_of, words_tokenizer, written
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import cliffscope as cs
@@ -26,6 +27,14 @@ from cliffscope.heads.edits import HeadRef, Scope, edited_weights
 from cliffscope.heads.shares import decompose_logit
 from cliffscope.heads.sources import trace_sources
 from cliffscope.heads.sweep import sweep_branches
+from cliffscope.model.architectures import (
+    cut_to_blocks,
+    find_blocks,
+    find_mlp,
+    find_projection,
+    has_heads,
+    read_shape,
+)
 from cliffscope.model.load import LensModel, load_model
 from cliffscope.readouts import activations
 from cliffscope.readouts.activations import gather_residuals, project_layer, project_residuals
@@ -121,8 +130,8 @@ class Case:
 
     def states(self, ids: list[int], zero: tuple[int, int, slice] | None = None) -> tuple[list[Tensor], Tensor]:
         """The oracle: residuals after every block, and logits, with one head zeroed over some positions."""
-        blocks, kept = self.plain.get_decoder().layers, []
-        handles = [b.register_forward_hook(lambda _m, _i, out: kept.append(_tensor(out)[0])) for b in blocks]
+        blocks, states = self.plain.get_decoder().layers, []
+        handles = [b.register_forward_hook(lambda _m, _i, out: states.append(_tensor(out)[0])) for b in blocks]
         if zero is not None:
             handles.append(self._zeroing(*zero))
         try:
@@ -131,7 +140,7 @@ class Case:
         finally:
             for handle in handles:
                 handle.remove()
-        return kept, logits
+        return states, logits
 
     def _zeroing(self, layer: int, head: int, where: slice) -> torch.utils.hooks.RemovableHandle:
         size = self.plain.get_decoder().layers[layer].self_attn.o_proj.in_features // 4
@@ -158,9 +167,9 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             load_model(folder, device="cpu")
         pytest.skip("the bridge of TransformerLens 3 computes another latent attention, and is refused")
     model = load_model(folder, device="cpu")
-    asked = [t for w in (None, "story") for t in written(2, harmful=True, outcome=Outcome.COMPLIED, wrapper=w)]
+    texts = [t for w in (None, "story") for t in written(2, harmful=True, outcome=Outcome.COMPLIED, wrapper=w)]
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    return Case(kind=request.param, model=model, plain=plain.train(False), rows=tokens_of(model, Transcripts(asked)))
+    return Case(kind=request.param, model=model, plain=plain.train(False), rows=tokens_of(model, Transcripts(texts)))
 
 
 FOUND: dict[str, dict[str, str]] = {}
@@ -185,13 +194,13 @@ def noted(case: Case, what: str) -> Iterator[Callable[[str], None]]:
         raise
 
 
-def assert_close(found: object, expected: object) -> None:
-    found, expected = (
-        np.asarray(v.detach() if isinstance(v, Tensor) else v, dtype=np.float64) for v in (found, expected)
+def assert_close(actual: object, expected: object) -> None:
+    actual, expected = (
+        np.asarray(v.detach() if isinstance(v, Tensor) else v, dtype=np.float64) for v in (actual, expected)
     )
-    assert found.shape == expected.shape
+    assert actual.shape == expected.shape
     scale = max(1.0, float(np.abs(expected).max()))
-    np.testing.assert_allclose(found / scale, expected / scale, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(actual / scale, expected / scale, rtol=0, atol=TOLERANCE)
 
 
 def test_traces_are_the_plain_models_residuals(case: Case) -> None:
@@ -232,7 +241,7 @@ def test_every_heads_effect_is_that_of_a_plain_forward_pass(case: Case, scope: S
         model, rows = case.model, case.rows[1:3]
         layer = model.shape.n_layers - 1
         probe = random_probe(model, layer)
-        found = sweep_branches(
+        swept = sweep_branches(
             model, probe, rows, [(HeadRef(layer=a, head=b),) for a, b in model.shape.places], scope=scope
         )
         for i, row in enumerate(rows):
@@ -244,8 +253,8 @@ def test_every_heads_effect_is_that_of_a_plain_forward_pass(case: Case, scope: S
                 for a, b in model.shape.places
             ]
             assert np.ptp(logits) > 1e-3, "no head matters"
-            assert_close(found.edited[i], logits)
-        say(found.path.split(" ")[0])
+            assert_close(swept.edited[i], logits)
+        say(swept.path.split(" ")[0])
 
 
 def test_an_edit_of_the_weights_and_its_export_are_that_edit(case: Case, tmp_path: Path) -> None:
@@ -267,7 +276,7 @@ def test_every_method_ranks_the_heads_that_there_are(case: Case, method: str) ->
     if case.kind not in ("qwen3-next", "deepseek-v3", "gpt-oss"):
         pytest.skip("the methods are tested on plain architectures elsewhere")
     model, probe = case.model, random_probe(case.model, 3)
-    asked, others, refused = (
+    complied, others, refused = (
         written(4, harmful=harmful, outcome=outcome, seed=seed)
         for harmful, outcome, seed in (
             (True, Outcome.COMPLIED, 5),
@@ -275,17 +284,17 @@ def test_every_method_ranks_the_heads_that_there_are(case: Case, method: str) ->
             (True, Outcome.REFUSED, 7),
         )
     )
-    found = cs.rank_heads(model, probe, asked, method=method, harmless=others, refused=refused, fraction=0.2)
-    frame = found.to_frame()
+    ranking = cs.rank_heads(model, probe, complied, method=method, harmless=others, refused=refused, fraction=0.2)
+    frame = ranking.to_frame()
     assert set(zip(frame["layer"], frame["head"], strict=True)) == set(model.shape.places)
     assert np.isfinite(frame["effect"]).all()
-    assert found.plot().data
+    assert ranking.plot().data
     if method == "attribution":
         # A gradient is what a small change does, for its size; but where it makes a token choose another expert.
-        little = cs.rank_heads(model, probe, asked, method="scale", factor=0.99)
-        scale = np.abs(found.effects).max()
-        assert np.quantile(np.abs(little.effects / 0.01 - found.effects) / scale, 0.9) < 0.05
-    heads = found.top(0.2)
+        little = cs.rank_heads(model, probe, complied, method="scale", factor=0.99)
+        scale = np.abs(ranking.effects).max()
+        assert np.quantile(np.abs(little.effects / 0.01 - ranking.effects) / scale, 0.9) < 0.05
+    heads = ranking.top(0.2)
     drawn = random_set(model.shape, heads, np.random.default_rng(0), same_layers=False)
     assert {ref.layer for ref in drawn} <= set(model.shape.attention_layers)
 
@@ -308,18 +317,18 @@ def test_what_a_head_reads_adds_up_to_what_it_writes_or_is_refused(case: Case) -
     probe, transcript = random_probe(case.model, 2), written(1, harmful=True, outcome=Outcome.COMPLIED)[0]
     (row,) = tokens_of(case.model, Transcripts([transcript]))
     with noted(case, "sources"):
-        found = trace_sources(case.model, probe, transcript, HeadRef(layer=layer, head=1))
+        sources = trace_sources(case.model, probe, transcript, HeadRef(layer=layer, head=1))
         # The oracle: what plain transformers' residual after the block loses with the head's write taken out.
         size = case.plain.get_decoder().layers[layer].self_attn.o_proj.in_features // 4
-        kept: list[Tensor] = []
+        z: list[Tensor] = []
         projection = case.plain.get_decoder().layers[layer].self_attn.o_proj
-        handle = projection.register_forward_pre_hook(lambda _m, inputs: kept.append(inputs[0][0, row.final]))
+        handle = projection.register_forward_pre_hook(lambda _m, inputs: z.append(inputs[0][0, row.final]))
         case.states(row.token_ids.tolist())
         handle.remove()
         columns = projection.weight.detach()[:, size : 2 * size]
-        expected = float(kept[0][size : 2 * size] @ columns.T.float() @ torch.from_numpy(probe.weight))
-        assert_close(found.effect, -expected)
-        assert_close(found.attention.sum(1).max() <= 1 + 1e-5, True)
+        expected = float(z[0][size : 2 * size] @ columns.T.float() @ torch.from_numpy(probe.weight))
+        assert_close(sources.effect, -expected)
+        assert_close(sources.attention.sum(1).max() <= 1 + 1e-5, True)
 
 
 def test_an_architecture_without_the_projection_of_its_heads_is_refused_by_name(tmp_path: Path) -> None:
@@ -352,6 +361,56 @@ def test_a_config_that_lies_about_its_heads_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_attention_heads": 8, "num_key_value_heads": 4}))
     with pytest.raises((UnsupportedModelError, DataError), match=r"size|mismatch|heads"):
         load_model(tmp_path, device="cpu")
+
+
+def test_one_file_knows_where_heads_are() -> None:
+    """Apart from grow.py, which builds the organisms' own architectures and no others."""
+    package = Path(cs.__file__).parent
+    spelling = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if any(word in path.read_text(encoding="utf-8") for word in ("self_attn", "o_proj"))
+    }
+    assert spelling == {"model/architectures.py", "organisms/grow.py"}
+
+
+def test_the_parts_of_a_block_are_those_that_transformers_names(case: Case) -> None:
+    blocks = find_blocks(case.plain)
+    assert blocks is case.plain.get_decoder().layers
+    assert read_shape(case.plain) == case.model.shape
+    for layer, block in enumerate(blocks):
+        assert has_heads(block) == (layer in case.model.shape.attention_layers)
+        if has_heads(block):
+            assert find_projection(block) is block.self_attn.o_proj
+        assert find_mlp(block) is block.mlp
+
+
+def test_a_block_without_known_names_has_no_heads_and_no_mlp(case: Case) -> None:
+    bare = nn.ModuleDict({"attention": nn.Linear(2, 2)})
+    assert not has_heads(bare)
+    assert not has_heads(nn.ModuleDict({"self_attn": nn.ModuleDict({"dense": nn.Linear(2, 2)})}))
+    assert find_mlp(bare) is None
+    broken = copy.copy(case.model)
+    object.__setattr__(broken, "hf", copy.deepcopy(case.plain))
+    broken.decoder.layers[1] = bare
+    with pytest.raises(UnsupportedModelError, match=r"Layer 1 of .* no MLP under a known name, only \['attention'\]"):
+        broken.mlp(1)
+
+
+def test_a_cut_model_is_whole_again_after_an_error(case: Case) -> None:
+    decoder, config = case.plain.get_decoder(), case.plain.config.get_text_config()
+    layers, kinds = decoder.layers, getattr(config, "layer_types", None)
+
+    def use() -> None:
+        with cut_to_blocks(case.plain, 1, 2) as blocks:
+            assert list(decoder.layers) == blocks == list(layers)[1:3]
+            assert kinds is None or config.layer_types == kinds[1:3]
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        use()
+    assert decoder.layers is layers
+    assert getattr(config, "layer_types", None) == kinds
 
 
 def table() -> str:

@@ -297,7 +297,7 @@ def test_a_directory_of_another_configuration_or_of_somebody_else_ends_with_5(
         store.finish("transcripts", 1.0)
         assert "in use by another process" in shell.fails(5, *words, "--out", tmp_path / "run")
     assert "another configuration (" in shell.fails(5, *words, "--out", tmp_path / "run")
-    assert "is no run of CliffScope" in shell.fails(5, *words, "--out", files)
+    assert "is not a run directory of CliffScope" in shell.fails(5, *words, "--out", files)
     (tmp_path / "file").touch()
     assert "cannot be written" in shell.fails(5, *words, "--out", tmp_path / "file" / "run")
     assert "no manifest.json" in shell.fails(5, "report", files)

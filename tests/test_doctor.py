@@ -8,30 +8,47 @@ from cliffscope.study.doctor import Finding, examine
 
 
 def by_name(findings: tuple[Finding, ...]) -> dict[str, Finding]:
-    return {f.what: f for f in findings}
+    return {f.name: f for f in findings}
 
 
 def test_versions_are_those_that_are_installed() -> None:
-    found = by_name(examine())
-    assert found["torch"].found == version("torch")
-    assert found["transformer-lens"].found == version("transformer-lens")
-    assert found["python"].ok
+    findings = by_name(examine())
+    assert findings["torch"].value == version("torch")
+    assert findings["transformer-lens"].value == version("transformer-lens")
+    for name in ("scipy", "scikit-learn", "filelock", "platformdirs", "psutil"):
+        assert findings[name].value == version(name)
+    assert findings["python"].ok
+
+
+@pytest.mark.parametrize(
+    ("system", "advice"),
+    [("Linux", ""), ("Darwin", "Expected to work"), ("Windows", "Not tested"), ("Plan9", "Not tested")],
+)
+def test_the_system_is_named_with_how_well_it_is_tested(
+    monkeypatch: pytest.MonkeyPatch, system: str, advice: str
+) -> None:
+    monkeypatch.setattr(doctor.platform, "system", lambda: system)
+    finding = by_name(examine())["system"]
+    assert finding.ok
+    assert finding.value.startswith(f"{system} ")
+    assert finding.advice.startswith(advice)
+    assert bool(finding.advice) == bool(advice)
 
 
 def test_a_package_that_is_not_there_is_a_fault_and_an_extra_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "PACKAGES", ("no-such-package",))
     monkeypatch.setattr(doctor, "EXTRAS", {"odd": (("no_such_module",), "odd things")})
-    found = by_name(examine())
-    assert not found["no-such-package"].ok
-    assert found["no-such-package"].advice == "pip install no-such-package"
-    assert found["extra odd"].ok
-    assert "odd things" in found["extra odd"].advice
+    findings = by_name(examine())
+    assert not findings["no-such-package"].ok
+    assert findings["no-such-package"].advice == "pip install no-such-package"
+    assert findings["extra odd"].ok
+    assert "odd things" in findings["extra odd"].advice
 
 
-def test_too_little_memory_is_told_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_reported_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "free_bytes", lambda device: 1 << 20)
     memory = by_name(examine())["memory"]
-    assert (memory.ok, memory.found) == (False, "0.0 GiB free")
+    assert (memory.ok, memory.value) == (False, "0.0 GiB free")
     assert "smaller model" in memory.advice
 
 
@@ -40,4 +57,4 @@ def test_a_gpu_is_named_with_what_is_free_on_it(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"GPU {i}")
     monkeypatch.setattr(doctor, "free_bytes", lambda device: 80 << 30)
-    assert by_name(examine())["device"].found == "GPU 0, GPU 1, 80.0 GiB free on the first"
+    assert by_name(examine())["device"].value == "GPU 0, GPU 1, 80.0 GiB free on the first"

@@ -157,7 +157,7 @@ def test_a_file_of_other_options_is_refused(tmp_path: Path, change: dict[str, ob
                 {"id-0": Request(**{"messages": message, "max_tokens": 16, **change})},
                 resume=file,
             )
-        with pytest.raises(StoreError, match="no log of this configuration"):
+        with pytest.raises(StoreError, match="not a log of this configuration"):
             ask_all(Endpoint(url=server.url, model="other"), requests(1), resume=file)
 
 

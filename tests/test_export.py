@@ -258,7 +258,7 @@ def test_a_directory_that_exists_is_refused_and_untouched(llama: LensModel, tmp_
     (place / "thesis.txt").write_text("years of work")
     with pytest.raises(StoreError, match="exists already"):
         export_edited(llama, zero(HEADS), place)
-    with pytest.raises(StoreError, match="no checkpoint directory"):
+    with pytest.raises(StoreError, match="not a checkpoint directory"):
         export_edited(llama, zero(HEADS), place, overwrite=True)
     assert (place / "thesis.txt").read_text() == "years of work"
     assert names(tmp_path) == {"mine"}

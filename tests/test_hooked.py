@@ -97,11 +97,11 @@ def test_traces_and_effects_are_those_of_the_bridge(pair: tuple[LensModel, LensM
 def test_generated_text_is_that_of_the_checkpoint(pair: tuple[LensModel, LensModel, bool]) -> None:
     bridged, hooked, _ = pair
     ts = written(3, harmful=True, outcome=Outcome.COMPLIED)
-    told = [
+    generated = [
         [(t.thinking_ids, t.answer_ids) for t in cs.roll_out(m, ts, max_thinking=12, max_answer=8)]
         for m in (bridged, hooked)
     ]
-    assert told[0] == told[1]
+    assert generated[0] == generated[1]
 
 
 def test_folded_and_rearranged_weights_are_not_exported(

@@ -1,11 +1,13 @@
 import copy
 import json
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+import platformdirs
 import pytest
 import torch
 from conftest import MakeCheckpoint, count_hooks, plain_logits, plain_residuals, tiny_network
@@ -27,9 +29,9 @@ def test_the_bridge_gives_the_logits_of_the_checkpoint_read_by_transformers(
     oracle = AutoModelForCausalLM.from_pretrained(model.name, attn_implementation="eager").eval()
     with torch.no_grad():
         expected = oracle(input_ids=torch.tensor([IDS])).logits
-        found = model.bridge(torch.tensor([IDS]), return_type="logits")
+        bridged = model.bridge(torch.tensor([IDS]), return_type="logits")
     assert expected.std() > 0.1
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(bridged, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(plain_logits(model, IDS)[None], expected, rtol=1e-5, atol=1e-5)
 
 
@@ -98,8 +100,8 @@ def test_padding_on_either_side_changes_no_logit(model: LensModel) -> None:
         batch = model.to_batch(rows, left=left)
         with torch.no_grad():
             logits = model.hf(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions).logits
-        for row, found, mask in zip(rows, logits, batch.mask, strict=True):
-            torch.testing.assert_close(found[mask.bool()], plain_logits(model, row), rtol=1e-4, atol=1e-4)
+        for row, padded, mask in zip(rows, logits, batch.mask, strict=True):
+            torch.testing.assert_close(padded[mask.bool()], plain_logits(model, row), rtol=1e-4, atol=1e-4)
 
 
 def test_a_ready_bridge_is_accepted_and_gives_the_same(model: LensModel) -> None:
@@ -318,6 +320,18 @@ def test_a_hub_name_without_a_network_is_one_line_with_the_local_alternative() -
     assert "\n" not in str(caught.value)
 
 
+def test_the_cache_is_the_users_own_unless_the_environment_names_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/home/someone/cache")
+    monkeypatch.delenv(checkpoints.CACHE)
+    if sys.platform == "linux":
+        assert checkpoints.cache_folder() == Path("/home/someone/cache/cliffscope")
+    assert checkpoints.cache_folder() == Path(platformdirs.user_cache_dir("cliffscope", appauthor=False))
+    monkeypatch.setenv(checkpoints.CACHE, "/elsewhere")
+    assert checkpoints.cache_folder() == Path("/elsewhere")
+    monkeypatch.setenv(checkpoints.CACHE, "off")
+    assert checkpoints.cache_folder() is None
+
+
 def test_a_gguf_file_is_converted_once_and_the_copy_is_the_same_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -326,7 +340,7 @@ def test_a_gguf_file_is_converted_once_and_the_copy_is_the_same_model(
     monkeypatch.setenv(checkpoints.CACHE, str(tmp_path))
     first = load_model("smollm2", device="cpu")
     assert not getattr(first.hf, "is_quantized", False)
-    (kept,) = (tmp_path / "gguf").iterdir()
+    (copied,) = (tmp_path / "gguf").iterdir()
     started = time.perf_counter()
     again = load_model("smollm2", device="cpu")
     took = time.perf_counter() - started
@@ -336,7 +350,7 @@ def test_a_gguf_file_is_converted_once_and_the_copy_is_the_same_model(
     assert again.tokenizer.encode(text) == first.tokenizer.encode(text)
     assert again.tokenizer.chat_template == first.tokenizer.chat_template
     assert took < 12, "the copy was not read"
-    monkeypatch.setattr(checkpoints, "MOST_KEPT", 1)
-    shutil.rmtree(kept)
+    monkeypatch.setattr(checkpoints, "LARGEST_COPY", 1)
+    shutil.rmtree(copied)
     load_model("smollm2", device="cpu")
     assert list((tmp_path / "gguf").iterdir()) == []

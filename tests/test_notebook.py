@@ -84,9 +84,9 @@ def test_a_long_table_is_cut_and_says_so() -> None:
 def shell(monkeypatch: pytest.MonkeyPatch, *, kernel: bool) -> list[object]:
     """Puts a false IPython in the place of the real one; returns what is displayed."""
     shown: list[object] = []
-    found = types.SimpleNamespace(kernel=None) if kernel else types.SimpleNamespace()
+    traits = ("history_manager", "kernel") if kernel else ("history_manager",)
     module, display = types.ModuleType("IPython"), types.ModuleType("IPython.display")
-    module.get_ipython = lambda: found
+    module.get_ipython = lambda: types.SimpleNamespace(has_trait=traits.__contains__)
     display.HTML, display.display = lambda text: ("html", text), shown.append
     monkeypatch.setitem(sys.modules, "IPython", module)
     monkeypatch.setitem(sys.modules, "IPython.display", display)
@@ -110,7 +110,18 @@ def test_a_terminal_falls_back_to_the_headline(monkeypatch: pytest.MonkeyPatch) 
     shown = shell(monkeypatch, kernel=False)
     with pytest.raises(NotImplementedError):
         Drawn()._ipython_display_()
+    sys.modules["IPython"].get_ipython = lambda: None
+    with pytest.raises(NotImplementedError):
+        Drawn()._ipython_display_()
     assert shown == []
+
+
+def test_jupyters_shell_has_a_kernel_and_the_terminals_has_none() -> None:
+    zmqshell, interactiveshell = (
+        pytest.importorskip(name) for name in ("ipykernel.zmqshell", "IPython.core.interactiveshell")
+    )
+    assert "kernel" in zmqshell.ZMQInteractiveShell.class_traits()
+    assert "kernel" not in interactiveshell.InteractiveShell.class_traits()
 
 
 def test_the_table_of_a_set_counts_every_random_set() -> None:
@@ -132,8 +143,8 @@ def test_the_table_of_a_set_counts_every_random_set() -> None:
 
 def test_agreement_is_drawn_as_a_symmetric_matrix() -> None:
     row = {"first": "zero", "second": "mean", "spearman": 0.5, "overlap": 1.0, "count": 1, "n_first": 4, "n_second": 6}
-    found = RankingAgreement(frame=pd.DataFrame([row]))
-    heat = found.plot().data[0]
+    agreement = RankingAgreement(frame=pd.DataFrame([row]))
+    heat = agreement.plot().data[0]
     np.testing.assert_allclose(np.array(heat.z, dtype=float), [[1, 0.5], [0.5, 1]])
-    assert "n=4 to 6" in found.plot().layout.title.text
-    assert repr(found) == "RankingAgreement(1 pairs, Spearman 0.50 to 0.50, n=4 to 6)"
+    assert "n=4 to 6" in agreement.plot().layout.title.text
+    assert repr(agreement) == "RankingAgreement(1 pairs, Spearman 0.50 to 0.50, n=4 to 6)"

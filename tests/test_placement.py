@@ -51,9 +51,9 @@ def test_an_offloaded_model_is_the_model(llama: LensModel, offloaded: LensModel,
     ):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5 * np.abs(theirs).max())
     branches = [(HeadRef(layer=layer, head=3),) for layer in range(8)]
-    found, expected = (sweep_branches(m, probe, rows[:2], branches) for m in (offloaded, llama))
-    assert found.path == "packed"
-    np.testing.assert_allclose(found.edited, expected.edited, rtol=0, atol=1e-5 * np.abs(expected.edited).max())
+    swept, expected = (sweep_branches(m, probe, rows[:2], branches) for m in (offloaded, llama))
+    assert swept.path == "packed"
+    np.testing.assert_allclose(swept.edited, expected.edited, rtol=0, atol=1e-5 * np.abs(expected.edited).max())
 
 
 def test_weights_that_are_not_there_are_edited_by_hooks_alone(
@@ -88,8 +88,8 @@ def test_hooks_everywhere_are_the_edit_of_the_weights(llama: LensModel, monkeypa
             expected = llama.hf(input_ids=ids).logits
         monkeypatch.setattr(LensModel, "holds_weights", lambda self, layer: False)
         with edited_everywhere(llama, plan):
-            found = llama.hf(input_ids=ids).logits
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
+            hooked = llama.hf(input_ids=ids).logits
+    torch.testing.assert_close(hooked, expected, rtol=1e-5, atol=1e-4)
 
 
 def quantised(folder: Path, **how: object) -> PreTrainedModel:
@@ -128,8 +128,8 @@ def test_a_quantised_model_is_traced_and_swept_and_its_weights_are_left_alone(
         states = plain(torch.tensor([rows[0].token_ids.tolist()]), output_hidden_states=True).hidden_states
     theirs = states[6][0].float().numpy() @ probe.weight + probe.bias
     np.testing.assert_allclose(ours[5], theirs, rtol=0, atol=1e-4 * np.abs(theirs).max())
-    found = sweep_branches(model, probe, rows[:1], [(ref,) for ref in EDIT])
-    assert np.abs(found.effects[0, 0]) > 1e-4
+    swept = sweep_branches(model, probe, rows[:1], [(ref,) for ref in EDIT])
+    assert np.abs(swept.effects[0, 0]) > 1e-4
     with pytest.raises(UnsupportedModelError, match="quantised or offloaded cannot be read"):
         decompose_logit(model, probe, rows[:1])
     with pytest.raises(EditError, match=f"quantised, of dtype {dtype}"):

@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 from sklearn.calibration import calibration_curve
-from sklearn.metrics import brier_score_loss, cohen_kappa_score, roc_auc_score, roc_curve
+from sklearn.metrics import roc_auc_score
 
 from cliffscope.errors import DataError, ShapeError
 from cliffscope.resampling import bootstrap_mean, paired_bootstrap_difference, sign_flip_p
@@ -93,11 +93,16 @@ def test_auroc_interval_covers_the_truth_about_as_often_as_it_says(shift: float,
 
 @given(SCORES, SCORES, st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0]))
 @settings(max_examples=50, deadline=None)
-def test_tpr_at_fpr_equals_the_best_point_of_sklearns_curve(
-    positive: np.ndarray, negative: np.ndarray, fpr: float
-) -> None:
-    false_rate, true_rate, _ = roc_curve(*labelled(positive, negative), drop_intermediate=False)
-    assert tpr_at_fpr(positive, negative, fpr) == pytest.approx(true_rate[false_rate <= fpr + 1e-9].max())
+def test_tpr_at_fpr_is_the_best_of_all_thresholds(positive: np.ndarray, negative: np.ndarray, fpr: float) -> None:
+    thresholds = [np.inf, *positive, *negative]
+    rates = [(np.mean(positive >= t), np.mean(negative >= t)) for t in thresholds]
+    assert tpr_at_fpr(positive, negative, fpr) == pytest.approx(max(tpr for tpr, rate in rates if rate <= fpr + 1e-9))
+
+
+def test_infinite_scores_are_the_largest_and_the_smallest() -> None:
+    positive, negative = np.array([np.inf, 1.0, -np.inf]), np.array([0.0, -np.inf])
+    assert auroc(positive, negative) == pytest.approx((2 + 2 + 0.5) / 6)
+    assert tpr_at_fpr(positive, negative, fpr=0.0) == pytest.approx(2 / 3)
 
 
 def test_tpr_at_fpr_lets_no_negative_pass_when_there_are_too_few() -> None:
@@ -106,11 +111,25 @@ def test_tpr_at_fpr_lets_no_negative_pass_when_there_are_too_few() -> None:
     assert np.isnan(tpr_at_fpr(np.ones(2), np.array([np.nan])))
 
 
-def test_brier_equals_sklearn_and_accepts_booleans() -> None:
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_brier_is_the_mean_squared_distance_and_accepts_booleans(dtype: type) -> None:
     rng = np.random.default_rng(1)
-    score, label = rng.random(50), rng.random(50) < 0.4
-    assert brier(score, label) == pytest.approx(brier_score_loss(label, score))
+    score, label = rng.random(50).astype(dtype), rng.random(50) < 0.4
+    expected = np.mean((score.astype(np.float64) - label) ** 2)
+    assert brier(score, label) == pytest.approx(expected, abs=1e-12)
+    assert brier(score, label.astype(float)) == pytest.approx(expected, abs=1e-12)
+
+
+def test_brier_exists_where_all_labels_are_equal() -> None:
+    assert brier(np.array([0.5, 0.5]), np.array([True, True])) == 0.25
+    assert brier(np.array([0.25]), np.array([False])) == 0.0625
+
+
+def test_brier_is_undefined_without_rows_or_with_a_nan_score_and_refuses_other_lengths() -> None:
     assert np.isnan(brier(EMPTY, EMPTY))
+    assert np.isnan(brier(np.array([0.5, np.nan]), np.array([True, False])))
+    with pytest.raises(ShapeError, match="same rows"):
+        brier(np.ones(2), np.ones(3))
 
 
 def test_calibration_error_equals_the_weighted_gap_of_sklearns_bins() -> None:
@@ -129,12 +148,34 @@ def test_calibration_error_puts_the_ends_of_the_range_into_bins() -> None:
 
 @given(st.integers(1, 300).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))), st.floats(0.5, 0.999))
 @settings(max_examples=50, deadline=None)
-def test_wilson_equals_scipy_and_holds_the_share(counts: tuple[int, int], level: float) -> None:
+def test_wilson_equals_its_closed_form_and_holds_the_share(counts: tuple[int, int], level: float) -> None:
     successes, n = counts
-    expected = scipy_stats.binomtest(successes, n).proportion_ci(level, method="wilson")
+    share, z = successes / n, float(scipy_stats.norm.ppf((1 + level) / 2))
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
     interval = wilson(successes, n, level=level)
-    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), abs=1e-12)
-    assert 0 <= interval.low <= successes / n <= interval.high <= 1
+    assert (interval.low, interval.high) == pytest.approx((centre - half, centre + half), abs=1e-12)
+    assert 0 <= interval.low <= share <= interval.high <= 1
+
+
+@pytest.mark.parametrize(
+    ("successes", "n", "low", "high"),
+    [(81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611), (1, 29, 0.0061, 0.1718)],
+)
+def test_wilson_equals_the_published_examples(successes: int, n: int, low: float, high: float) -> None:
+    """Newcombe, Statistics in Medicine 17 (1998) 857-872, table I, method 3."""
+    interval = wilson(successes, n)
+    assert (interval.low, interval.high) == pytest.approx((low, high), abs=5e-5)
+
+
+@pytest.mark.parametrize("n", [1, 3, 1000])
+def test_wilson_limits_reach_the_ends_exactly_and_do_not_collapse_there(n: int) -> None:
+    nothing, everything = wilson(0, n), wilson(n, n)
+    assert nothing.low == 0
+    assert everything.high == 1
+    z = float(scipy_stats.norm.ppf(0.975))
+    assert nothing.high == pytest.approx(z**2 / (n + z**2), abs=1e-12)
+    assert everything.low == pytest.approx(n / (n + z**2), abs=1e-12)
 
 
 def test_wilson_is_undefined_without_trials_and_refuses_impossible_counts() -> None:
@@ -228,13 +269,13 @@ def test_sign_flip_p_is_uniform_under_the_null() -> None:
 @given(st.lists(st.one_of(st.floats(0, 1), st.just(float("nan"))), max_size=20).map(np.array))
 @settings(max_examples=50, deadline=None)
 def test_benjamini_hochberg_equals_its_definition_and_passes_nan_through(p: np.ndarray) -> None:
-    q, known = benjamini_hochberg(p), p[~np.isnan(p)]
-    m = len(known)
+    q, tested = benjamini_hochberg(p), p[~np.isnan(p)]
+    m = len(tested)
     for value, adjusted in zip(p, q, strict=True):
         if np.isnan(value):
             assert np.isnan(adjusted)
             continue
-        larger = [min(1.0, other * m / np.sum(known <= other)) for other in known if other >= value]
+        larger = [min(1.0, other * m / np.sum(tested <= other)) for other in tested if other >= value]
         assert adjusted == pytest.approx(min(larger))
 
 
@@ -259,15 +300,25 @@ def test_random_set_p_counts_the_observed_set_and_ties() -> None:
     assert np.isnan(random_set_p(np.nan, np.ones(3)))
 
 
-def test_kappa_equals_sklearn() -> None:
+def test_kappa_and_its_limits_equal_their_definition() -> None:
     rng = np.random.default_rng(9)
     a = rng.integers(0, 3, 80)
     b = np.where(rng.random(80) < 0.6, a, rng.integers(0, 3, 80))
-    table = np.zeros((3, 3), dtype=np.int64)
+    table = np.zeros((4, 4), dtype=np.int64)  # neither judge uses the fourth class
     np.add.at(table, (a, b), 1)
     kappa, interval = cohen_kappa(table)
-    assert kappa == pytest.approx(cohen_kappa_score(a, b))
+    same, chance = np.mean(a == b), sum(np.mean(a == c) * np.mean(b == c) for c in range(3))
+    limits = wilson(int(np.sum(a == b)), 80)
+    expected = [(share - chance) / (1 - chance) for share in (same, limits.low, limits.high)]
+    assert [kappa, interval.low, interval.high] == pytest.approx(expected, abs=1e-12)
     assert interval.low < kappa < interval.high
+
+
+def test_kappa_of_a_published_table() -> None:
+    """Fleiss, Cohen and Everitt, Psychological Bulletin 72 (1969): 200 subjects, three classes, kappa 0.429."""
+    shares = np.array([[0.53, 0.05, 0.02], [0.11, 0.14, 0.05], [0.01, 0.06, 0.03]])
+    kappa, _ = cohen_kappa(np.rint(200 * shares).astype(np.int64))
+    assert kappa == pytest.approx(0.429, abs=5e-4)
 
 
 def test_kappa_of_perfect_agreement_on_few_items_is_not_certain() -> None:

@@ -1,3 +1,5 @@
+import errno
+import fcntl
 import json
 import math
 import os
@@ -24,6 +26,24 @@ from cliffscope.store import open_run
 with open_run(sys.argv[1], {"model": "toy", "seed": 0, "fraction": 0.5}) as store:
     store.finish("first", 1.0)
     print("held", flush=True)
+    time.sleep(120)
+"""
+HOLD_LOG = """
+import sys, time
+from cliffscope.store import open_log
+with open_log(sys.argv[1], {}) as log:
+    log.append("a", {"n": 1})
+    print("held", flush=True)
+    time.sleep(120)
+"""
+FORK = """
+import os, sys, time
+from cliffscope.store import open_run
+with open_run(sys.argv[1], {"model": "toy", "seed": 0, "fraction": 0.5}) as store:
+    store.finish("first", 1.0)
+    child = os.fork()
+    if child:
+        print(child, flush=True)
     time.sleep(120)
 """
 
@@ -117,6 +137,62 @@ def test_a_disk_that_fills_up_while_flushing_leaves_nothing_behind(
     assert names(tmp_path) == set()
 
 
+def test_a_file_is_flushed_before_it_is_renamed_and_its_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, events = tmp_path / "a.txt", []
+    fsync = os.fsync
+
+    def flush(handle: int) -> None:
+        folder = os.path.samestat(os.fstat(handle), tmp_path.stat())
+        events.append(("folder" if folder else "file", path.exists()))
+        fsync(handle)
+
+    monkeypatch.setattr(store_module.os, "fsync", flush)
+    write_atomically(path, lambda p: p.write_text("x"))
+    assert events == [("file", False), ("folder", True)]
+
+
+def test_a_system_that_cannot_flush_a_directory_still_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def no_flush(handle: int) -> None:
+        if os.path.samestat(os.fstat(handle), tmp_path.stat()):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(handle)
+
+    monkeypatch.setattr(store_module.os, "fsync", no_flush)
+    write_atomically(tmp_path / "a.txt", lambda p: p.write_text("x"))
+    monkeypatch.undo()
+    open_file = os.open
+
+    def no_folder(path: object, *args: int, **options: int) -> int:
+        if Path(str(path)).is_dir():
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return open_file(path, *args, **options)
+
+    monkeypatch.setattr(store_module.os, "open", no_folder)
+    write_atomically(tmp_path / "b.txt", lambda p: p.write_text("y"))
+    monkeypatch.undo()
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a.txt": "x", "b.txt": "y"}
+
+
+def test_a_disk_that_fails_while_a_directory_is_flushed_is_a_store_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def fail(handle: int) -> None:
+        if os.path.samestat(os.fstat(handle), tmp_path.stat()):
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(handle)
+
+    monkeypatch.setattr(store_module.os, "fsync", fail)
+    with pytest.raises(StoreError, match="Input/output error"):
+        write_atomically(tmp_path / "a.txt", lambda p: p.write_text("x"))
+    assert names(tmp_path) == {"a.txt"}
+
+
 WRITERS: dict[str, Callable[[RunStore], None]] = {
     "a.json": lambda run: run.write_json("a.json", {"text": "x" * 100_000}),
     "a.parquet": lambda run: run.write_frame(
@@ -201,11 +277,11 @@ def test_frames_and_arrays_are_read_back_as_they_were(run: RunStore) -> None:
     run.write_frame("a.parquet", frame)
     run.write_arrays("a.safetensors", arrays)
     pd.testing.assert_frame_equal(run.read_frame("a.parquet"), frame)
-    found = run.read_arrays("a.safetensors")
-    assert set(found) == {"w", "nan"}
+    stored = run.read_arrays("a.safetensors")
+    assert set(stored) == {"w", "nan"}
     for name, values in arrays.items():
-        np.testing.assert_array_equal(found[name], values)
-        assert found[name].dtype == np.float32
+        np.testing.assert_array_equal(stored[name], values)
+        assert stored[name].dtype == np.float32
 
 
 def test_an_empty_table_keeps_its_columns(run: RunStore) -> None:
@@ -308,7 +384,7 @@ def test_a_refused_configuration_releases_the_lock(tmp_path: Path) -> None:
 
 def test_a_directory_of_somebody_else_is_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(StoreError, match=r"'thesis\.tex', and is no run"), open_run(tmp_path, CONFIG):
+    with pytest.raises(StoreError, match=r"'thesis\.tex', and is not a run directory"), open_run(tmp_path, CONFIG):
         pass
     assert (tmp_path / "thesis.tex").read_text() == "precious"
     assert not (tmp_path / MANIFEST).exists()
@@ -346,13 +422,14 @@ def test_a_path_below_a_file_or_that_is_a_file_is_a_store_error(tmp_path: Path) 
 
 
 def test_a_read_only_directory_is_a_store_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: Path, *args: object, **options: object) -> None:
-        raise PermissionError(13, "Read-only file system")
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr(Path, "open", refuse)
-    with pytest.raises(StoreError, match="Read-only file system"), open_run(tmp_path, CONFIG):
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(StoreError, match="cannot be written: Read-only file system.*--out"), open_run(tmp_path, CONFIG):
         pass
     monkeypatch.undo()
+    assert names(tmp_path) == set()
     monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(StoreError, match="Read-only file system"), open_run(tmp_path / "new", CONFIG):
         pass
@@ -407,15 +484,72 @@ def test_the_lock_holds_within_one_process_too_and_is_released_by_an_exception(t
         pass
 
 
-def test_a_file_system_without_locks_is_not_told_as_another_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("code", "reason"), [(errno.ENOLCK, "No locks available"), (errno.ENOSYS, "Not implemented")])
+def test_a_file_system_without_locks_is_not_reported_as_another_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, reason: str
 ) -> None:
     def refuse(*args: object) -> None:
-        raise OSError(37, "No locks available")
+        raise OSError(code, reason)
 
-    monkeypatch.setattr(store_module.fcntl, "flock", refuse)
-    with pytest.raises(StoreError, match="cannot be locked: No locks available.*local disk"), open_run(tmp_path, {}):
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(StoreError, match=f"cannot be locked: {reason}.*local disk"), open_run(tmp_path, {}):
         pass
+    with (
+        pytest.raises(StoreError, match=f"cannot be locked: {reason}.*local disk"),
+        open_log(tmp_path / "rows.jsonl", {}),
+    ):
+        pass
+
+
+def test_a_process_that_was_forked_from_the_killed_one_does_not_hold_its_lock(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", FORK, str(path)], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        child = int(holder.stdout.readline())
+        try:
+            with pytest.raises(StoreError, match="in use by another process"), open_run(path, CONFIG):
+                pass
+            holder.send_signal(signal.SIGKILL)
+            holder.wait()
+            os.kill(child, 0)
+            with open_run(path, CONFIG) as run:
+                assert run.finished("first")
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_a_second_process_is_refused_a_log_until_the_first_is_killed(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    with subprocess.Popen([sys.executable, "-c", HOLD_LOG, str(file)], stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "held\n"
+            with pytest.raises(StoreError, match=r"rows\.jsonl is in use by another process"), open_log(file, {}):
+                pass
+        finally:
+            holder.send_signal(signal.SIGKILL)
+    with open_log(file, {}) as log:
+        assert log.rows == {"a": {"n": 1}}
+    assert names(tmp_path) == {"rows.jsonl"}
+
+
+def test_a_log_has_one_lock_by_whatever_name_it_is_opened(tmp_path: Path) -> None:
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "rows.jsonl")
+    with (
+        open_log(tmp_path / "rows.jsonl", {}),
+        pytest.raises(StoreError, match=r"link\.jsonl is in use by another process"),
+        open_log(tmp_path / "link.jsonl", {}),
+    ):
+        pass
+
+
+def test_a_log_that_is_closed_early_can_be_opened_again(tmp_path: Path) -> None:
+    with open_log(tmp_path / "rows.jsonl", {}) as log:
+        log.append("a", {"n": 1})
+        log.close()
+        with open_log(tmp_path / "rows.jsonl", {}) as again:
+            assert again.rows == {"a": {"n": 1}}
+    assert names(tmp_path) == {"rows.jsonl"}
 
 
 # What is left behind
@@ -490,7 +624,7 @@ def test_a_log_keeps_its_rows_and_refuses_another_configuration(tmp_path):
     with open_log(file, {"model": "toy"}) as log:
         assert log.rows == {"a": {"n": 1}, "b": {"n": 2}}
         assert log.dropped == 0
-    with pytest.raises(StoreError, match="no log of this configuration"), open_log(file, {"model": "other"}):
+    with pytest.raises(StoreError, match="not a log of this configuration"), open_log(file, {"model": "other"}):
         pass
 
 
@@ -503,11 +637,11 @@ def test_a_log_cut_anywhere_loses_at_most_its_last_row(tmp_path, cut):
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) - cut])
     with open_log(file, {}) as log:
-        kept = dict(log.rows)
+        survivors = dict(log.rows)
         for key in ("a", "b"):
-            if key not in kept:
+            if key not in survivors:
                 log.append(key, {"n": 1 + (key == "b")})
-    assert set(kept) <= {"a", "b"}
+    assert set(survivors) <= {"a", "b"}
     assert file.read_bytes() == whole
 
 

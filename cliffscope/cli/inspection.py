@@ -22,10 +22,13 @@ def doctor(as_json: JsonOption = False) -> None:
     """
     from cliffscope.study.doctor import examine
 
-    found = examine()
-    lines = [f"{'ok ' if f.ok else '!! '} {f.what:<18} {f.found}{f'  ({f.advice})' if f.advice else ''}" for f in found]
-    say(as_json, {"findings": [asdict(f) for f in found], "ok": all(f.ok for f in found)}, "\n".join(lines))
-    if not all(f.ok for f in found):
+    findings = examine()
+    ready = all(f.ok for f in findings)
+    lines = [
+        f"{'ok ' if f.ok else '!! '} {f.name:<18} {f.value}{f'  ({f.advice})' if f.advice else ''}" for f in findings
+    ]
+    say(as_json, {"findings": [asdict(f) for f in findings], "ok": ready}, "\n".join(lines))
+    if not ready:
         raise typer.Exit(1)
 
 

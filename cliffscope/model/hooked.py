@@ -1,8 +1,8 @@
 """How is a `HookedTransformer` of TransformerLens 3 measured like any other model?
 
-Its weights are TransformerLens' own arrangement of a Llama-like model's. They are arranged back into plain Hugging Face
-modules, on which the fast paths run; the HookedTransformer itself becomes the view with hook names, and the checks of
-bridges.py compare the two. TransformerLens 4 has no HookedTransformer.
+TransformerLens rearranges the weights of a Llama-like model. They are arranged back into plain Hugging Face modules,
+on which the fast paths run; the HookedTransformer itself becomes the view with hook names, and the checks of bridges.py
+compare the two. TransformerLens 4 has no HookedTransformer.
 
 Source of the arrangement: transformer_lens.pretrained.weight_conversions, read backwards.
 """
@@ -16,12 +16,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Co
 from cliffscope.errors import UnsupportedModelError
 
 NORMS = {"RMS": False, "RMSPre": True}
-"""Kinds of norms that are known, and whether their weights are folded into what follows."""
+"""Supported kinds of norms, and whether their weights are folded into the layer that follows."""
 _LLAMA_LIKE = ("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "MistralForCausalLM")
 
 
 def is_hooked(model: object) -> bool:
-    """Whether it is a HookedTransformer, whose class TransformerLens 4 no longer has."""
+    """Whether a model is a HookedTransformer, a class that TransformerLens 4 no longer has."""
     return any(base.__name__ == "HookedTransformer" for base in type(model).__mro__)
 
 
@@ -32,10 +32,10 @@ def unhook(hooked: Any) -> tuple[PreTrainedModel, str]:
         hooked: a HookedTransformer of a Llama, Qwen2, Qwen3 or Mistral model, its weights folded or not.
 
     Returns:
-        The plain model, and why it must not be exported, "" where it may.
+        The plain model, and why it must not be exported, or "" if it may be.
 
     Raises:
-        UnsupportedModelError: another architecture, or something that plain modules of these cannot hold.
+        UnsupportedModelError: another architecture, or a weight or setting that these plain modules cannot hold.
     """
     cfg = hooked.cfg
     _check_known(cfg)
@@ -45,23 +45,23 @@ def unhook(hooked: Any) -> tuple[PreTrainedModel, str]:
         for name, weight in state.items()
         if name.rpartition(".")[2].lstrip("_") in ("b_Q", "b_K", "b_V", "b_O")
     )
-    lost = [name for name, weight in state.items() if name.endswith((".b_in", ".b_out", "b_U")) and bool(weight.any())]
-    if lost:
-        raise UnsupportedModelError(f"The HookedTransformer has a bias {lost[0]!r} that no Llama-like model has.")
+    extra = [name for name, weight in state.items() if name.endswith((".b_in", ".b_out", "b_U")) and bool(weight.any())]
+    if extra:
+        raise UnsupportedModelError(f"The HookedTransformer has a bias {extra[0]!r} that no Llama-like model has.")
     config_class, network_class = (
         (Qwen3Config, Qwen3ForCausalLM) if cfg.use_qk_norm else (LlamaConfig, LlamaForCausalLM)
     )
     config = config_class(**_sizes(cfg), attention_bias=biased)
     network: PreTrainedModel = cast(Any, network_class)(config)
-    wanted = network.state_dict()
+    plain = network.state_dict()
     with torch.no_grad():
-        network.load_state_dict({name: _arranged(name, state, cfg).to(wanted[name].dtype) for name in wanted})
+        network.load_state_dict({name: _arranged(name, state, cfg).to(weight.dtype) for name, weight in plain.items()})
     cast(nn.Module, network).to(device=cfg.device, dtype=cfg.dtype).eval()
     return network, _why_not_exported(cfg, network, biased=biased)
 
 
 def _check_known(cfg: Any) -> None:
-    odd = {
+    differences = {
         "architecture": cfg.original_architecture not in (*_LLAMA_LIKE, None),
         "normalization": cfg.normalization_type not in NORMS,
         "positions": cfg.positional_embedding_type != "rotary" or cfg.rotary_adjacent_pairs or cfg.use_yarn_rope,
@@ -69,11 +69,11 @@ def _check_known(cfg: Any) -> None:
         "attention": cfg.use_local_attn or cfg.attn_scores_soft_cap > 0 or cfg.use_attention_sinks,
         "rotary dimension": (cfg.rotary_dim or cfg.d_head) != cfg.d_head,
     }
-    found = [what for what, wrong in odd.items() if wrong]
-    if found:
+    unsupported = [part for part, differs in differences.items() if differs]
+    if unsupported:
         raise UnsupportedModelError(
             f"A HookedTransformer of {cfg.original_architecture or 'an unknown architecture'} is not supported: its "
-            f"{', '.join(found)}. Load the checkpoint by its path instead."
+            f"{', '.join(unsupported)}. Load the checkpoint by its path instead."
         )
 
 
@@ -119,8 +119,8 @@ def _arranged(name: str, state: dict[str, Tensor], cfg: Any) -> Tensor:
     if part == "post_attention_layernorm":
         return _norm(f"{block}.ln2.w", state, cfg.d_model)
     if part == "mlp":
-        own = {"gate_proj": "W_gate", "up_proj": "W_in", "down_proj": "W_out"}[rest[0]]
-        return state[f"{block}.mlp.{own}"].T
+        source = {"gate_proj": "W_gate", "up_proj": "W_in", "down_proj": "W_out"}[rest[0]]
+        return state[f"{block}.mlp.{source}"].T
     return _attention(f"{block}.attn", rest[0], rest[1], state)
 
 
@@ -131,22 +131,22 @@ def _attention(place: str, part: str, kind: str, state: dict[str, Tensor]) -> Te
     if letter == "O":
         return state[f"{place}.W_O"].flatten(0, 1).T if kind == "weight" else state[f"{place}.b_O"]
     name = f"{'W' if kind == 'weight' else 'b'}_{letter}"
-    # Keys and values of grouped heads are stored under a name of their own.
-    found = state.get(f"{place}._{name}", state.get(f"{place}.{name}"))
-    if found is None:
+    # Keys and values of grouped heads are stored under names with an underscore.
+    value = state.get(f"{place}._{name}", state.get(f"{place}.{name}"))
+    if value is None:
         raise UnsupportedModelError(f"The HookedTransformer has no weight {place}.{name}.")
-    return found.transpose(1, 2).flatten(0, 1) if kind == "weight" else found.flatten()
+    return value.transpose(1, 2).flatten(0, 1) if kind == "weight" else value.flatten()
 
 
 def _norm(name: str, state: dict[str, Tensor], size: int) -> Tensor:
-    """Its weight, or ones where it has been folded into what follows."""
+    """The weight of a norm, or ones if it is folded into the layer that follows."""
     return state.get(name, torch.ones(size))
 
 
 def _why_not_exported(cfg: Any, network: PreTrainedModel, *, biased: bool) -> str:
     if NORMS[cfg.normalization_type]:
         return "its norms are folded into its weights"
-    own = type(network).__name__
-    if cfg.original_architecture != own or biased:
-        return f"its weights are arranged as {own}, not as {cfg.original_architecture or 'what they came from'}"
+    plain = type(network).__name__
+    if cfg.original_architecture != plain or biased:
+        return f"its weights are arranged as {plain}, not as {cfg.original_architecture or 'their source'}"
     return ""

@@ -1,15 +1,16 @@
 """What is a loaded model, and how are its residuals and heads reached?
 
 `LensModel` holds the plain Hugging Face modules, which do the work (they keep fused attention and caches), and
-TransformerLens' view of the same weights. Hooks are context managers that leave nothing behind.
+TransformerLens' view of the same weights. Hooks are context managers that leave nothing behind. Which module is which
+is known to architectures.py.
 """
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
@@ -17,6 +18,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cliffscope.errors import UnsupportedModelError
+from cliffscope.model.architectures import (
+    ModelShape,
+    cut_to_blocks,
+    find_blocks,
+    find_decoder,
+    find_embedding,
+    find_mlp,
+    find_projection,
+    has_heads,
+)
 from cliffscope.model.checkpoints import hash_weights
 from cliffscope.transcripts.templates import Template
 
@@ -27,46 +38,12 @@ SMALL = 20_000_000
 """Parameters up to which a model counts as small."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelShape:
-    """The sizes that everything else is indexed by."""
-
-    n_layers: int
-    """Blocks."""
-    n_heads: int
-    """Query heads a layer."""
-    n_kv_heads: int
-    """Key-value heads a layer."""
-    d_model: int
-    """Width of the residual stream."""
-    d_head: int
-    """Width of one head's `hook_z`."""
-    context: int
-    """Longest sequence in tokens."""
-    attention: tuple[int, ...] | None = None
-    """Layers that attend with heads, where others mix tokens in another way (linear attention); None is all."""
-
-    @property
-    def attention_layers(self) -> tuple[int, ...]:
-        """Layers that have heads, ascending."""
-        return tuple(range(self.n_layers)) if self.attention is None else self.attention
-
-    @property
-    def places(self) -> tuple[tuple[int, int], ...]:
-        """(layer, query head) of every head there is, layer by layer."""
-        return tuple((layer, head) for layer in self.attention_layers for head in range(self.n_heads))
-
-    def kv_group(self, head: int) -> int:
-        """The key-value head that a query head reads."""
-        return head // (self.n_heads // self.n_kv_heads)
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LensModel:
     """A checked model: plain Hugging Face modules, tokenizer, template, TransformerLens' view of the same weights."""
 
     name: str
-    """What was asked for."""
+    """The path or name that it was loaded by."""
     hf: PreTrainedModel
     """The plain model, in evaluation mode."""
     tokenizer: PreTrainedTokenizerBase
@@ -78,12 +55,12 @@ class LensModel:
     bridge: "TransformerBridge"
     """TransformerLens' view; slower, with every hook. A bridge shares the weights, a HookedTransformer has its own."""
     not_exported: str = ""
-    """Why no checkpoint may be made of these weights; "" where one may."""
+    """Why these weights must not be written as a checkpoint; "" if they may be."""
 
     @property
     def device(self) -> torch.device:
-        """Where the embedding lives, so where token ids go."""
-        return _embedding(self.hf).weight.device
+        """The embedding's device, which is where token ids go."""
+        return find_embedding(self.hf).weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -97,73 +74,59 @@ class LensModel:
 
     @cached_property
     def small(self) -> bool:
-        """Whether it is on the CPU with matrices too small to be shared between threads."""
+        """Whether it is on the CPU and its matrices are too small to be shared between threads."""
         return self.device.type == "cpu" and sum(weight.numel() for weight in self.hf.parameters()) <= SMALL
 
     def copy_network(self) -> PreTrainedModel:
-        """The plain model with weights of its own, to be trained."""
+        """A copy of the plain model whose weights can be trained."""
         network = copy.deepcopy(self.hf)
         return network.requires_grad_(True)
 
     @property
     def blocks(self) -> nn.ModuleList:
         """The plain model's blocks, first to last."""
-        return cast(nn.ModuleList, self.decoder.layers)
+        return find_blocks(self.hf)
 
     @property
     def decoder(self) -> nn.Module:
         """The plain model without its language-model head."""
-        return _decoder(self.hf)
+        return find_decoder(self.hf)
 
-    @contextmanager
-    def only_blocks(self, first: int, last: int) -> Iterator[list[nn.Module]]:
-        """Cuts the model to the blocks from `first` to `last`, both included; each keeps its own index into the cache.
-
-        A model that looks up each block's kind of attention by its place in the list finds the kinds of these blocks.
-        """
-        decoder, config = self.decoder, self.hf.config.get_text_config()
-        whole, kinds = decoder.layers, getattr(config, "layer_types", None)
-        blocks = list(self.blocks)[first : last + 1]
-        decoder.layers = nn.ModuleList(blocks)
-        if kinds is not None:
-            config.layer_types = kinds[first : last + 1]
-        try:
-            yield blocks
-        finally:
-            decoder.layers = whole
-            if kinds is not None:
-                config.layer_types = kinds
+    def only_blocks(self, first: int, last: int) -> AbstractContextManager[list[nn.Module]]:
+        """Cuts the model to the blocks from `first` to `last`, both included; see `architectures.cut_to_blocks`."""
+        return cut_to_blocks(self.hf, first, last)
 
     def output_projection(self, layer: int) -> nn.Linear:
         """The linear map whose input is `hook_z` of a layer, heads concatenated; a layer without heads has none."""
-        return cast(nn.Linear, self.blocks[layer].get_submodule("self_attn.o_proj"))
+        return find_projection(self.blocks[layer])
 
     def holds_weights(self, layer: int) -> bool:
-        """Whether a layer's output projection is numbers in memory: neither quantised nor offloaded."""
+        """Whether a layer's output projection is in memory as plain numbers: neither quantised nor offloaded."""
         weight = self.output_projection(layer).weight
         return weight.is_floating_point() and not weight.is_meta
 
     def mlp(self, layer: int) -> nn.Module:
-        """The block's other writer beside attention; raises UnsupportedModelError where none has a known name."""
-        named = dict(self.blocks[layer].named_children())
-        for name in ("mlp", "feed_forward", "block_sparse_moe", "moe"):
-            if name in named:
-                return named[name]
-        raise UnsupportedModelError(
-            f"Layer {layer} of {type(self.hf).__name__} has no module for its MLP among {sorted(named)}, so that its "
-            "share of the logit cannot be told."
-        )
+        """The block's other writer next to attention; raises UnsupportedModelError if it has no known name."""
+        block = self.blocks[layer]
+        module = find_mlp(block)
+        if module is None:
+            names = sorted(name for name, _ in block.named_children())
+            raise UnsupportedModelError(
+                f"Layer {layer} of {type(self.hf).__name__} has no MLP under a known name, only {names}, so its share "
+                "of the logit cannot be computed."
+            )
+        return module
 
     def output_columns(self, layer: int) -> Float[Tensor, "d_model head d_head"]:
         """What each head writes, by weights: its columns of the output projection, fp32.
 
         Raises:
-            UnsupportedModelError: the weights are quantised or offloaded, so that they are not there to be read.
+            UnsupportedModelError: the weights are quantised or offloaded, so they cannot be read.
         """
         if not self.holds_weights(layer):
             raise UnsupportedModelError(
-                f"Layer {layer} of {self.name!r}: weights that are quantised or offloaded cannot be read, so that "
-                "shares of heads cannot be told. Take a method that measures effects, such as zero."
+                f"Layer {layer} of {self.name!r}: weights that are quantised or offloaded cannot be read, so the "
+                "shares of heads cannot be computed. Use a method that measures effects, such as zero."
             )
         weight = self.output_projection(layer).weight.detach()
         return weight.float().view(self.shape.d_model, self.shape.n_heads, self.shape.d_head)
@@ -172,7 +135,7 @@ class LensModel:
     def outputs_hook(self, visit: Callable[[int, Float[Tensor, "batch pos head d_head"]], None]) -> Iterator[None]:
         """Calls `visit(layer, hook_z)` in every block of every forward pass inside the context; nothing is changed.
 
-        What is visited is what the model goes on with, so that gradients reach it.
+        The model continues with the visited tensor, so that gradients reach it.
         """
 
         def hook(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
@@ -185,12 +148,12 @@ class LensModel:
 
         with ExitStack() as stack:
             for layer, block in enumerate(self.blocks):
-                if _has_heads(block):
-                    stack.callback(self.output_projection(layer).register_forward_pre_hook(hook(layer)).remove)
+                if has_heads(block):
+                    stack.callback(find_projection(block).register_forward_pre_hook(hook(layer)).remove)
             yield
 
     def to_batch(self, rows: Sequence[Sequence[int]], *, left: bool = False) -> "Batch":
-        """Pads token ids to one rectangle, with mask and position ids that make padding invisible."""
+        """Pads token ids to a rectangle, with a mask and position ids that make padding invisible."""
         width = max(len(row) for row in rows)
         pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
         ids = torch.full((len(rows), width), pad, dtype=torch.long)
@@ -203,7 +166,7 @@ class LensModel:
         return Batch(ids=self._moved(ids), mask=self._moved(mask), positions=self._moved(positions))
 
     def _moved(self, tensor: Tensor) -> Tensor:
-        """On the model's device; from pinned memory a GPU takes it while it still computes."""
+        """On the model's device; from pinned memory, a GPU copies it while it computes."""
         if self.device.type == "cuda":
             return tensor.pin_memory().to(self.device, non_blocking=True)
         return tensor.to(self.device)
@@ -212,7 +175,7 @@ class LensModel:
     def residual_hook(self, visit: Callable[[int, Float[Tensor, "batch pos d_model"]], None]) -> Iterator[None]:
         """Calls `visit(layer, hook_resid_post)` in every block of every forward pass inside the context.
 
-        Autocast is off inside: what is measured is computed in the weights' own dtype, whatever the caller has set.
+        Autocast is off inside: the forward pass runs in the weights' own dtype, whatever the caller has set.
         """
 
         def hook(layer: int) -> Callable[[nn.Module, object, object], None]:
@@ -253,7 +216,7 @@ class LensModel:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Batch:
-    """Token ids padded to one rectangle."""
+    """Token ids padded to a rectangle."""
 
     ids: Int[Tensor, "batch pos"]
     """Token ids."""
@@ -261,46 +224,3 @@ class Batch:
     """1 where there is a token."""
     positions: Int[Tensor, "batch pos"]
     """Position of each token in its own transcript."""
-
-
-def read_shape(hf: PreTrainedModel) -> ModelShape:
-    """The sizes that a model's config and modules say; raises UnsupportedModelError where it has no heads."""
-    config = hf.config.get_text_config()
-    heads = int(config.num_attention_heads)
-    # Latent attention (DeepSeek) gives values a size of their own, and values are what a head writes.
-    size = getattr(config, "v_head_dim", None) or getattr(config, "head_dim", None) or config.hidden_size // heads
-    blocks = cast(nn.ModuleList, _decoder(hf).layers)
-    with_heads = tuple(i for i, block in enumerate(blocks) if _has_heads(block))
-    if not with_heads:
-        raise UnsupportedModelError(
-            f"No layer of {type(hf).__name__} has `self_attn.o_proj`, the output projection whose input are the heads; "
-            "it is not supported."
-        )
-    return ModelShape(
-        n_layers=int(config.num_hidden_layers),
-        n_heads=heads,
-        n_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
-        d_model=int(config.hidden_size),
-        d_head=int(size),
-        context=int(getattr(config, "max_position_embeddings", 0) or 1_000_000_000),
-        attention=None if len(with_heads) == len(blocks) else with_heads,
-    )
-
-
-def _has_heads(block: nn.Module) -> bool:
-    attention = dict(block.named_children()).get("self_attn")
-    return attention is not None and "o_proj" in dict(attention.named_children())
-
-
-def _embedding(hf: PreTrainedModel) -> nn.Embedding:
-    return cast(nn.Embedding, hf.get_input_embeddings())
-
-
-def _decoder(hf: PreTrainedModel) -> nn.Module:
-    get_decoder: Callable[[], nn.Module] = hf.get_decoder
-    decoder = get_decoder()
-    if not hasattr(decoder, "layers"):
-        raise UnsupportedModelError(
-            f"{type(hf).__name__} keeps its blocks elsewhere than in `.layers`; it is not supported."
-        )
-    return decoder

