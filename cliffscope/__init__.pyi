@@ -27,9 +27,9 @@ from .heads.ranking import HeadRanking as HeadRanking
 from .heads.ranking import rank_heads as rank_heads
 from .heads.sources import trace_sources as trace_sources
 from .judging.classifiers import ClassifierJudge as ClassifierJudge
-from .judging.judges import PhraseJudge as PhraseJudge
 from .judging.judges import judge as judge
 from .judging.judges import judge_agreement as judge_agreement
+from .judging.phrase_judge import PhraseJudge as PhraseJudge
 from .judging.rubric import ModelJudge as ModelJudge
 from .model.load import LensModel as LensModel
 from .model.load import load_model as load_model

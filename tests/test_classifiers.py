@@ -129,7 +129,7 @@ def test_harm_alone_says_nothing_about_answers_to_harmless_prompts(
     both = Transcripts(t for harmful in (True, False) for t in written(2, harmful=harmful, outcome=Outcome.UNJUDGED))
     judged = judge(both, guard)
     assert [t.outcome for t in judged] == [Outcome.REFUSED] * 2 + [Outcome.UNJUDGED] * 2
-    assert all("tells harm" in o.reason for o in judged.omitted)
+    assert all("classifies harm, not refusal" in o.reason for o in judged.omitted)
 
 
 def test_an_answer_beyond_the_context_is_not_cut(guard: ClassifierJudge) -> None:

@@ -126,7 +126,9 @@ def test_a_judge_is_compared_with_labels_and_missing_labels_are_named() -> None:
         lambda t: t.replace(outcome=Outcome.REFUSED if t.id == "t0" else Outcome.COMPLIED)
     )
     assert judge_agreement(labelled, PhraseJudge()).kappa == 1
-    with pytest.raises(DataError, match=r"2 of 2 finished transcripts have no label .*'t0'"):
+    with pytest.raises(
+        DataError, match=r"2 of 2 finished transcripts, such as 't0', are labelled neither refused nor complied"
+    ):
         judge_agreement(asked("Sorry.", "Sure."), PhraseJudge())
 
 

@@ -25,7 +25,7 @@ from transformers import (
 
 from cliffscope.errors import DataError, JudgeError
 from cliffscope.judging.guards import ChatFormat, GradeFormat, GuardFormat, LabelFormat, TextFormat, fill, find_format
-from cliffscope.judging.judges import Verdict
+from cliffscope.judging.protocols import Verdict
 from cliffscope.transcripts.records import Outcome
 from cliffscope.transcripts.templates import encode
 

@@ -16,7 +16,7 @@ from types import MappingProxyType
 from typing import TypeAlias
 
 from cliffscope.errors import JudgeError
-from cliffscope.judging.judges import Verdict
+from cliffscope.judging.protocols import Verdict
 from cliffscope.transcripts.records import Outcome
 
 Parse = Callable[[str], Verdict]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 from cliffscope.errors import CliffScopeError, JudgeError, ReplyError
 from cliffscope.generation.endpoints import Endpoint, Reply, Request, ask_all
-from cliffscope.judging.judges import Verdict
+from cliffscope.judging.protocols import Verdict
 from cliffscope.transcripts.records import Message, Outcome
 from cliffscope.transcripts.templates import Template, find_template, split_reply
 
