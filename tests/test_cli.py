@@ -796,7 +796,7 @@ def test_a_pool_is_scored_selected_from_and_repaired_on(
     assert shell(*select, "--scores", tmp_path / "scores", "--out", other).code == 0
     assert one.read_text() == other.read_text()
     assert len(read_transcripts(one)) == 3
-    assert "expected one of" in shell(*select[:-1], "best", "--out", one).err
+    assert "There is no criterion 'best'. Expected one of cliff" in shell.fails(3, *select[:-1], "best", "--out", one)
     words = ("--model", model, "--transcripts", one)
     found = shell("export-examples", *words, "--format", "sharegpt", "--answer", "no .", "--out", tmp_path / "x.json")
     assert found.code == 0, found.err
