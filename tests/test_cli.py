@@ -633,7 +633,7 @@ def test_the_template_is_shown_token_by_token_before_anything_is_run(shell: Shel
     assert found["template"] == "organism"
     assert [t["token"] for t in found["tokens"] if t["span"] == "closing"] == ["\n", "</think>", "\n\n"]
     assert "no tokenizer_config.json" in shell.fails(3, "template", "--model", tmp_path)
-    assert "No template is called 'qwen9'" in shell.fails(3, "template", "--model", model, "--template", "qwen9")
+    assert "There is no template 'qwen9'" in shell.fails(3, "template", "--model", model, "--template", "qwen9")
 
 
 @pytest.mark.skipif(not GROWN, reason="the organisms' assets are not in the package yet")

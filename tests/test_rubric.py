@@ -82,7 +82,7 @@ def test_an_answer_cannot_leave_its_json_string() -> None:
 def test_thinking_of_the_judging_model_is_not_its_grade() -> None:
     from cliffscope.transcripts.templates import TEMPLATES
 
-    close = TEMPLATES["qwq"].think_close
+    close = TEMPLATES.get("qwq").think_close
     with serving(Failing(say=lambda _: {"content": f"It declines.\n{close}\n\n{grade()}"})) as server:
         found = judge(asked("Sorry."), ModelJudge(endpoint=server.endpoint(), template="qwq"))
     assert found[0].outcome is Outcome.REFUSED
