@@ -12,7 +12,7 @@ from cliffscope.readouts.trace import trace_refusal
 from cliffscope.selection import scoring
 from cliffscope.selection.choice import select_by_cliff, select_from_pool
 from cliffscope.selection.criteria import choose
-from cliffscope.selection.rows import COLUMNS
+from cliffscope.selection.rows import SCORE_COLUMNS
 from cliffscope.selection.scoring import score_pool
 from cliffscope.transcripts.datasets import write_transcripts
 from cliffscope.transcripts.records import Outcome, Transcripts
@@ -33,7 +33,7 @@ def probe(llama: LensModel) -> RefusalProbe:
 def test_scores_are_those_of_the_traces(llama: LensModel, probe: RefusalProbe, pool: Transcripts) -> None:
     found = score_pool(llama, probe, pool, window=5, batch_tokens=200).to_frame()
     plain = trace_refusal(llama, probe, pool).cliffs().to_frame().set_index("id").loc[found["id"]]
-    assert list(found.columns) == list(COLUMNS)
+    assert list(found.columns) == list(SCORE_COLUMNS)
     for name in ("plateau_max", "plateau_mean", "plateau_late", "final", "drop"):
         np.testing.assert_allclose(found[name].to_numpy(float), plain[name].to_numpy(float), atol=1e-5)
     assert found["id"].tolist() == [t.id for t in pool]

@@ -21,7 +21,7 @@ from cliffscope.progress import show_progress
 if TYPE_CHECKING:
     from cliffscope.readouts.cliff import Plateau
     from cliffscope.repairing.formats import Format, LossOn
-    from cliffscope.selection.scoring import Engine
+    from cliffscope.selection.scoring import PoolEngine
 
 CriterionOption = Annotated[
     str, typer.Option(help="cliff, misalignment, final, random, rule, length, judge, or package.module:name.")
@@ -52,7 +52,7 @@ def score_pool(
     import cliffscope as cs
     from cliffscope.selection.distributed import RayEngine
 
-    where: Engine = one_of("engine", engine, "local", "ray")
+    where: PoolEngine = one_of("engine", engine, "local", "ray")
     workers = RayEngine(actors=actors, cpus=cpus, gpus=gpus, address=address) if where == "ray" else where
 
     fitted = read_probe(probe)
