@@ -18,13 +18,13 @@ import numpy as np
 
 from cliffscope.errors import CliffScopeError, DataError, JudgeError
 from cliffscope.judging.lookup import find_judge
-from cliffscope.judging.phrase_judge import OPENING, PhraseJudge
+from cliffscope.judging.phrase_judge import OPENING_CHARACTERS, PhraseJudge
 from cliffscope.judging.protocols import BatchJudge, HarmJudge, Judge, Verdict
 from cliffscope.stats import Interval, cohen_kappa
 from cliffscope.transcripts.records import Omission, Outcome, Transcript, Transcripts
 
 __all__ = [
-    "OPENING",
+    "OPENING_CHARACTERS",
     "Agreement",
     "BatchJudge",
     "HarmJudge",
