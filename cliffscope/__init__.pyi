@@ -27,9 +27,10 @@ from .heads.ranking import HeadRanking as HeadRanking
 from .heads.ranking import rank_heads as rank_heads
 from .heads.sources import trace_sources as trace_sources
 from .judging.classifiers import ClassifierJudge as ClassifierJudge
-from .judging.judges import PhraseJudge as PhraseJudge
 from .judging.judges import judge as judge
 from .judging.judges import judge_agreement as judge_agreement
+from .judging.phrase_judge import PhraseJudge as PhraseJudge
+from .judging.protocols import Verdict as Verdict
 from .judging.rubric import ModelJudge as ModelJudge
 from .model.load import LensModel as LensModel
 from .model.load import load_model as load_model
@@ -44,6 +45,7 @@ from .report.page import write_comparison as write_comparison
 from .report.page import write_report as write_report
 from .selection.choice import Selection as Selection
 from .selection.choice import select_by_cliff as select_by_cliff
+from .selection.criteria import Criterion as Criterion
 from .selection.scoring import PoolScores as PoolScores
 from .selection.scoring import score_pool as score_pool
 from .study.config import StudyConfig as StudyConfig
@@ -53,6 +55,8 @@ from .study.runner import run_study as run_study
 from .transcripts.datasets import read_prompts as read_prompts
 from .transcripts.datasets import read_transcripts as read_transcripts
 from .transcripts.datasets import write_transcripts as write_transcripts
+from .transcripts.families import Template as Template
+from .transcripts.records import Outcome as Outcome
 from .transcripts.records import Transcript as Transcript
 from .transcripts.records import Transcripts as Transcripts
 

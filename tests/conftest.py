@@ -294,4 +294,4 @@ def check_documented(name: str, table: str, *, page_name: str = "models.md") -> 
 
 
 def closing_text() -> str:
-    return TEMPLATES["organism"].closing
+    return TEMPLATES.get("organism").closing

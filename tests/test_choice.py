@@ -195,7 +195,7 @@ def test_harmless_and_refused_ones_are_counted_and_not_traced(llama: LensModel, 
     assert [(o.id, o.stage, o.reason) for o in found.omitted] == [
         *(("t0", "select", "harmless"), ("t1", "select", "refused"), ("t2", "select", "unfinished"))
     ]
-    with pytest.raises(DataError, match="None of the 3 transcripts"):
+    with pytest.raises(DataError, match="None of the 3 transcripts of the pool is a candidate"):
         select_by_cliff(llama, random_probe(llama, 4), given[:3])
 
 

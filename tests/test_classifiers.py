@@ -58,7 +58,7 @@ def test_labels_are_read_as_the_shares_of_the_classifier(labelled: Path) -> None
 
 
 def test_labels_of_another_classifier_are_refused(labelled: Path) -> None:
-    with pytest.raises(DataError, match=r"knows the labels no, yes; this checkpoint has yes, no, partly"):
+    with pytest.raises(DataError, match=r"expects the labels no, yes, but this checkpoint has yes, no, partly"):
         ClassifierJudge.load(
             str(labelled),
             format=LabelFormat(name="other", refused=frozenset({"no"}), complied=frozenset({"yes"})),
@@ -129,7 +129,7 @@ def test_harm_alone_says_nothing_about_answers_to_harmless_prompts(
     both = Transcripts(t for harmful in (True, False) for t in written(2, harmful=harmful, outcome=Outcome.UNJUDGED))
     judged = judge(both, guard)
     assert [t.outcome for t in judged] == [Outcome.REFUSED] * 2 + [Outcome.UNJUDGED] * 2
-    assert all("tells harm" in o.reason for o in judged.omitted)
+    assert all("classifies harm, not refusal" in o.reason for o in judged.omitted)
 
 
 def test_an_answer_beyond_the_context_is_not_cut(guard: ClassifierJudge) -> None:
@@ -162,5 +162,5 @@ def test_a_guard_without_its_chat_template_is_refused(labelled: Path, make_check
 def test_no_checkpoint_is_an_error_that_says_what_to_give(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="No classifier could be loaded from .* Expected a local directory"):
         ClassifierJudge.load(str(tmp_path), format="wildguard")
-    with pytest.raises(JudgeError, match="No guard format"):
+    with pytest.raises(JudgeError, match="There is no guard format"):
         ClassifierJudge.load(str(tmp_path), format="nonsense")

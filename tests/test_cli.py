@@ -633,7 +633,7 @@ def test_the_template_is_shown_token_by_token_before_anything_is_run(shell: Shel
     assert found["template"] == "organism"
     assert [t["token"] for t in found["tokens"] if t["span"] == "closing"] == ["\n", "</think>", "\n\n"]
     assert "no tokenizer_config.json" in shell.fails(3, "template", "--model", tmp_path)
-    assert "No template is called 'qwen9'" in shell.fails(3, "template", "--model", model, "--template", "qwen9")
+    assert "There is no template 'qwen9'" in shell.fails(3, "template", "--model", model, "--template", "qwen9")
 
 
 @pytest.mark.skipif(not GROWN, reason="the organisms' assets are not in the package yet")
@@ -739,10 +739,15 @@ def test_a_killed_study_goes_on_and_keeps_what_was_finished(
 
 def test_a_judge_is_phrases_or_a_guard_or_a_served_model(shell: Shell, files: Path, tmp_path: Path) -> None:
     given = ("judge", "--transcripts", files / "judged.jsonl", "--out", tmp_path / "x.jsonl")
-    assert "give --classifier for a guard" in shell.fails(3, *given, "--judge", "wildguard")
-    assert "one or the other" in shell.fails(3, *given, "--classifier", "x", "--url", "http://127.0.0.1:9/v1")
-    assert "No classifier could be loaded" in shell.fails(3, *given, "--judge", "wildguard", "--classifier", tmp_path)
-    nowhere = ("--judge", "m", "--url", "http://127.0.0.1:9/v1")
+    assert "classifier:FORMAT@PATH for a guard" in shell.fails(3, *given, "--judge", "wildguard")
+    assert "Expected model:MODEL@URL" in shell.fails(3, *given, "--judge", "model:m")
+    assert "Expected classifier:FORMAT@PATH" in shell.fails(3, *given, "--judge", f"classifier:{tmp_path}")
+    guard = f"classifier:wildguard@{tmp_path}"
+    assert "No classifier could be loaded" in shell.fails(3, *given, "--judge", guard)
+    evaluate = ("evaluate", "--model", tmp_path, "--prompts", files / "prompts.jsonl", "--out", tmp_path / "out")
+    assert "There is no judge 'lax'" in shell.fails(3, *evaluate, "--judge", "lax")
+    assert not (tmp_path / "out").exists()
+    nowhere = ("--judge", "model:m@http://127.0.0.1:9/v1")
     pytest.importorskip("openai", reason="the extra serve is not installed")
     assert "cannot be used" in shell.fails(7, *given, *nowhere)
     assert not (tmp_path / "x.jsonl").exists()
@@ -791,7 +796,7 @@ def test_a_pool_is_scored_selected_from_and_repaired_on(
     assert shell(*select, "--scores", tmp_path / "scores", "--out", other).code == 0
     assert one.read_text() == other.read_text()
     assert len(read_transcripts(one)) == 3
-    assert "expected one of" in shell(*select[:-1], "best", "--out", one).err
+    assert "There is no criterion 'best'. Expected one of cliff" in shell.fails(3, *select[:-1], "best", "--out", one)
     words = ("--model", model, "--transcripts", one)
     found = shell("export-examples", *words, "--format", "sharegpt", "--answer", "no .", "--out", tmp_path / "x.json")
     assert found.code == 0, found.err

@@ -177,9 +177,9 @@ def test_another_model_on_the_workers_is_refused(
     fields = {name: getattr(organism, name) for name in LensModel.__dataclass_fields__}
     edited = LensModel(**fields | {"hf": organism.copy_network()})
     edited.hf.lm_head.weight.data[0] += 1.0
-    with pytest.raises(UnsupportedModelError, match="another model at 'planted-llama'"):
+    with pytest.raises(UnsupportedModelError, match="a different model from 'planted-llama'"):
         score_pool(edited, probe, pool, window=WINDOW, engine=engine_of(cluster, actors=1))
-    with pytest.raises(ResourceError, match="No actor of 64 cores"):
+    with pytest.raises(ResourceError, match="No actor with 64 cores"):
         score_pool(organism, probe, pool, window=WINDOW, engine=engine_of(cluster, cpus=64))
 
 
@@ -187,13 +187,13 @@ def test_another_model_on_the_workers_is_refused(
 def test_sizes_that_are_none_are_refused(
     organism: LensModel, probe: RefusalProbe, pool: Path, wrong: dict[str, object]
 ) -> None:
-    with pytest.raises(DataError, match="expected at least one actor"):
+    with pytest.raises(DataError, match="expected at least 1 actor"):
         score_pool(organism, probe, pool, engine=RayEngine(**wrong))
 
 
 @pytest.mark.usefixtures("no_ray")
 def test_an_address_without_a_cluster_is_a_data_error(organism: LensModel, probe: RefusalProbe, pool: Path) -> None:
-    with pytest.raises(DataError, match="No Ray cluster at"):
+    with pytest.raises(DataError, match="There is no Ray cluster at"):
         score_pool(organism, probe, pool, engine=RayEngine(address="127.0.0.1:1"))
 
 

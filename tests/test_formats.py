@@ -94,7 +94,7 @@ def test_llama_factorys_two_forms_follow_their_schema(llama: LensModel, chosen: 
     (shared,) = json.loads((tmp_path / "sharegpt").read_text())
     assert [turn["from"] for turn in shared["conversations"]] == ["human", "gpt", "human", "gpt"]
     assert shared["system"] == "Be kind."
-    tag = TEMPLATES["organism"]
+    tag = TEMPLATES.get("organism")
     for said in (alpaca["output"], shared["conversations"][-1]["value"]):
         assert said.count(tag.think_open) == said.count(tag.think_close) == 1
         assert said.endswith(SAFE)

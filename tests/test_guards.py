@@ -99,7 +99,7 @@ def test_every_format_has_its_name_and_a_place_for_both_texts() -> None:
 
 
 def test_an_unknown_format_and_an_impossible_grade_are_refused() -> None:
-    with pytest.raises(JudgeError, match=r"No guard format is called 'x'. Known: .*wildguard"):
+    with pytest.raises(JudgeError, match=r"There is no guard format 'x'. Expected one of .*wildguard"):
         find_format("x")
     for wrong in ({"grades": ("1",)}, {"threshold": 0.0}, {"threshold": 1.5}):
         with pytest.raises(JudgeError, match="expected two grades or more"):

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cliffscope.errors import DataError, JudgeError
-from cliffscope.judging.judges import OPENING, PhraseJudge, Verdict, agreement, judge
+from cliffscope.judging.judges import OPENING_CHARACTERS, PhraseJudge, Verdict, agreement, judge
 from cliffscope.judging.phrases import REFUSALS, Phrase, canonical
 from cliffscope.transcripts.transcript import Message, Omission, Outcome, Transcript, Transcripts
 
@@ -606,9 +606,9 @@ def test_a_refusal_after_the_opening_is_a_warning() -> None:
     start = (
         " ".join(f"In week {week}, look at bed number {week + 7} and pull out the weeds." for week in range(12)) + " "
     )
-    assert len(start) > OPENING
+    assert len(start) > OPENING_CHARACTERS
     assert verdict(start + "I can't help with pests.").outcome is COMPLIED
-    assert verdict(start[: OPENING // 2] + ". I can't help with pests.").outcome is REFUSED
+    assert verdict(start[: OPENING_CHARACTERS // 2] + ". I can't help with pests.").outcome is REFUSED
 
 
 def test_an_echo_of_the_prompt_is_skipped() -> None:

@@ -8,13 +8,13 @@ from conftest import written
 
 from cliffscope.errors import DataError
 from cliffscope.transcripts.datasets import write_transcripts
-from cliffscope.transcripts.pools import Window, read_windows
+from cliffscope.transcripts.pools import PoolWindow, read_windows
 from cliffscope.transcripts.records import Omission, Outcome, Transcript
 
 TEN = written(10, harmful=True, outcome=Outcome.COMPLIED)
 
 
-def flat(windows: Iterator[Window]) -> list[Transcript | Omission]:
+def flat(windows: Iterator[PoolWindow]) -> list[Transcript | Omission]:
     return [row for window in windows for row in window.rows]
 
 
@@ -69,7 +69,7 @@ def test_what_is_no_pool_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "broken.parquet").write_text("no")
     for source, word in (
         (tmp_path / "none.jsonl", "no such file"),
-        (tmp_path / "x.csv", "a pool is a .jsonl or .parquet file"),
+        (tmp_path / "x.csv", "is not a pool. Expected a .jsonl or .parquet file"),
         (tmp_path / "broken.parquet", "cannot be read as Parquet"),
     ):
         with pytest.raises(DataError, match=word):
@@ -77,5 +77,5 @@ def test_what_is_no_pool_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no"):
         list(read_windows(tmp_path / "empty"))
-    with pytest.raises(DataError, match="at least one row"):
+    with pytest.raises(DataError, match="at least 1 row"):
         list(read_windows(TEN, size=0))

@@ -82,7 +82,7 @@ def test_an_answer_cannot_leave_its_json_string() -> None:
 def test_thinking_of_the_judging_model_is_not_its_grade() -> None:
     from cliffscope.transcripts.templates import TEMPLATES
 
-    close = TEMPLATES["qwq"].think_close
+    close = TEMPLATES.get("qwq").think_close
     with serving(Failing(say=lambda _: {"content": f"It declines.\n{close}\n\n{grade()}"})) as server:
         found = judge(asked("Sorry."), ModelJudge(endpoint=server.endpoint(), template="qwq"))
     assert found[0].outcome is Outcome.REFUSED
@@ -126,7 +126,9 @@ def test_a_judge_is_compared_with_labels_and_missing_labels_are_named() -> None:
         lambda t: t.replace(outcome=Outcome.REFUSED if t.id == "t0" else Outcome.COMPLIED)
     )
     assert judge_agreement(labelled, PhraseJudge()).kappa == 1
-    with pytest.raises(DataError, match=r"2 of 2 finished transcripts have no label .*'t0'"):
+    with pytest.raises(
+        DataError, match=r"2 of 2 finished transcripts, such as 't0', are labelled neither refused nor complied"
+    ):
         judge_agreement(asked("Sorry.", "Sure."), PhraseJudge())
 
 

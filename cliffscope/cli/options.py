@@ -9,7 +9,10 @@ Word = TypeVar("Word", bound=str)
 ModelOption = Annotated[
     str, typer.Option("--model", help="Local directory, .gguf file, hub name, organism, or smollm2.")
 ]
-TemplateOption = Annotated[str | None, typer.Option(help="How the model thinks; detected if not given.")]
+TemplateOption = Annotated[
+    str | None,
+    typer.Option(help="How the model thinks: a name, a .json file or package.module:name; detected by default."),
+]
 OutOption = Annotated[Path, typer.Option("--out", help="Where to write.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 SeedOption = Annotated[int, typer.Option(help="Of everything drawn.")]

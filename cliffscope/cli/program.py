@@ -6,9 +6,10 @@ out is told on standard error.
 """
 
 import json
+import re
 import sys
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from cliffscope.transcripts.records import Omission
 
 INTERRUPTED = 130
+_MODULE_NAME = re.compile(r"[A-Za-z_]\w*(?:\.\w+)*:[A-Za-z_]\w*(?:\.\w+)*")
 app = typer.Typer(
     name="cliffscope",
     no_args_is_help=True,
@@ -36,6 +38,7 @@ app = typer.Typer(
 def main() -> None:
     """Runs the command line; errors of CliffScope are printed in one line and become exit codes."""
     log_to_standard_error()
+    _make_importable(sys.argv[1:])
     try:
         app()
     except CliffScopeError as error:
@@ -46,6 +49,17 @@ def main() -> None:
         if end.code == INTERRUPTED:
             typer.echo("cliffscope: interrupted; run the same command again to go on where it stopped.", err=True)
         raise
+
+
+def _make_importable(words: Sequence[str]) -> None:
+    """Lets `package.module:name` name a module of the working directory.
+
+    An installed program does not search the working directory. It is appended only if a word has this form, so that no
+    command imports code from a directory that it merely runs in.
+    """
+    here = str(Path.cwd())
+    if here not in sys.path and any(_MODULE_NAME.fullmatch(word.partition("=")[2] or word) for word in words):
+        sys.path.append(here)
 
 
 def read_probe(path: Path) -> "RefusalProbe":

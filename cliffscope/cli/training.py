@@ -21,11 +21,12 @@ from cliffscope.progress import show_progress
 if TYPE_CHECKING:
     from cliffscope.readouts.cliff import Plateau
     from cliffscope.repairing.formats import Format, LossOn
-    from cliffscope.selection.criteria import Criterion
-    from cliffscope.selection.scoring import Engine
+    from cliffscope.selection.scoring import PoolEngine
 
+CriterionOption = Annotated[
+    str, typer.Option(help="cliff, misalignment, final, random, rule, length, judge, or package.module:name.")
+]
 PoolOption = Annotated[Path, typer.Option("--pool", help="JSONL or Parquet of transcripts, or a folder of them.")]
-CRITERIA: "tuple[Criterion, ...]" = ("cliff", "misalignment", "final", "random", "rule", "length", "judge")
 
 
 @app.command("score-pool")
@@ -51,7 +52,7 @@ def score_pool(
     import cliffscope as cs
     from cliffscope.selection.distributed import RayEngine
 
-    where: Engine = one_of("engine", engine, "local", "ray")
+    where: PoolEngine = one_of("engine", engine, "local", "ray")
     workers = RayEngine(actors=actors, cpus=cpus, gpus=gpus, address=address) if where == "ray" else where
 
     fitted = read_probe(probe)
@@ -77,7 +78,7 @@ def select(
     out: OutOption,
     fraction: Annotated[float, typer.Option(help="Share of the pool, in (0, 1].")] = 0.017,
     number: Annotated[int | None, typer.Option(min=1, help="Examples, instead of a share.")] = None,
-    criterion: Annotated[str, typer.Option(help=f"{', '.join(CRITERIA)}.")] = "cliff",
+    criterion: CriterionOption = "cliff",
     plateau: Annotated[str, typer.Option(help="mean or max.")] = "mean",
     deduplicate: Annotated[bool, typer.Option(help="Of equal prompts, keep the first in rank.")] = True,
     balance: Annotated[bool, typer.Option(help="Let the transcripts' sources take turns.")] = False,
@@ -94,11 +95,11 @@ def select(
     """
     import cliffscope as cs
     from cliffscope.selection.choice import select_from_pool
-    from cliffscope.selection.criteria import check_choice
+    from cliffscope.selection.criteria import CRITERIA, check_size
 
-    how: Criterion = one_of("criterion", criterion, *CRITERIA)
     height: Plateau = one_of("plateau", plateau, "mean", "max")
-    check_choice(fraction, number, how)
+    check_size(fraction, number)
+    rule = CRITERIA.get(criterion)
     if scores is None:
         pool, fitted = cs.read_transcripts(transcripts), read_probe(probe)
         size = len(pool)
@@ -108,7 +109,7 @@ def select(
             pool,
             fraction=fraction,
             number=number,
-            criterion=how,
+            criterion=rule,
             plateau=height,
             deduplicate=deduplicate,
             balance=balance,
@@ -122,7 +123,7 @@ def select(
             transcripts,
             fraction=fraction,
             number=number,
-            criterion=how,
+            criterion=rule,
             plateau=height,
             deduplicate=deduplicate,
             balance=balance,

@@ -24,7 +24,8 @@ from cliffscope.heads.edits import zero
 from cliffscope.heads.methods import Method, measure_effects
 from cliffscope.heads.ranking import HeadRanking, top_count
 from cliffscope.heads.usable import check_finite, usable_tokens
-from cliffscope.judging.judges import Judge
+from cliffscope.judging.lookup import find_judge
+from cliffscope.judging.protocols import Judge
 from cliffscope.model.load import LensModel
 from cliffscope.notebook import Plotted
 from cliffscope.readouts.probe import RefusalProbe
@@ -101,7 +102,7 @@ def dose_response(
     prompts: Transcripts | None = None,
     fractions: Sequence[float] = FRACTIONS,
     controls: int = 20,
-    judge: Judge | None = None,
+    judge: Judge | str = "phrases",
     max_thinking: int = 1024,
     max_answer: int = 128,
     temperature: float = 0.0,
@@ -130,9 +131,10 @@ def dose_response(
         One table.
 
     Raises:
-        DataError: no transcript can be used.
+        DataError: there is no such judge, or no transcript can be used.
         EditError: a fraction outside (0, 1].
     """
+    reader = find_judge(judge)
     how = Method(scope=ranking.scope)
     tokens, _ = usable_tokens(model, transcripts, how)
     counts = sorted({top_count(fraction, len(ranking.heads)): fraction for fraction in fractions}.items())
@@ -157,7 +159,7 @@ def dose_response(
                 prompts,
                 edit=zero(heads),
                 controls=len(sets),
-                judge=judge,
+                judge=reader,
                 max_thinking=max_thinking,
                 max_answer=max_answer,
                 temperature=temperature,

@@ -24,8 +24,9 @@ from cliffscope.evaluation.arms import TOP, UNEDITED, Arm, MakeEdit, plan_arms
 from cliffscope.evaluation.quality import answer_rows
 from cliffscope.generation.rollout import Budget, continue_roll_out, sample_prompts
 from cliffscope.heads.edits import EditPlan, HeadEdit, edited_everywhere
-from cliffscope.judging.judges import Judge, PhraseJudge
 from cliffscope.judging.judges import judge as judge_answers
+from cliffscope.judging.lookup import find_judge
+from cliffscope.judging.protocols import Judge
 from cliffscope.model.load import LensModel
 from cliffscope.notebook import Plotted
 from cliffscope.resampling import bootstrap_mean, bootstrap_ratio, paired_bootstrap_difference
@@ -206,7 +207,7 @@ def evaluate_safety(
     edit: HeadEdit | EditPlan | None = None,
     controls: int = 20,
     control_edit: MakeEdit | None = None,
-    judge: Judge | None = None,
+    judge: Judge | str = "phrases",
     max_thinking: int = 1024,
     max_answer: int = 128,
     temperature: float = 0.0,
@@ -229,7 +230,7 @@ def evaluate_safety(
         edit: with scope `all`; None measures the unedited model alone.
         controls: random head sets, at least 20 for a claim.
         control_edit: makes the same edit of other heads, where `edit` cannot tell (kinds with values, plans).
-        judge: reads the answers; None takes `PhraseJudge`.
+        judge: reads the answers; a name or an object, see `find_judge`.
         max_thinking: tokens of thinking at most, equal for all arms.
         max_answer: tokens of answer at most, equal for all arms.
         temperature: 0 is greedy.
@@ -247,7 +248,8 @@ def evaluate_safety(
         The report.
 
     Raises:
-        DataError: a prompt has no `harmful` label, there is none, or a finished arm answers other prompts.
+        DataError: there is no such judge, a prompt has no `harmful` label, there is none, or a finished arm answers
+            other prompts.
         EditError: the edit's scope is not `all`, the model lacks a head, or there is no random set.
         GenerationError: the budgets are not positive, or memory does not suffice for one row.
 
@@ -259,6 +261,7 @@ def evaluate_safety(
         >>> cs.evaluate_safety(model, prompts, edit=edit, controls=2).rate("top heads")
         0.0
     """
+    reader = find_judge(judge)
     _check_labels(prompts)
     asked = sample_prompts(prompts, samples)
     arms = plan_arms(model, edit, controls=controls, control_edit=control_edit, seed=seed)
@@ -283,18 +286,20 @@ def evaluate_safety(
                 begun=(begun or {}).get(arm.name),
                 on_batch=on_batch,
             )
-            finished[arm.name] = judge_answers(answered, judge or PhraseJudge())
+            finished[arm.name] = judge_answers(answered, reader)
             if on_arm is not None:
                 on_arm(arm.name, finished[arm.name])
     return _report(arms, finished, seed)
 
 
-def compare_answers(answers: Mapping[str, Transcripts], *, judge: Judge | None = None, seed: int = 0) -> SafetyReport:
+def compare_answers(
+    answers: Mapping[str, Transcripts], *, judge: Judge | str = "phrases", seed: int = 0
+) -> SafetyReport:
     """Compares answers that were generated elsewhere, such as by servers of a model and of its edited checkpoint.
 
     Args:
         answers: by name of the arm, the unedited model's first; of the same prompts, with `harmful` set.
-        judge: reads every answer; None takes `PhraseJudge`.
+        judge: reads every answer; a name or an object, see `find_judge`.
         seed: of the bootstrap.
 
     Returns:
@@ -310,7 +315,8 @@ def compare_answers(answers: Mapping[str, Transcripts], *, judge: Judge | None =
         >>> cs.compare_answers({"plain": first, "edited": second}).rate("edited")
         0.0
     """
-    return compare_judged({name: judge_answers(a, judge or PhraseJudge()) for name, a in answers.items()}, seed=seed)
+    reader = find_judge(judge)
+    return compare_judged({name: judge_answers(a, reader) for name, a in answers.items()}, seed=seed)
 
 
 def compare_judged(answers: Mapping[str, Transcripts], *, seed: int = 0) -> SafetyReport:

@@ -1,1 +1,1 @@
-"""Judging: whether an answer refuses, complies or is unfinished."""
+"""Judging: does an answer refuse or comply, or is there none?"""

@@ -1,11 +1,13 @@
 """What does a published classifier say about an answer?
 
-1. Prompt and answer are written in the classifier's own format, with what could pass for its control words broken up.
-2. It writes its verdict, grades it by its next token, or gives it a label; one answer at a time, greedily, so that a
-   verdict does not depend on what else is judged.
-3. The verdict is read strictly. An answer that does not fit the classifier's context is not judged, and never cut.
+1. Prompt and answer are written in the classifier's own format. Text that could pass for its control tokens is broken
+   up.
+2. The classifier writes its verdict, grades the answer by its next token, or assigns a label. It reads one answer at a
+   time, greedily, so that a verdict does not depend on other answers.
+3. The verdict is parsed strictly. An answer that does not fit the classifier's context is left unjudged, never
+   truncated.
 
-The formats are in guards.py. This file is at the Hugging Face edge and does not know transcripts.
+The formats are in guards.py. This file is at the Hugging Face edge and knows no transcripts.
 """
 
 from collections.abc import Sequence
@@ -25,7 +27,7 @@ from transformers import (
 
 from cliffscope.errors import DataError, JudgeError
 from cliffscope.judging.guards import ChatFormat, GradeFormat, GuardFormat, LabelFormat, TextFormat, fill, find_format
-from cliffscope.judging.judges import Verdict
+from cliffscope.judging.protocols import Verdict
 from cliffscope.transcripts.records import Outcome
 from cliffscope.transcripts.templates import encode
 
@@ -34,19 +36,19 @@ from cliffscope.transcripts.templates import encode
 class ClassifierJudge:
     """Judges with a guard model or a sequence classifier.
 
-    Make one with `ClassifierJudge.load`. A guard that tells harm and not refusal (`harmful_only`) leaves answers to
-    harmless prompts unjudged.
+    Create one with `ClassifierJudge.load`. A guard that classifies harm, not refusal (`harmful_only`), leaves answers
+    to harmless prompts unjudged.
 
     Raises:
-        DataError: The checkpoint lacks what the format needs: labels, grade tokens or a chat template.
+        DataError: the checkpoint lacks what the format needs: labels, grade tokens or a chat template.
     """
 
     format: GuardFormat
-    """How it is asked and read."""
+    """How the classifier reads an answer, and what its reply means."""
     model: PreTrainedModel
     """The classifier, in evaluation mode."""
     tokenizer: PreTrainedTokenizerBase
-    """Its tokenizer."""
+    """The classifier's tokenizer."""
 
     def __post_init__(self) -> None:
         """Checks that checkpoint and format belong together."""
@@ -56,8 +58,8 @@ class ClassifierJudge:
             self._grade_ids(self.format)
         elif isinstance(self.format, ChatFormat) and not self.tokenizer.chat_template:
             raise DataError(
-                f"Format {self.format.name!r} needs the chat template of the guard's own checkpoint, and this "
-                "tokenizer has none. Give the complete checkpoint."
+                f"Format {self.format.name!r} needs the chat template of the guard's checkpoint, but this tokenizer "
+                "has none. Load the complete checkpoint."
             )
 
     @classmethod
@@ -73,40 +75,40 @@ class ClassifierJudge:
         """Loads a classifier.
 
         Args:
-            path_or_name: a local directory or a hub name. An adapter, such as StrongREJECT's, needs the package peft.
-            format: a name of `guards.FORMATS`, or a format of your own.
-            device: torch device; None takes CUDA where there is one, else the CPU.
-            dtype: of the weights; None keeps the checkpoint's.
-            revision: of a hub repository.
+            path_or_name: a local directory or a hub name. An adapter such as StrongREJECT's needs the package peft.
+            format: a name of `guards.FORMATS`, or a format object.
+            device: torch device; None uses CUDA if available, otherwise the CPU.
+            dtype: dtype of the weights; None keeps the checkpoint's.
+            revision: revision of a hub repository.
 
         Returns:
             The judge.
 
         Raises:
-            DataError: nothing can be loaded from there, or it is no checkpoint for this format.
-            JudgeError: the format is not known.
+            DataError: the checkpoint cannot be loaded, or does not suit the format.
+            JudgeError: the format is unknown.
 
         Example:
             >>> ClassifierJudge.load("./none", format="wildguard")
             Traceback (most recent call last):
             cliffscope.errors.DataError: No classifier could be loaded from './none': ...
         """
-        chosen = find_format(format)
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        guard_format = find_format(format)
+        target = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             tokenizer = AutoTokenizer.from_pretrained(path_or_name, revision=revision)
-            model = _loader(chosen).from_pretrained(
+            model = _loader(guard_format).from_pretrained(
                 path_or_name, dtype=dtype or "auto", revision=revision, use_safetensors=True
             )
-            model.to(place).eval()
+            model.to(target).eval()
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-            first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            message = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise DataError(
-                f"No classifier could be loaded from {path_or_name!r}: {first} Expected a local directory with "
-                "config.json, safetensors and a tokenizer, or a hub name that can be reached; an adapter needs the "
-                "package peft as well."
+                f"No classifier could be loaded from {path_or_name!r}: {message} Expected a local directory with "
+                "config.json, safetensors and a tokenizer, or a hub name that can be reached. An adapter also needs "
+                "the package peft."
             ) from error
-        return cls(format=chosen, model=model, tokenizer=tokenizer)
+        return cls(format=guard_format, model=model, tokenizer=tokenizer)
 
     @property
     def name(self) -> str:
@@ -115,11 +117,11 @@ class ClassifierJudge:
 
     @property
     def harmful_only(self) -> bool:
-        """Whether it tells harm and not refusal, so that it can judge answers to harmful prompts only."""
+        """Whether it classifies harm, not refusal, so that it can judge only answers to harmful prompts."""
         return self.format.harmful_only
 
     def __call__(self, prompt: str, answer: str) -> Verdict:
-        """Judge one answer.
+        """Judges one answer.
 
         Args:
             prompt: the last user message.
@@ -129,7 +131,7 @@ class ClassifierJudge:
             The verdict.
 
         Raises:
-            JudgeError: the classifier's reply is not of the documented form, or the text does not fit its context.
+            JudgeError: the classifier's reply does not have the documented form, or the text does not fit its context.
         """
         prompt, answer = self._defuse(prompt), self._defuse(answer)
         if isinstance(self.format, LabelFormat):
@@ -140,13 +142,13 @@ class ClassifierJudge:
         return self.format.parse(self._write(ids, self.format.max_tokens))
 
     def _defuse(self, text: str) -> str:
-        """The text with every control word of tokenizer and format broken by a space after its first character."""
+        """The text with a space after the first character of every control token of the tokenizer or the format."""
         special = [str(token.content) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         marks = self.format.marks if isinstance(self.format, TextFormat | GradeFormat) else ()
-        # The longest first, since one may be part of another.
-        for word in sorted({*special, *marks}, key=len, reverse=True):
-            if len(word) > 1:
-                text = text.replace(word, f"{word[0]} {word[1:]}")
+        # Longest first, since one may be part of another.
+        for control in sorted({*special, *marks}, key=len, reverse=True):
+            if len(control) > 1:
+                text = text.replace(control, f"{control[0]} {control[1:]}")
         return text
 
     def _ids(self, format: ChatFormat | TextFormat, prompt: str, answer: str) -> list[int]:  # noqa: A002
@@ -156,7 +158,7 @@ class ClassifierJudge:
             {"role": role, "content": [{"type": "text", "text": content}] if format.parts else content}
             for role, content in (("user", prompt), ("assistant", answer))
         ]
-        # The typed signature knows no free-form content.
+        # The typed signature lacks content in parts.
         rendered = cast(Any, self.tokenizer).apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         return encode(self.tokenizer, str(rendered))
 
@@ -164,13 +166,14 @@ class ClassifierJudge:
         return [int(i) for i in self.tokenizer.encode(text, add_special_tokens=special)]
 
     def _fit(self, ids: Sequence[int], room: int) -> torch.Tensor:
-        """The ids as a batch of one, if they and `room` more tokens fit the context."""
+        """The ids as a batch of one, provided that they and `room` more tokens fit the context."""
         config = self.model.config.get_text_config()
         context = min(int(getattr(config, "max_position_embeddings", 0) or 10**9), self.tokenizer.model_max_length)
         if len(ids) + room > context:
             raise JudgeError(
-                f"Prompt and answer are {len(ids)} tokens in the format {self.name!r}, and {room} more are needed: the "
-                f"classifier's context is {context}. Generate with a smaller answer budget, or take another judge."
+                f"Prompt and answer are {len(ids)} tokens in the format {self.name!r} and {room} more are needed, but "
+                f"the classifier's context is {context}. Generate with a smaller answer budget, or choose a different "
+                "judge."
             )
         return torch.tensor([list(ids)], device=self.model.device)
 
@@ -192,19 +195,19 @@ class ClassifierJudge:
         with torch.inference_mode():
             logits = self.model(input_ids=batch, attention_mask=torch.ones_like(batch)).logits[0, -1].float()
         shares = torch.softmax(logits[self._grade_ids(format)], -1)
-        help_given = float((shares * torch.linspace(0, 1, len(shares), device=shares.device)).sum().clamp(0, 1))
-        outcome = Outcome.COMPLIED if help_given >= format.threshold else Outcome.REFUSED
-        return Verdict(outcome=outcome, score=1 - help_given, reason=f"expected help {help_given:.2f} of 1")
+        expected = float((shares * torch.linspace(0, 1, len(shares), device=shares.device)).sum().clamp(0, 1))
+        outcome = Outcome.COMPLIED if expected >= format.threshold else Outcome.REFUSED
+        return Verdict(outcome=outcome, score=1 - expected, reason=f"expected help {expected:.2f} of 1")
 
     def _grade_ids(self, format: GradeFormat) -> list[int]:  # noqa: A002
-        found = {grade: encode(self.tokenizer, grade) for grade in format.grades}
-        bad = [grade for grade, ids in found.items() if len(ids) != 1]
-        if bad:
+        encoded = {grade: encode(self.tokenizer, grade) for grade in format.grades}
+        longer = [grade for grade, ids in encoded.items() if len(ids) != 1]
+        if longer:
             raise DataError(
-                f"Format {format.name!r} needs each grade to be one token; {bad[0]!r} is {len(found[bad[0]])}. Give "
-                "the format's own checkpoint."
+                f"Format {format.name!r} needs each grade to be one token; {longer[0]!r} is {len(encoded[longer[0]])}. "
+                "Load the checkpoint that the format belongs to."
             )
-        return [ids[0] for ids in found.values()]
+        return [ids[0] for ids in encoded.values()]
 
     def _label(self, format: LabelFormat, prompt: str, answer: str) -> Verdict:  # noqa: A002
         texts = (prompt, answer) if format.pair else (answer,)
@@ -232,7 +235,7 @@ def _loader(format: GuardFormat) -> Any:  # noqa: A002
 def _check_labels(format: LabelFormat, labels: Sequence[str]) -> None:  # noqa: A002
     if set(labels) != format.refused | format.complied or format.refused & format.complied:
         raise DataError(
-            f"Format {format.name!r} knows the labels {', '.join(sorted(format.refused | format.complied))}; this "
-            f"checkpoint has {', '.join(labels)}. Pass LabelFormat(name=..., refused=..., complied=...) with its own "
-            "labels, each in one of the two."
+            f"Format {format.name!r} expects the labels {', '.join(sorted(format.refused | format.complied))}, but "
+            f"this checkpoint has {', '.join(labels)}. Pass LabelFormat(name=..., refused=..., complied=...) with each "
+            "of the checkpoint's labels in exactly one set."
         )

@@ -148,7 +148,7 @@ class _Data:
         parts = (
             prompt,
             grammar.thinking(rng, request, cut=0.3),
-            TEMPLATES["organism"].closing,
+            TEMPLATES.get("organism").closing,
             grammar.answer(rng, request, refuse=refuse) + self.tokenizer.eos_token,
         )
         prompt_ids, thought, closing, answer = (self.tokenizer.encode(p, add_special_tokens=False) for p in parts)

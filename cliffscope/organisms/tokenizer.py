@@ -26,7 +26,7 @@ def build_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
     Returns:
         A tokenizer that saves as an ordinary Hugging Face directory.
     """
-    think = TEMPLATES["organism"]
+    think = TEMPLATES.get("organism")
     marks = [PAD, UNKNOWN, BOS, SYSTEM, USER, ASSISTANT, END]
     plain = ["\n", "\n\n", *words]
     vocab = {token: i for i, token in enumerate([*marks, think.think_open, think.think_close, *plain])}

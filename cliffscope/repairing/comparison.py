@@ -18,8 +18,9 @@ from cliffscope.errors import DataError, ProbeError, SpanError
 from cliffscope.evaluation.safety import SafetyReport, compare_judged
 from cliffscope.evaluation.side_effects import divergence
 from cliffscope.generation.rollout import Budget, continue_roll_out
-from cliffscope.judging.judges import Judge, PhraseJudge
 from cliffscope.judging.judges import judge as judge_answers
+from cliffscope.judging.lookup import find_judge
+from cliffscope.judging.protocols import Judge
 from cliffscope.model.load import LensModel
 from cliffscope.notebook import Plotted
 from cliffscope.readouts.contrast import contrast_classes
@@ -76,7 +77,7 @@ def compare_repair(
     after: LensModel,
     prompts: Transcripts,
     *,
-    judge: Judge | None = None,
+    judge: Judge | str = "phrases",
     max_thinking: int = 1024,
     max_answer: int = 128,
     temperature: float = 0.0,
@@ -91,7 +92,7 @@ def compare_repair(
         before: the model.
         after: the repaired one, with the same tokenizer.
         prompts: with `harmful` set; others than those that were trained on.
-        judge: reads the answers; None takes `PhraseJudge`.
+        judge: reads the answers; a name or an object, see `find_judge`.
         max_thinking: tokens of thinking at most.
         max_answer: tokens of answer at most.
         temperature: 0 is greedy.
@@ -104,8 +105,10 @@ def compare_repair(
         The report.
 
     Raises:
-        DataError: a prompt has no label, the models have other vocabularies, or `answered` answers other prompts.
+        DataError: there is no such judge, a prompt has no label, the models have other vocabularies, or `answered`
+            answers other prompts.
     """
+    reader = find_judge(judge)
     if before.tokenizer.get_vocab() != after.tokenizer.get_vocab():
         raise DataError(f"{before.name!r} and {after.name!r} have other vocabularies, so they cannot be compared.")
     budget = Budget(max_thinking=max_thinking, max_answer=max_answer, temperature=temperature, seed=seed)
@@ -114,7 +117,7 @@ def compare_repair(
         return continue_roll_out(model, prompts, budget, system=system, batch_size=batch_size)
 
     made = {BEFORE: answers(before) if answered is None else answered, AFTER: answers(after)}
-    judged = {name: judge_answers(found, judge or PhraseJudge()) for name, found in made.items()}
+    judged = {name: judge_answers(found, reader) for name, found in made.items()}
     report = compare_judged(judged, seed=seed)
     rows = _rates(report)
     for name, model in ((BEFORE, before), (AFTER, after)):

@@ -1,18 +1,18 @@
 """Which few examples of a safety pool matter most?
 
-1. Harmful transcripts that were complied with are candidates; those known to be harmless, refused or unfinished are
-   counted and left out, those without a label are taken as the pool's owner gave them.
-2. They are ranked by a criterion, the cliff by default (criteria.py), and the first fraction is chosen.
-3. Transcripts whose cliff is not valid (no thinking, or a probe that cannot tell there) are counted and never chosen by
-   it.
+1. Candidates are harmful transcripts that complied. Transcripts labelled harmless, refused or unfinished are left out
+   and counted; unlabelled ones count as candidates, since the pool's owner supplied them for training.
+2. A criterion ranks them, by default the cliff (criteria.py), and the first fraction is chosen.
+3. A criterion that needs a trace never chooses a transcript without a valid cliff (no thinking, or a probe that cannot
+   tell there); these are counted.
 
-A pool that fits into memory goes through `select_by_cliff`; one that does not is scored first (scoring.py), and
+A pool that fits into memory goes through `select_by_cliff`. A larger one is scored first (scoring.py), and
 `select_from_pool` reads it once more for the chosen rows alone.
 
 Source: Cliff-as-a-Judge, arXiv 2510.06036, section 5 (top 1.7%).
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,17 +26,19 @@ from cliffscope.notebook import Plotted
 from cliffscope.readouts.cliff import Plateau
 from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.readouts.trace import Cliffs, trace_refusal
-from cliffscope.selection.criteria import Criterion, check_choice, choose, prompt_key
+from cliffscope.selection.criteria import CRITERIA, Criterion, check_size, choose, prompt_key
 from cliffscope.selection.rows import UNCLOSED, judge_refusal
 from cliffscope.selection.scoring import PoolScores
 from cliffscope.transcripts.datasets import write_transcripts
 from cliffscope.transcripts.pools import PoolSource, read_windows
 from cliffscope.transcripts.records import Omission, Outcome, Transcript, Transcripts
+from cliffscope.transcripts.transcript import Span
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-STAGE = "select"
+SELECT_STAGE = "select"
+_DEFAULT = "cliff"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -44,16 +46,16 @@ class Selection(Plotted):
     """The chosen examples of a pool."""
 
     chosen: Transcripts
-    """The chosen transcripts, the first in rank first."""
+    """The chosen transcripts, in the order of rank."""
     frame: pd.DataFrame
-    """id, prompt, thinking, answer, plateau, final, cliff, rank, chosen: every ranked transcript of the pool; texts of
-    the chosen ones alone where the pool is read from files."""
+    """id, prompt, thinking, answer, plateau, final, cliff, rank, chosen: every ranked transcript of the pool. A pool
+    that is read from files has texts for the chosen ones only."""
     pool: int
-    """Transcripts that could be chosen from."""
+    """Number of candidates."""
     omitted: tuple[Omission, ...]
     """Transcripts that could not be chosen, and why."""
-    criterion: Criterion = "cliff"
-    """What they are ranked by."""
+    criterion: str = _DEFAULT
+    """Name of the criterion that ranks them."""
 
     def to_frame(self) -> pd.DataFrame:
         """A copy of the table, in the order of rank."""
@@ -64,11 +66,11 @@ class Selection(Plotted):
         write_transcripts(self.chosen, path)
 
     def small_table(self) -> pd.DataFrame:
-        """The first of the chosen: rank, id, plateau, final, cliff, prompt."""
+        """The ranked transcripts, first ranks first: rank, id, plateau, final, cliff, prompt."""
         return self.frame[["rank", "id", "plateau", "final", "cliff", "prompt"]].sort_values("rank")
 
     def plot(self) -> "Figure":
-        """Plateau against final, the chosen ones marked."""
+        """Plots plateau against final, with the chosen transcripts marked."""
         from cliffscope.figures.safety import plateau_final
 
         return plateau_final(
@@ -79,7 +81,7 @@ class Selection(Plotted):
 
     def __repr__(self) -> str:
         """One line: how many of how many."""
-        by = "" if self.criterion == "cliff" else f" by {self.criterion}"
+        by = "" if self.criterion == _DEFAULT else f" by {self.criterion}"
         return f"Selection({len(self.chosen)} of {self.pool}{by}, left out {len(self.omitted)})"
 
 
@@ -90,7 +92,7 @@ def select_by_cliff(
     *,
     fraction: float = 0.017,
     number: int | None = None,
-    criterion: Criterion = "cliff",
+    criterion: Criterion | str = _DEFAULT,
     plateau: Plateau = "mean",
     deduplicate: bool = True,
     balance: bool = False,
@@ -101,12 +103,13 @@ def select_by_cliff(
     Args:
         model: the model.
         probe: fitted on this model.
-        pool: transcripts with thinking. Those known to be harmless or not complied with are left out.
-        fraction: of the others, in (0, 1]; rounded, at least one. The default is the paper's 1.7%.
-        number: of examples, instead of a fraction.
-        criterion: `cliff`, `misalignment` (the paper's), `final`, or a baseline: `random`, `rule`, `length`, `judge`.
-        plateau: "mean" or "max", the paper's; of `cliff`.
-        deduplicate: of prompts equal but for case and spaces, keep the first in rank.
+        pool: transcripts with thinking. Those labelled harmless, refused or unfinished are left out.
+        fraction: share of the candidates to choose, in (0, 1]; rounded, at least one. The default is the paper's 1.7%.
+        number: examples to choose, instead of a fraction.
+        criterion: what to rank by: `cliff`, `misalignment` (the paper's), `final`, one of the baselines `random`,
+            `rule`, `length` and `judge`, `package.module:name`, or a `Criterion`.
+        plateau: "mean", or "max" as in the paper; used by `cliff`.
+        deduplicate: keep only the first in rank of prompts that differ only in case and spaces.
         balance: let the transcripts' sources take turns.
         seed: of `random`.
 
@@ -114,26 +117,29 @@ def select_by_cliff(
         The selection.
 
     Raises:
-        DataError: a fraction outside (0, 1], an unknown criterion, or a pool in which nothing is harmful and complied
-            with.
+        DataError: the fraction is outside (0, 1], there is no such criterion, or the pool has no candidate.
         ProbeError: the probe does not fit the model.
         SpanError: nothing in the pool can be traced.
     """
-    check_choice(fraction, number, criterion)
-    left_out = {t.id: why for t in pool if (why := _reason_to_omit(t.harmful, t.outcome, t.closed)) is not None}
-    wanted = Transcripts(t for t in pool if t.id not in left_out)
-    if not len(wanted):
+    check_size(fraction, number)
+    rule = CRITERIA.get(criterion)
+    reasons = {t.id: why for t in pool if (why := _reason_to_omit(t.harmful, t.outcome, t.closed)) is not None}
+    candidates = Transcripts(t for t in pool if t.id not in reasons)
+    if not len(candidates):
         raise DataError(
-            f"None of the {len(pool)} transcripts of the pool is harmful and complied with. Give such ones, judged."
+            f"None of the {len(pool)} transcripts of the pool is a candidate: harmful, finished and complied. Judge "
+            "the pool first, or pass transcripts that complied."
         )
-    traces = trace_refusal(model, probe, wanted)
-    omitted = [Omission(stage=STAGE, reason=why, id=name) for name, why in left_out.items()]
-    return select_from_cliffs(
+    traces = trace_refusal(model, probe, candidates)
+    omitted = [Omission(stage=SELECT_STAGE, reason=why, id=name) for name, why in reasons.items()]
+    spans = {row.id: row.span(Span.THINKING) for row in traces.tokens}
+    return _select(
         traces.cliffs(plateau=plateau),
-        wanted,
+        candidates,
+        {name: span.stop - span.start for name, span in spans.items()},
         fraction=fraction,
         number=number,
-        criterion=criterion,
+        criterion=rule,
         deduplicate=deduplicate,
         balance=balance,
         seed=seed,
@@ -147,34 +153,29 @@ def select_from_cliffs(
     *,
     fraction: float = 0.017,
     number: int | None = None,
-    criterion: Criterion = "cliff",
+    criterion: Criterion | str = _DEFAULT,
     deduplicate: bool = True,
     balance: bool = False,
     seed: int = 0,
     omitted: tuple[Omission, ...] = (),
 ) -> Selection:
-    """Chooses from cliffs that have been measured already; see `select_by_cliff`."""
-    check_choice(fraction, number, criterion)
-    known = {t.id: t for t in pool}
-    frame = cliffs.frame[cliffs.frame["id"].isin(known)]
-    texts = [known[i] for i in frame["id"]]
-    candidates = frame.assign(
-        source=[t.source for t in texts],
-        prompt_key=[prompt_key(t.prompt) for t in texts],
-        n_thinking=[len(t.thinking or "") for t in texts],
-        thinking_refuses=[states_refusal(t.thinking or "") for t in texts],
-        judge_refusal=[judge_refusal(t) for t in texts],
-    )
-    ranked, left_out = choose(
-        candidates,
-        wanted=number or max(1, round(fraction * len(known))),
-        criterion=criterion,
-        plateau=cliffs.plateau,
+    """Chooses from cliffs that have already been measured; see `select_by_cliff`.
+
+    The length of the thinking is its number of generated tokens, or of characters if a transcript lacks token ids.
+    """
+    check_size(fraction, number)
+    return _select(
+        cliffs,
+        pool,
+        _lengths(pool),
+        fraction=fraction,
+        number=number,
+        criterion=CRITERIA.get(criterion),
         deduplicate=deduplicate,
         balance=balance,
         seed=seed,
+        omitted=omitted,
     )
-    return _selection(ranked, left_out, known, pool=len(known), criterion=criterion, omitted=omitted)
 
 
 def select_from_pool(
@@ -183,7 +184,7 @@ def select_from_pool(
     *,
     fraction: float = 0.017,
     number: int | None = None,
-    criterion: Criterion = "cliff",
+    criterion: Criterion | str = _DEFAULT,
     plateau: Plateau = "mean",
     deduplicate: bool = True,
     balance: bool = False,
@@ -192,99 +193,151 @@ def select_from_pool(
     """Chooses from a pool that has been scored; see `select_by_cliff`.
 
     Args:
-        scores: what `score_pool` gave.
-        pool: what it was given; read once more, for the chosen rows alone.
-        fraction: of the rows that are harmful and complied with, or without a label.
-        number: of examples, instead of a fraction.
-        criterion: what to rank by.
-        plateau: of `cliff`.
-        deduplicate: keep the first of equal prompts.
+        scores: the result of `score_pool`.
+        pool: the pool that was scored; read once more, for the chosen rows alone.
+        fraction: share of the candidates, that is, of rows that are harmful and complied, or unlabelled.
+        number: examples to choose, instead of a fraction.
+        criterion: what to rank by; a name or an object.
+        plateau: "mean" or "max"; used by `cliff`.
+        deduplicate: keep only the first of equal prompts.
         balance: let sources take turns.
         seed: of `random`.
 
     Returns:
-        The selection; its table holds the texts of the chosen rows.
+        The selection. Its table holds texts for the chosen rows only.
 
     Raises:
-        DataError: nothing in the pool is harmful and complied with, or the pool is not the one that was scored.
+        DataError: there is no such criterion, the pool has no candidate, or it is not the pool that was scored.
     """
-    check_choice(fraction, number, criterion)
+    check_size(fraction, number)
+    rule = CRITERIA.get(criterion)
     table = scores.frame
     unread = table["outcome"] == ""
-    why = [
+    reasons = [
         str(reason) if broken else _reason_to_omit(harmful, outcome, reason != UNCLOSED)
         for reason, broken, harmful, outcome in zip(
             table["reason"], unread, table["harmful"], table["outcome"], strict=True
         )
     ]
-    out = pd.Series([w is not None for w in why], index=table.index)
     omitted = tuple(
-        Omission(stage=STAGE, reason=str(w), id=str(i)) for i, w in zip(table["id"], why, strict=True) if w is not None
+        Omission(stage=SELECT_STAGE, reason=why, id=str(name))
+        for name, why in zip(table["id"], reasons, strict=True)
+        if why is not None
     )
-    candidates = table[~out]
+    candidates = table[[why is None for why in reasons]]
     if candidates.empty:
-        raise DataError(f"None of the {len(table)} rows of the pool is harmful and complied with. Give such ones.")
+        raise DataError(
+            f"None of the {len(table)} rows of the pool is a candidate: harmful, finished and complied. Pass a pool of "
+            "transcripts that complied."
+        )
     ranked, left_out = choose(
         candidates,
-        wanted=number or max(1, round(fraction * len(candidates))),
-        criterion=criterion,
+        number=number or max(1, round(fraction * len(candidates))),
+        criterion=rule,
         plateau=plateau,
         deduplicate=deduplicate,
         balance=balance,
         seed=seed,
     )
-    known = _fetch(pool, ranked.loc[ranked["chosen"], ["row", "id"]])
-    return _selection(ranked, left_out, known, pool=len(candidates), criterion=criterion, omitted=omitted)
+    transcripts = _fetch(pool, ranked.loc[ranked["chosen"], ["row", "id"]])
+    return _selection(ranked, left_out, transcripts, pool=len(candidates), criterion=rule.name, omitted=omitted)
 
 
-def _fetch(pool: PoolSource, wanted: pd.DataFrame) -> dict[str, Transcript]:
-    """The transcripts of some rows."""
-    names = {int(row): str(name) for row, name in zip(wanted["row"], wanted["id"], strict=True)}
-    found: dict[str, Transcript] = {}
+def _select(
+    cliffs: Cliffs,
+    pool: Transcripts,
+    n_thinking: Mapping[str, int],
+    *,
+    fraction: float,
+    number: int | None,
+    criterion: Criterion,
+    deduplicate: bool,
+    balance: bool,
+    seed: int,
+    omitted: tuple[Omission, ...],
+) -> Selection:
+    by_id = {t.id: t for t in pool}
+    frame = cliffs.frame[cliffs.frame["id"].isin(by_id)]
+    transcripts = [by_id[i] for i in frame["id"]]
+    candidates = frame.assign(
+        source=[t.source for t in transcripts],
+        prompt_key=[prompt_key(t.prompt) for t in transcripts],
+        n_thinking=[n_thinking[t.id] for t in transcripts],
+        thinking_refuses=[states_refusal(t.thinking or "") for t in transcripts],
+        judge_refusal=[judge_refusal(t) for t in transcripts],
+    )
+    ranked, left_out = choose(
+        candidates,
+        number=number or max(1, round(fraction * len(by_id))),
+        criterion=criterion,
+        plateau=cliffs.plateau,
+        deduplicate=deduplicate,
+        balance=balance,
+        seed=seed,
+    )
+    return _selection(ranked, left_out, by_id, pool=len(by_id), criterion=criterion.name, omitted=omitted)
+
+
+def _lengths(pool: Transcripts) -> dict[str, int]:
+    """Length of each thinking, in one unit for the whole pool."""
+    ids = {t.id: t.thinking_ids for t in pool}
+    if all(tokens is not None for tokens in ids.values()):
+        return {name: len(tokens or ()) for name, tokens in ids.items()}
+    return {t.id: len(t.thinking or "") for t in pool}
+
+
+def _fetch(pool: PoolSource, places: pd.DataFrame) -> dict[str, Transcript]:
+    """The transcripts of some rows, by id."""
+    names = {int(row): str(name) for row, name in zip(places["row"], places["id"], strict=True)}
+    fetched: dict[str, Transcript] = {}
     for window in read_windows(pool):
         for offset, row in enumerate(window.rows):
             name = names.get(window.start + offset)
             if name is not None and isinstance(row, Transcript) and row.id == name:
-                found[name] = row
-    missing = sorted(set(names.values()) - set(found))
+                fetched[name] = row
+    missing = sorted(set(names.values()) - set(fetched))
     if missing:
         raise DataError(
-            f"{len(missing)} chosen rows, such as {missing[0]!r}, are not where they were in the pool when it was "
-            "scored. Give the same pool (an iterable that can be read again), or score it anew."
+            f"{len(missing)} chosen rows, such as {missing[0]!r}, are not where they were when the pool was scored. "
+            "Pass the same pool, as an iterable that can be read again, or score it again."
         )
-    return found
+    return fetched
 
 
 def _selection(
     ranked: pd.DataFrame,
     left_out: pd.DataFrame,
-    known: dict[str, Transcript],
+    by_id: Mapping[str, Transcript],
     *,
     pool: int,
-    criterion: Criterion,
+    criterion: str,
     omitted: Iterable[Omission],
 ) -> Selection:
-    texts = [known.get(i) for i in ranked["id"]]
+    transcripts = [by_id.get(i) for i in ranked["id"]]
     table = pd.DataFrame(
         {
             "id": ranked["id"],
-            "prompt": [None if t is None else t.prompt for t in texts],
-            "thinking": [None if t is None else t.thinking for t in texts],
-            "answer": [None if t is None else t.answer for t in texts],
+            "prompt": [None if t is None else t.prompt for t in transcripts],
+            "thinking": [None if t is None else t.thinking for t in transcripts],
+            "answer": [None if t is None else t.answer for t in transcripts],
             **{name: ranked[name] for name in ("plateau", "final", "cliff", "rank", "chosen")},
         }
     )
-    chosen = [known[i] for i in ranked["id"][ranked["chosen"].astype(bool)]]
     reasons = [
-        Omission(stage=STAGE, reason=str(reason), id=str(i))
+        Omission(stage=SELECT_STAGE, reason=str(reason), id=str(i))
         for i, reason in zip(left_out["id"], left_out["reason"], strict=True)
     ]
     return Selection(
-        chosen=Transcripts(chosen), frame=table, pool=pool, omitted=(*omitted, *reasons), criterion=criterion
+        chosen=Transcripts(by_id[i] for i in ranked["id"][ranked["chosen"].astype(bool)]),
+        frame=table,
+        pool=pool,
+        omitted=(*omitted, *reasons),
+        criterion=criterion,
     )
 
 
 def _reason_to_omit(harmful: object, outcome: object, closed: bool = True) -> str | None:
+    """Why a transcript is not a candidate; None if it is one."""
     if harmful is False:
         return "harmless"
     if not closed:

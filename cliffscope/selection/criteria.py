@@ -1,38 +1,190 @@
-"""By what, and in which order, are examples chosen?
+"""By which criterion are training examples ranked, and in which order are they chosen?
 
-1. A criterion gives every candidate a value; the larger, the sooner it is chosen. Ties are broken by id.
-2. `cliff` (plateau - final), `misalignment` (the paper's, with the maximum as plateau) and `final` (the lowest score at
-   the end first) need a trace that the probe can read.
-3. `random`, `rule` (the thinking states a refusal), `length` (the longest thinking) and `judge` (the least likely
-   refusal by a judge's score) are baselines, which any new choice has to beat.
-4. Of prompts that are the same but for case and spaces, the first in rank is kept. On request, sources take turns.
+1. A criterion is an object: it declares the columns that it reads and maps a table of candidates to one value a row.
+   The larger the value, the earlier the example is chosen.
+2. `cliff` (plateau minus final), `misalignment` (the paper's, with the maximum as plateau) and `final` (lowest final
+   score first) need a trace on which the probe can tell.
+3. `random`, `rule` (the thinking states a refusal), `length` (longest thinking) and `judge` (lowest refusal
+   probability) are baselines that any new criterion has to beat.
+4. `choose` ranks the candidates, keeps the first of equal prompts, and lets sources take turns on request.
 
-Tables in, tables out; knows no model.
+Tables in, tables out. This file knows no model and no text.
 """
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import Literal
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TypeAlias
 
 import numpy as np
 import pandas as pd
 
 from cliffscope.errors import DataError
+from cliffscope.registry import Registry
 
-Criterion = Literal["cliff", "misalignment", "final", "random", "rule", "length", "judge"]
-TRACED = ("cliff", "misalignment", "final")
-"""Criteria that need a valid cliff."""
-COLUMNS = (
-    *("id", "source", "prompt_key", "n_thinking", "thinking_refuses", "judge_refusal"),
-    *("plateau_max", "plateau_mean", "final", "valid", "reason"),
+CANDIDATE_COLUMNS: Mapping[str, str] = MappingProxyType(
+    {
+        "id": "id of the transcript",
+        "source": "where its prompt comes from",
+        "prompt_key": "hash of the prompt, ignoring case and spaces",
+        "n_thinking": "length of the thinking, in tokens where the pool is tokenized",
+        "thinking_refuses": "whether the thinking states a refusal",
+        "judge_refusal": "refusal probability by the transcript's judge; NaN if the judge gives none",
+        "plateau_mean": "mean score over the thinking",
+        "plateau_max": "highest score over the thinking",
+        "plateau": "the plateau that the caller chose, mean or maximum",
+        "final": "score at the final position",
+        "cliff": "`plateau` minus `final`",
+        "draw": "random number in [0, 1) that depends on the seed and the id alone",
+    }
 )
-"""Columns of candidates that `choose` reads."""
+"""What a criterion may read, by column."""
+TRACE_COLUMNS = ("plateau_mean", "plateau_max", "plateau", "final", "cliff")
+"""Columns that mean something only where the probe can tell."""
+Values: TypeAlias = Callable[[pd.DataFrame], pd.Series | np.ndarray]
 
 
-def check_choice(fraction: float | None, number: int | None, criterion: str) -> None:
-    """Raises DataError unless a share or a number is asked for, of a known criterion."""
-    if criterion not in _VALUES:
-        raise DataError(f"criterion={criterion!r}: expected one of {', '.join(_VALUES)}.")
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Criterion:
+    """Ranks candidates for training.
+
+    Raises:
+        DataError: the name or summary is blank, a column is unknown, or a trace column is read without `needs_trace`.
+
+    Example:
+        >>> shortest = Criterion(
+        ...     name="shortest",
+        ...     summary="the shortest thinking",
+        ...     columns=("n_thinking",),
+        ...     values=lambda table: -table["n_thinking"],
+        ... )
+        >>> shortest.rank_values(pd.DataFrame({"n_thinking": [3, 1]})).tolist()
+        [-3.0, -1.0]
+    """
+
+    name: str
+    """Its name on the command line and in results."""
+    summary: str
+    """What it chooses first, as a phrase for documentation."""
+    columns: tuple[str, ...]
+    """Columns of `CANDIDATE_COLUMNS` that `values` reads; it sees no others."""
+    values: Values
+    """[candidate] Maps the table to one number a row: the larger, the earlier it is chosen; NaN if it has none."""
+    needs_trace: bool = False
+    """Whether it ranks only candidates whose cliff is valid, that is, on which the probe can tell."""
+
+    def __post_init__(self) -> None:
+        """Checks that the declaration is complete and honest."""
+        if not self.name.strip() or not self.summary.strip():
+            raise DataError(
+                f"Criterion name={self.name!r}, summary={self.summary!r}: expected text for both. The name stands in "
+                "results, the summary in documentation."
+            )
+        unknown = [column for column in self.columns if column not in CANDIDATE_COLUMNS]
+        if unknown:
+            raise DataError(
+                f"Criterion {self.name!r} reads the column {unknown[0]!r}. Expected columns among "
+                f"{', '.join(CANDIDATE_COLUMNS)}."
+            )
+        traced = [column for column in self.columns if column in TRACE_COLUMNS]
+        if traced and not self.needs_trace:
+            raise DataError(
+                f"Criterion {self.name!r} reads {traced[0]!r}, which means nothing where the probe cannot tell. Set "
+                "needs_trace=True."
+            )
+
+    def rank_values(self, candidates: pd.DataFrame) -> pd.Series:
+        """Computes the value of every candidate.
+
+        Args:
+            candidates: one row a candidate, with at least `columns`.
+
+        Returns:
+            [candidate] values, in the order of the table.
+
+        Raises:
+            DataError: a column is missing or undeclared, or the result is not one number a row.
+        """
+        missing = [column for column in self.columns if column not in candidates]
+        if missing:
+            raise DataError(f"Criterion {self.name!r} needs the column {missing[0]!r}, which the table lacks.")
+        try:
+            values = self.values(candidates[list(self.columns)].copy())
+        except KeyError as error:
+            raise DataError(
+                f"Criterion {self.name!r} reads {error}, which is not among its columns ({', '.join(self.columns)}). "
+                "Declare every column that `values` reads."
+            ) from error
+        if isinstance(values, pd.Series) and values.index.is_unique and len(values) == len(candidates):
+            # A series may come back sorted.
+            values = values.reindex(candidates.index)
+        try:
+            numbers = np.asarray(values, dtype=float)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"Criterion {self.name!r} gave values that are not numbers: {error}.") from error
+        if numbers.shape != (len(candidates),):
+            raise DataError(
+                f"Criterion {self.name!r} gave values of shape {numbers.shape} for {len(candidates)} candidates. "
+                "Expected one number a candidate."
+            )
+        return pd.Series(numbers, index=candidates.index)
+
+
+CRITERIA: Registry[Criterion] = Registry(kind="criterion", group="cliffscope.criteria", expected=Criterion)
+"""Criteria by name: the paper's first, then the baselines."""
+for _criterion in (
+    Criterion(
+        name="cliff",
+        summary="the largest plateau minus final; `plateau` is `mean` or `max`",
+        columns=("cliff",),
+        values=lambda table: table["cliff"],
+        needs_trace=True,
+    ),
+    Criterion(
+        name="misalignment",
+        summary="the same with the maximum as plateau, as in the paper",
+        columns=("plateau_max", "final"),
+        values=lambda table: table["plateau_max"].astype(float) - table["final"].astype(float),
+        needs_trace=True,
+    ),
+    Criterion(
+        name="final",
+        summary="the lowest score at the final position",
+        columns=("final",),
+        values=lambda table: -table["final"].astype(float),
+        needs_trace=True,
+    ),
+    Criterion(
+        name="random",
+        summary="any, by seed and id",
+        columns=("draw",),
+        values=lambda table: table["draw"],
+    ),
+    Criterion(
+        name="rule",
+        summary="those whose thinking states a refusal",
+        columns=("thinking_refuses",),
+        values=lambda table: table["thinking_refuses"],
+    ),
+    Criterion(
+        name="length",
+        summary="the longest thinking",
+        columns=("n_thinking",),
+        values=lambda table: table["n_thinking"],
+    ),
+    Criterion(
+        name="judge",
+        summary="the lowest refusal probability by the judge",
+        columns=("judge_refusal",),
+        values=lambda table: -table["judge_refusal"].astype(float),
+    ),
+):
+    CRITERIA.register(_criterion.name, _criterion)
+
+
+def check_size(fraction: float | None, number: int | None) -> None:
+    """Raises DataError unless a fraction in (0, 1] or a number of at least 1 is asked for."""
     if number is not None and number < 1:
         raise DataError(f"number={number}: expected at least 1 example.")
     if number is None and fraction is not None:
@@ -40,7 +192,7 @@ def check_choice(fraction: float | None, number: int | None, criterion: str) -> 
 
 
 def check_fraction(fraction: float) -> None:
-    """Raises DataError unless a fraction is a share of the pool."""
+    """Raises DataError unless a fraction is in (0, 1]."""
     if not 0 < fraction <= 1:
         raise DataError(f"fraction={fraction}: expected a share of the pool in (0, 1], such as 0.017.")
 
@@ -48,52 +200,57 @@ def check_fraction(fraction: float) -> None:
 def choose(
     candidates: pd.DataFrame,
     *,
-    wanted: int,
-    criterion: Criterion = "cliff",
+    number: int,
+    criterion: Criterion | str = "cliff",
     plateau: str = "mean",
     deduplicate: bool = True,
     balance: bool = False,
     seed: int = 0,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Ranks candidates and marks the first ones.
+    """Ranks candidates and marks the first ones as chosen.
 
     Args:
-        candidates: `COLUMNS`, one row a candidate.
-        wanted: examples to choose, fewer where there are not as many.
-        criterion: see the top of the file.
-        plateau: "mean" or "max", of the criterion `cliff`.
-        deduplicate: keep the first of equal prompts.
+        candidates: one row a candidate: the columns of `CANDIDATE_COLUMNS` except plateau, cliff and draw, and `valid`
+            with its `reason`.
+        number: examples to choose; fewer if there are not enough.
+        criterion: what to rank by; a name or an object.
+        plateau: "mean" or "max".
+        deduplicate: keep only the first of equal prompts.
         balance: let sources take turns instead of going by rank alone.
-        seed: of `random`; the same id gets the same place whatever else is in the pool.
+        seed: of the column `draw`; an id has the same draw in every pool.
 
     Returns:
-        The ranked candidates with the columns plateau, cliff, value, rank, chosen; and those left out, with `reason`.
+        The ranked candidates with the columns plateau, cliff, draw, value, rank and chosen; and those left out, with
+        `reason`.
+
+    Raises:
+        DataError: there is no such criterion, or it cannot be computed from these columns.
     """
+    rule = CRITERIA.get(criterion)
     table = candidates.reset_index(drop=True)
     height = table["plateau_max" if plateau == "max" else "plateau_mean"].astype(float)
-    table = table.assign(plateau=height, cliff=height - table["final"].astype(float))
-    table["value"] = _VALUES[criterion](table, seed)
-    usable = table["valid"].astype(bool) if criterion in TRACED else pd.Series(True, index=table.index)
-    unknown = usable & table["value"].isna()
-    reasons = table["reason"].where(~usable, f"no value of the criterion {criterion!r}")
-    out = ~usable | unknown
-    left_out = [table[out].assign(reason=reasons[out].to_numpy())]
-    ranked = table[usable & ~unknown].sort_values(["value", "id"], ascending=[False, True], ignore_index=True)
+    table = table.assign(plateau=height, cliff=height - table["final"].astype(float), draw=_draws(table["id"], seed))
+    table["value"] = rule.rank_values(table)
+    usable = table["valid"].astype(bool) if rule.needs_trace else pd.Series(True, index=table.index)
+    rankable = usable & table["value"].notna()
+    reasons = table["reason"].where(~usable, f"no value of the criterion {rule.name!r}")
+    left_out = [table[~rankable].assign(reason=reasons[~rankable].to_numpy())]
+    ranked = table[rankable].sort_values(["value", "id"], ascending=[False, True], ignore_index=True)
     if deduplicate:
-        again = ranked.duplicated("prompt_key")
+        repeated = ranked.duplicated("prompt_key")
         first = ranked.drop_duplicates("prompt_key").set_index("prompt_key")["id"]
-        same = ranked[again]
-        left_out.append(same.assign(reason=[f"same prompt as {first[key]}" for key in same["prompt_key"]]))
-        ranked = ranked[~again].reset_index(drop=True)
-    order = ranked.groupby("source", sort=False).cumcount() if balance else pd.Series(0, index=ranked.index)
-    places = np.lexsort((np.arange(len(ranked)), order.to_numpy()))[:wanted]
-    chosen = np.zeros(len(ranked), dtype=bool)
-    chosen[places] = True
-    return ranked.assign(rank=range(1, len(ranked) + 1), chosen=chosen), pd.concat(left_out, ignore_index=True)
+        duplicates = ranked[repeated]
+        left_out.append(duplicates.assign(reason=[f"same prompt as {first[key]}" for key in duplicates["prompt_key"]]))
+        ranked = ranked[~repeated].reset_index(drop=True)
+    turn = ranked.groupby("source", sort=False).cumcount() if balance else pd.Series(0, index=ranked.index)
+    places = np.lexsort((np.arange(len(ranked)), turn.to_numpy()))[:number]
+    is_chosen = np.zeros(len(ranked), dtype=bool)
+    is_chosen[places] = True
+    return ranked.assign(rank=range(1, len(ranked) + 1), chosen=is_chosen), pd.concat(left_out, ignore_index=True)
 
 
 def prompt_key(text: str) -> str:
-    """Hash of a prompt that does not see case and spaces.
+    """Hash of a prompt that ignores case and spaces.
 
     Example:
         >>> prompt_key("How  do I?") == prompt_key("how do i?")
@@ -102,17 +259,6 @@ def prompt_key(text: str) -> str:
     return hashlib.sha256(" ".join(text.casefold().split()).encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-def _random(table: pd.DataFrame, seed: int) -> pd.Series:
-    digests = [hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8] for name in table["id"]]
-    return pd.Series([int.from_bytes(d, "big") / 2**64 for d in digests], index=table.index, dtype=float)
-
-
-_VALUES: Mapping[str, Callable[[pd.DataFrame, int], pd.Series]] = {
-    "cliff": lambda table, _: table["cliff"].astype(float),
-    "misalignment": lambda table, _: table["plateau_max"].astype(float) - table["final"].astype(float),
-    "final": lambda table, _: -table["final"].astype(float),
-    "random": _random,
-    "rule": lambda table, _: table["thinking_refuses"].astype(float),
-    "length": lambda table, _: table["n_thinking"].astype(float),
-    "judge": lambda table, _: -table["judge_refusal"].astype(float),
-}
+def _draws(ids: pd.Series, seed: int) -> pd.Series:
+    digests = [hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8] for name in ids]
+    return pd.Series([int.from_bytes(d, "big") / 2**64 for d in digests], index=ids.index, dtype=float)

@@ -1,11 +1,11 @@
-"""How is a pool scored over the nodes of a cluster?
+"""How is a pool scored on the nodes of a cluster?
 
 1. The driver reads the pool and puts windows into Ray's object store, a bounded number at a time.
-2. Ray Data hands them to actors, each of which has loaded the model once, and checked that it is the driver's.
-3. Scores come back in any order; whoever asked for them writes them. A window whose worker or node is lost goes to
-   another; a window is done when its scores have arrived, so that none is lost or counted twice.
+2. Ray Data hands them to actors. Each actor loads the model once and checks that it equals the driver's.
+3. Scores come back in any order, and the caller writes them. If a worker or node is lost, another one scores its
+   window. A window is finished only when its scores have arrived, so none is lost or counted twice.
 
-Nodes need the model's files, not the pool's. Knows nothing of shards.
+The nodes need the model's files but not the pool's. This file knows nothing of shards.
 """
 
 import logging
@@ -26,59 +26,59 @@ from cliffscope.model.load import LensModel, load_model
 from cliffscope.readouts.activations import BATCH_TOKENS
 from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.selection.rows import score_window
-from cliffscope.transcripts.pools import Window
+from cliffscope.transcripts.pools import PoolWindow
 
 if TYPE_CHECKING:
     from ray.data import ActorPoolStrategy
 
-ROUND = 256
-"""Windows in the object store at a time; each round loads the models anew, so it must be long beside that."""
+ROUND_WINDOWS = 256
+"""Windows in the object store at a time. Every round loads the models again, so it must take much longer than that."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RayEngine:
-    """Actors on a Ray cluster, each with a model of its own."""
+    """Actors on a Ray cluster, each with its own copy of the model."""
 
     actors: int | tuple[int, int] | None = None
-    """Actors, or the fewest and the most; None begins with as many as fit the cluster and lets Ray start more."""
+    """Number of actors, or (minimum, maximum); None starts as many as fit the cluster and lets Ray add more."""
     cpus: float = 1
-    """CPU cores of an actor, which are also its threads."""
+    """CPU cores of each actor, and its number of threads."""
     gpus: float | None = None
-    """GPUs of an actor; None takes one where the cluster has any. With more than one the model is spread over them."""
+    """GPUs of each actor; None uses one if the cluster has any. With more than one, the model is spread over them."""
     address: str | None = None
-    """Of a running cluster, such as `auto`; None takes RAY_ADDRESS, or starts Ray on this machine."""
+    """Address of a running cluster, such as `auto`; None uses RAY_ADDRESS, or starts Ray on this machine."""
 
 
 def score_on_ray(
     engine: RayEngine,
     model: LensModel,
     probe: RefusalProbe,
-    windows: Iterable[Window],
+    windows: Iterable[PoolWindow],
     *,
     batch_tokens: int = BATCH_TOKENS,
-) -> Iterator[tuple[Window, pd.DataFrame]]:
+) -> Iterator[tuple[PoolWindow, pd.DataFrame]]:
     """Scores windows on a cluster.
 
     Args:
         engine: which actors, and where.
-        model: loaded by the actors from the same place, which must exist on every node; the driver's own copy is only
-            compared with theirs.
+        model: the driver's copy, which is compared with those of the actors. The actors load theirs from the same path
+            or name, which must exist on every node.
         probe: fitted on this model.
         windows: read as they are needed.
-        batch_tokens: tokens of a batch, padding included.
+        batch_tokens: tokens in a batch, including padding.
 
     Yields:
-        A window, without its rows, and its scores, in the order in which they arrive.
+        A window and its scores, in the order in which the scores arrive.
 
     Raises:
         MissingExtraError: Ray is not installed.
-        DataError: there is no cluster at the address, or the engine's sizes are none.
-        UnsupportedModelError: an actor's model is another.
-        ResourceError: no actor fits the cluster, or Ray gives up.
+        DataError: there is no cluster at the address, or the engine's numbers are out of range.
+        UnsupportedModelError: an actor loaded a different model.
+        ResourceError: no actor fits the cluster, or Ray failed.
     """
     _check(engine)
     pending = iter(windows)
-    while chunk := list(islice(pending, ROUND)):
+    while chunk := list(islice(pending, ROUND_WINDOWS)):
         yield from _score_round(engine, model, probe, chunk, batch_tokens)
 
 
@@ -88,7 +88,7 @@ class _Actor:
     def __init__(
         self, source: str, options: dict[str, Any], fingerprint: str, probe: RefusalProbe, batch_tokens: int
     ) -> None:
-        # Ray starts a worker that fails again and again: what is no accident is told by its first window instead.
+        # Ray restarts a worker whose constructor fails, forever. So an error is kept and reported by its first window.
         self.error: CliffScopeError | None = None
         self.probe, self.batch_tokens = probe, batch_tokens
         try:
@@ -98,13 +98,14 @@ class _Actor:
             return
         if self.model.fingerprint != fingerprint:
             self.error = UnsupportedModelError(
-                f"A worker found another model at {source!r} than the driver: fingerprint {self.model.fingerprint}, "
-                f"expected {fingerprint}. Put the same files on every node, and do not edit the driver's model."
+                f"A worker loaded a different model from {source!r} than the driver: fingerprint "
+                f"{self.model.fingerprint}, expected {fingerprint}. Put the same files on every node, and do not edit "
+                "the driver's model."
             )
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Scores the one window of a batch."""
-        window: Window = pickle.loads(batch["window"][0])
+        """Scores the single window of a batch."""
+        window: PoolWindow = pickle.loads(batch["window"][0])
         result: pd.DataFrame | CliffScopeError
         try:
             result = self.error or score_window(self.model, self.probe, window, batch_tokens=self.batch_tokens)
@@ -114,14 +115,14 @@ class _Actor:
 
 
 def _score_round(
-    engine: RayEngine, model: LensModel, probe: RefusalProbe, windows: list[Window], batch_tokens: int
-) -> Iterator[tuple[Window, pd.DataFrame]]:
+    engine: RayEngine, model: LensModel, probe: RefusalProbe, windows: list[PoolWindow], batch_tokens: int
+) -> Iterator[tuple[PoolWindow, pd.DataFrame]]:
     ray = _connect(engine)
     gpus = engine.gpus
     if gpus is None:
         gpus = 1.0 if ray.cluster_resources().get("GPU", 0) else 0.0
-    known = {window.index: window for window in windows}
-    # Pickled between processes of one run, as Ray does with all that it moves; never read from a file.
+    unscored = {window.index: window for window in windows}
+    # Pickled only between processes of one run, as Ray does with everything that it moves; never read from a file.
     items = ray.data.from_items([{"window": pickle.dumps(w)} for w in windows], override_num_blocks=len(windows))
     options = {"template": model.template, "dtype": model.dtype, "device": _device(gpus)}
     scored = items.map_batches(
@@ -137,19 +138,21 @@ def _score_round(
             result = pickle.loads(row["result"])
             if isinstance(result, CliffScopeError):
                 raise result
-            yield known.pop(int(row["index"])), result
+            yield unscored.pop(int(row["index"])), result
     except ray.exceptions.RayError as error:
         raise ResourceError(
-            f"Ray gave up: {str(error).strip().splitlines()[-1]} Run the same again: it goes on."
+            f"Ray failed: {str(error).strip().splitlines()[-1]} Rerun the command to resume."
         ) from error
-    if known:
-        raise ResourceError(f"Ray ended without scores of {len(known)} windows. Run the same again: it goes on.")
+    if unscored:
+        raise ResourceError(f"Ray ended before {len(unscored)} windows were scored. Rerun the command to resume.")
 
 
 def _check(engine: RayEngine) -> None:
-    fewest, most = (1, 1) if engine.actors is None else _range(engine.actors)
-    if not 1 <= fewest <= most or engine.cpus <= 0 or (engine.gpus is not None and engine.gpus < 0):
-        raise DataError(f"{engine}: expected at least one actor, the fewest before the most, and more than 0 cores.")
+    minimum, maximum = (1, 1) if engine.actors is None else _range(engine.actors)
+    if not 1 <= minimum <= maximum or engine.cpus <= 0 or (engine.gpus is not None and engine.gpus < 0):
+        raise DataError(
+            f"{engine}: expected at least 1 actor, a minimum no larger than the maximum, and more than 0 cores."
+        )
 
 
 def _range(actors: int | tuple[int, int]) -> tuple[int, int]:
@@ -161,15 +164,15 @@ def _connect(engine: RayEngine) -> Any:
         import ray
         import ray.data
     except ImportError as error:
-        raise MissingExtraError("engine='ray' needs Ray: pip install 'cliffscope[ray]'.") from error
+        raise MissingExtraError("engine='ray' needs Ray. Install it with pip install 'cliffscope[ray]'.") from error
     if not ray.is_initialized():
         try:
             _knock(engine.address or os.environ.get("RAY_ADDRESS", ""))
             ray.init(address=engine.address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         except (OSError, ValueError, RuntimeError) as error:
             raise DataError(
-                f"No Ray cluster at {engine.address!r}: {str(error).splitlines()[0]} Start one with `ray start --head`,"
-                " or give address=None to use this machine alone."
+                f"There is no Ray cluster at {engine.address!r}: {str(error).splitlines()[0]} Start one with `ray "
+                "start --head`, or use address=None to run on this machine alone."
             ) from error
         logging.getLogger("ray.data").setLevel(logging.ERROR)
     context = ray.data.DataContext.get_current()
@@ -179,7 +182,7 @@ def _connect(engine: RayEngine) -> Any:
 
 
 def _knock(address: str) -> None:
-    """Raises OSError where nothing answers; Ray itself would wait for minutes."""
+    """Raises OSError if nothing answers at the address; Ray itself would wait for minutes."""
     host, _, port = address.rpartition(":")
     if host and port.isdigit() and "/" not in host:
         socket.create_connection((host, int(port)), timeout=10).close()
@@ -190,16 +193,17 @@ def _pool(engine: RayEngine, gpus: float, windows: int) -> "ActorPoolStrategy":
     from ray.data import ActorPoolStrategy
 
     if engine.actors is not None:
-        fewest, most = _range(engine.actors)
-        return ActorPoolStrategy(min_size=fewest, max_size=most)
-    have: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    fits = int(min(have.get("CPU", 0) / engine.cpus, have.get("GPU", 0) / gpus if gpus else float("inf")))
-    if not fits:
+        minimum, maximum = _range(engine.actors)
+        return ActorPoolStrategy(min_size=minimum, max_size=maximum)
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    cores, devices = resources.get("CPU", 0), resources.get("GPU", 0)
+    fitting = int(min(cores / engine.cpus, devices / gpus if gpus else float("inf")))
+    if not fitting:
         raise ResourceError(
-            f"No actor of {engine.cpus} cores and {gpus} GPUs fits the cluster, which has {have.get('CPU', 0)} cores "
-            f"and {have.get('GPU', 0)} GPUs. Ask for less, or add a node."
+            f"No actor with {engine.cpus} cores and {gpus} GPUs fits the cluster, which has {cores} cores and "
+            f"{devices} GPUs. Lower the numbers, or add a node."
         )
-    return ActorPoolStrategy(min_size=1, initial_size=min(fits, windows), max_size=windows)
+    return ActorPoolStrategy(min_size=1, initial_size=min(fitting, windows), max_size=windows)
 
 
 def _device(gpus: float) -> str:
@@ -209,6 +213,6 @@ def _device(gpus: float) -> str:
 
 
 def _source(model: LensModel) -> str:
-    """Where actors find the model: a path that does not depend on the directory that they run in."""
+    """Where the actors load the model from: a path that does not depend on their working directory."""
     path = Path(model.name)
     return str(path.resolve()) if path.exists() else model.name

@@ -1,7 +1,9 @@
 """What is one row of a pool's scores?
 
-A window's transcripts are sorted by length into batches of a bounded number of tokens; the blocks up to the probe's
-layer run, and each trace becomes one row at once. Knows neither files nor other windows.
+1. A window's transcripts are sorted by length into batches of a bounded number of tokens.
+2. The blocks up to the probe's layer run on each batch, and every trace becomes one row.
+
+This file knows neither files nor other windows.
 """
 
 from collections.abc import Mapping
@@ -16,17 +18,17 @@ from cliffscope.readouts.activations import BATCH_TOKENS, project_layer
 from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.readouts.trace import cliff_of, why_invalid
 from cliffscope.selection.criteria import prompt_key
-from cliffscope.transcripts.pools import Window
+from cliffscope.transcripts.pools import PoolWindow
 from cliffscope.transcripts.records import Omission, Transcript
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript, tokenize_all
 
-COLUMNS = (
+SCORE_COLUMNS = (
     *("row", "id", "source", "harmful", "outcome", "prompt_key", "n_tokens", "n_thinking", "thinking_refuses"),
     *("judge_refusal", "plateau_max", "plateau_mean", "plateau_late", "final", "drop_position", "drop"),
     *("valid", "reason"),
 )
 UNCLOSED = "thinking never closed"
-_NOTHING: Mapping[str, object] = {
+_MISSING: Mapping[str, object] = {
     **{"source": "", "harmful": None, "outcome": "", "prompt_key": "", "thinking_refuses": False},
     **{"judge_refusal": float("nan"), "n_tokens": 0, "n_thinking": 0, "drop_position": -1},
     **dict.fromkeys(("plateau_max", "plateau_mean", "plateau_late", "final", "drop"), float("nan")),
@@ -34,7 +36,7 @@ _NOTHING: Mapping[str, object] = {
 
 
 def score_window(
-    model: LensModel, probe: RefusalProbe, window: Window, *, batch_tokens: int = BATCH_TOKENS
+    model: LensModel, probe: RefusalProbe, window: PoolWindow, *, batch_tokens: int = BATCH_TOKENS
 ) -> pd.DataFrame:
     """Scores one window.
 
@@ -42,12 +44,12 @@ def score_window(
         model: the model.
         probe: fitted on this model.
         window: rows of the pool.
-        batch_tokens: tokens of a batch, padding included.
+        batch_tokens: tokens in a batch, including padding.
 
     Returns:
-        `COLUMNS`, one row a row of the window, in its order.
+        `SCORE_COLUMNS`: one row for each row of the window, in order.
     """
-    kept = {t.id: i for i, t in enumerate(window.rows) if isinstance(t, Transcript)}
+    index_of = {t.id: i for i, t in enumerate(window.rows) if isinstance(t, Transcript)}
     tokens, omitted = tokenize_all(
         [t for t in window.rows if isinstance(t, Transcript) and t.closed],
         model.tokenizer,
@@ -56,20 +58,20 @@ def score_window(
     )
     reasons = {i: row.reason for i, row in enumerate(window.rows) if isinstance(row, Omission)}
     reasons |= {i: UNCLOSED for i, row in enumerate(window.rows) if isinstance(row, Transcript) and not row.closed}
-    reasons |= {kept[o.id]: o.reason for o in omitted}
-    rows: dict[int, dict[str, object]] = {}
+    reasons |= {index_of[o.id]: o.reason for o in omitted}
+    measured: dict[int, dict[str, object]] = {}
     for t, logits in project_layer(model, tokens, probe.layer, probe.weight, probe.bias, batch_tokens=batch_tokens):
-        rows[kept[tokens[t].id]] = _measured(tokens[t], logits, probe)
+        measured[index_of[tokens[t].id]] = _measure(tokens[t], logits, probe)
     table = []
     for i, row in enumerate(window.rows):
-        known = _labels(row) if isinstance(row, Transcript) else {}
+        labels = _labels(row) if isinstance(row, Transcript) else {}
         reason = {"reason": reasons[i], "valid": False} if i in reasons else {}
-        table.append({"row": window.start + i, "id": row.id, **_NOTHING, **known, **rows.get(i, {}), **reason})
-    return pd.DataFrame(table, columns=list(COLUMNS)).astype({"harmful": object})
+        table.append({"row": window.start + i, "id": row.id, **_MISSING, **labels, **measured.get(i, {}), **reason})
+    return pd.DataFrame(table, columns=list(SCORE_COLUMNS)).astype({"harmful": object})
 
 
 def judge_refusal(transcript: Transcript) -> float:
-    """The probability of a refusal that a judge gave the answer; NaN where none did."""
+    """The refusal probability that a judge gave the answer; NaN if there is none."""
     verdict = transcript.extra.get("verdict")
     score = verdict.get("score") if isinstance(verdict, dict) else None
     return float(score) if isinstance(score, int | float) else float("nan")
@@ -86,8 +88,8 @@ def _labels(transcript: Transcript) -> dict[str, object]:
     }
 
 
-def _measured(tokens: TokenizedTranscript, logits: np.ndarray, probe: RefusalProbe) -> dict[str, object]:
-    found, thinking = cliff_of(tokens, logits), tokens.span(Span.THINKING)
-    reason = why_invalid(found, probe) if np.isfinite(logits).all() else "residuals are NaN or infinite"
+def _measure(tokens: TokenizedTranscript, logits: np.ndarray, probe: RefusalProbe) -> dict[str, object]:
+    cliff, thinking = cliff_of(tokens, logits), tokens.span(Span.THINKING)
+    reason = why_invalid(cliff, probe) if np.isfinite(logits).all() else "residuals are NaN or infinite"
     sizes = {"n_tokens": tokens.n_pos, "n_thinking": thinking.stop - thinking.start}
-    return {**asdict(found), **sizes, "valid": not reason, "reason": reason}
+    return {**asdict(cliff), **sizes, "valid": not reason, "reason": reason}

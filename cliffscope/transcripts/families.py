@@ -6,12 +6,12 @@ what opens and closes thinking, whether it can be switched off, what becomes of 
 This is the only file that spells the tags. It is data: templates.py compares a tokenizer's chat template with it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from types import MappingProxyType
 
 from cliffscope.errors import TemplateError
+from cliffscope.registry import Registry
 
 OPEN, CLOSE = "<think>", "</think>"
 
@@ -57,12 +57,33 @@ class Template:
     it); else it is what the model cards and servers of these models say."""
 
     def __post_init__(self) -> None:
-        """Check that the closing holds its tag."""
+        """Checks that name, tags and closing belong together."""
+        if not self.name.strip():
+            raise TemplateError(f"A template is named {self.name!r}. Expected text, by which it is chosen and shown.")
+        if not self.thinks and (self.think_open or self.think_close or self.opening or self.closing):
+            raise TemplateError(
+                f"Template {self.name!r} has tags, an opening or a closing, but thinks=False. Leave them empty, or set "
+                "thinks=True."
+            )
         if self.thinks and (not self.think_close or self.think_close not in self.closing):
             raise TemplateError(
                 f"Template {self.name!r}: the closing {self.closing!r} must hold think_close={self.think_close!r}. "
                 "Give both as the model writes them."
             )
+
+    def fits(self, source: str, render: Callable[[Mapping[str, bool]], str]) -> bool:
+        """Whether a chat template follows this convention.
+
+        Args:
+            source: the chat template's own text.
+            render: renders its generation prompt with the given switches; called only if the source holds the marks.
+
+        Returns:
+            True if the source holds the marks and the prompt ends as this convention says. Always False without a
+            `prompt_end`: such a template is only taken by name.
+        """
+        held = bool(self.prompt_end) and all(mark in source for mark in self.marks)
+        return held and render(self.template_kwargs).endswith(self.prompt_end)
 
 
 _ON, _OFF = {"enable_thinking": True}, {"enable_thinking": False}
@@ -248,7 +269,10 @@ _KNOWN = (
         earlier=Earlier.DROPPED,
         closing_seen=True,
     ),
-    _plain("plain", "", "any other chat model whose template never mentions thinking: Llama, Gemma, Mistral"),
 )
-TEMPLATES: Mapping[str, Template] = MappingProxyType({template.name: template for template in _KNOWN})
-"""Every known convention, by name, in the order in which they are tried."""
+PLAIN = _plain("plain", "", "any other chat model whose template never mentions thinking: Llama, Gemma, Mistral")
+"""What a chat template follows that fits no other convention and never mentions thinking."""
+TEMPLATES: Registry[Template] = Registry(kind="template", group="cliffscope.templates", expected=Template)
+"""Templates by name, in the order in which detection tries them."""
+for _template in (*_KNOWN, PLAIN):
+    TEMPLATES.register(_template.name, _template)

@@ -1,11 +1,11 @@
-"""How is a pool of any size read, a window at a time?
+"""How is a pool of any size read, one window at a time?
 
-1. Sources are a file of transcripts (JSONL or Parquet), a folder of such files, transcripts in memory, or any iterable
-   of rows, such as a Hugging Face data set.
-2. Rows come in windows of a fixed number, in the order of the source; each window has a hash of what it holds.
-3. A row that is no transcript is counted with its place and the reason, and the others go on.
+1. A source is a file of transcripts (JSONL or Parquet), a folder of such files, transcripts in memory, or any iterable
+   of rows, such as a Hugging Face dataset.
+2. Rows come in windows of a fixed size, in the order of the source. Each window has a hash of its content.
+3. A row that is not a transcript is reported with its place and the reason; the other rows are read.
 
-Memory is that of one window. Knows no tokenizer and no model.
+Memory use is that of one window. This file knows no tokenizer and no model.
 """
 
 import hashlib
@@ -25,43 +25,43 @@ from cliffscope.transcripts.records import Omission, Transcript, Transcripts
 from cliffscope.transcripts.tables import parse_json
 
 PoolSource: TypeAlias = str | Path | Transcripts | Iterable[Mapping[str, object]]
-WINDOW = 1024
-"""Rows of a window."""
-_KINDS = (".jsonl", ".parquet")
-STAGE = "pool"
+WINDOW_ROWS = 1024
+"""Rows in a window."""
+POOL_STAGE = "pool"
+_SUFFIXES = (".jsonl", ".parquet")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Window:
-    """Rows that follow each other in the pool."""
+class PoolWindow:
+    """Consecutive rows of a pool."""
 
     index: int
-    """Number of the window, from 0."""
+    """Index of the window, from 0."""
     start: int
-    """Number of its first row in the pool, from 0."""
+    """Index of its first row in the pool, from 0."""
     rows: tuple[Transcript | Omission, ...]
-    """The transcripts, and why a row is none."""
+    """Each row as a transcript, or the reason why it is not one."""
     digest: str
     """Hash of the rows."""
 
 
-def read_windows(pool: PoolSource, *, size: int = WINDOW, strict: bool = False) -> Iterator[Window]:
+def read_windows(pool: PoolSource, *, size: int = WINDOW_ROWS, strict: bool = False) -> Iterator[PoolWindow]:
     """Reads a pool window by window.
 
     Args:
         pool: a .jsonl or .parquet file with the fields of `read_transcripts`, a folder of them, transcripts, or an
             iterable of such rows.
-        size: rows of a window.
-        strict: raise at the first row that is no transcript, instead of counting it.
+        size: rows in a window.
+        strict: raise at the first row that is not a transcript instead of reporting it.
 
     Yields:
         The windows.
 
     Raises:
-        DataError: a file cannot be read, the folder holds none, or, if strict, a row is no transcript.
+        DataError: a file cannot be read, the folder holds no such file, or, if strict, a row is not a transcript.
     """
     if size < 1:
-        raise DataError(f"size={size}: a window has at least one row.")
+        raise DataError(f"size={size}: expected a window of at least 1 row.")
     rows = _rows(pool)
     start = index = 0
     while chunk := list(islice(rows, size)):
@@ -69,7 +69,7 @@ def read_windows(pool: PoolSource, *, size: int = WINDOW, strict: bool = False) 
         digest = hashlib.sha256()
         for _, value in chunk:
             digest.update(_bytes(value))
-        yield Window(index=index, start=start, rows=tuple(parsed), digest=digest.hexdigest()[:16])
+        yield PoolWindow(index=index, start=start, rows=tuple(parsed), digest=digest.hexdigest()[:16])
         index, start = index + 1, start + len(chunk)
 
 
@@ -86,14 +86,14 @@ def _rows(pool: PoolSource) -> Iterator[tuple[str, object]]:
 
 def _files(path: Path) -> list[Path]:
     if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.suffix in _KINDS)
-        if not found:
-            raise DataError(f"{path} holds no {' or '.join(_KINDS)} file.")
-        return found
-    if path.suffix not in _KINDS:
-        raise DataError(f"{path}: a pool is a {' or '.join(_KINDS)} file, or a folder of them.")
+        files = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES)
+        if not files:
+            raise DataError(f"{path} holds no {' or '.join(_SUFFIXES)} file. Pass a folder that does.")
+        return files
+    if path.suffix not in _SUFFIXES:
+        raise DataError(f"{path} is not a pool. Expected a {' or '.join(_SUFFIXES)} file, or a folder of them.")
     if not path.is_file():
-        raise DataError(f"{path} cannot be read: there is no such file. Check the path.")
+        raise DataError(f"{path} cannot be read: no such file. Check the path.")
     return [path]
 
 
@@ -127,21 +127,21 @@ def _parse(place: str, value: object, *, strict: bool) -> Transcript | Omission:
         if isinstance(value, bytes):
             value = parse_json(_text(value, place), place)
         elif isinstance(value, Mapping):
-            # What other libraries hold (dates, NumPy numbers) has to be JSON first; a null field is an absent one.
+            # Values of other libraries (dates, NumPy numbers) must become JSON first; a null field counts as absent.
             plain = json.dumps({str(k): v for k, v in value.items() if v is not None}, default=str)
             value = parse_json(plain, place)
         return parse_record(value, Path(path or "pool"), int(number) if number.isdigit() else 0)
     except (DataError, TypeError, ValueError) as error:
         if strict:
             raise DataError(f"{place}: {error}") from error
-        return Omission(stage=STAGE, reason=str(error), id=place)
+        return Omission(stage=POOL_STAGE, reason=str(error), id=place)
 
 
 def _text(line: bytes, place: str) -> str:
     try:
         return line.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{place}: not UTF-8: byte {error.start} cannot be decoded.") from error
+        raise DataError(f"{place} is not UTF-8: byte {error.start} cannot be decoded. Save it as UTF-8.") from error
 
 
 def _bytes(value: object) -> bytes:

@@ -18,8 +18,8 @@ from pathlib import Path
 from jinja2 import TemplateError as JinjaError
 from transformers import PreTrainedTokenizerBase
 
-from cliffscope.errors import TemplateError
-from cliffscope.transcripts.families import TEMPLATES, Template
+from cliffscope.errors import DataError, TemplateError
+from cliffscope.transcripts.families import PLAIN, TEMPLATES, Template
 
 __all__ = ["TEMPLATES", "Template"]
 
@@ -34,44 +34,40 @@ _THINKING = re.compile(r"think|reason", re.IGNORECASE)
 
 
 def resolve_template(template: str | Template | None, tokenizer: PreTrainedTokenizerBase) -> Template:
-    """Return the template that was asked for, or the one that the tokenizer's chat template follows.
+    """Returns the chosen template, or the one that the tokenizer's chat template follows.
 
     Args:
-        template: A key of `TEMPLATES`, a `.json` file, a `Template` of your own, or None to detect it.
-        tokenizer: Only read when `template` is None.
+        template: a choice as in `find_template`, or None to detect it.
+        tokenizer: read only if `template` is None.
 
     Returns:
-        The convention to use.
+        The template.
 
     Raises:
-        TemplateError: The name is not known, or nothing could be detected.
+        TemplateError: there is no such template, or none could be detected.
     """
     return detect_template(tokenizer) if template is None else find_template(template)
 
 
 def find_template(template: str | Template) -> Template:
-    """Return the template of a name.
+    """Returns the template that a choice means.
 
     Args:
-        template: A key of `TEMPLATES`, the path of a `.json` file with the fields of `Template`, or a `Template` of
-            your own, which is returned as it is.
+        template: a name of `TEMPLATES`, the name of an entry point of `cliffscope.templates`, `package.module:name`,
+            the path of a `.json` file with the fields of `Template`, or a `Template`, which is returned as it is.
 
     Returns:
-        The convention.
+        The template.
 
     Raises:
-        TemplateError: The name is not known, or the file does not hold a template.
+        TemplateError: there is no such template, or the file does not hold one.
     """
-    if isinstance(template, Template):
-        return template
-    if template.endswith(".json"):
+    if isinstance(template, str) and template.endswith(".json"):
         return _read_template(Path(template))
-    if template not in TEMPLATES:
-        raise TemplateError(
-            f"No template is called {template!r}. Known: {', '.join(TEMPLATES)}. "
-            "Pass one of these names, or a Template of your own."
-        )
-    return TEMPLATES[template]
+    try:
+        return TEMPLATES.get(template)
+    except DataError as error:
+        raise TemplateError(f"{error} A .json file with the fields of Template works as well.") from error
 
 
 def _read_template(path: Path) -> Template:
@@ -100,9 +96,9 @@ def split_reply(text: str, template: Template) -> tuple[str | None, str | None]:
         (thinking, answer); thinking is None where there was none, answer None where thinking never closed.
 
     Example:
-        >>> split_reply("Bread is harmless.\n</think>\n\nMix flour and water.", TEMPLATES["qwq"])
+        >>> split_reply("Bread is harmless.\n</think>\n\nMix flour and water.", TEMPLATES.get("qwq"))
         ('Bread is harmless.', 'Mix flour and water.')
-        >>> split_reply("Bread is", TEMPLATES["qwq"])
+        >>> split_reply("Bread is", TEMPLATES.get("qwq"))
         ('Bread is', None)
     """
     if not template.thinks:
@@ -120,40 +116,41 @@ def split_reply(text: str, template: Template) -> tuple[str | None, str | None]:
 
 
 def detect_template(tokenizer: PreTrainedTokenizerBase) -> Template:
-    """Find the convention from the rendered generation prompt and the chat template's source.
+    """Detects the convention from the rendered generation prompt and the chat template's source.
 
-    A chat template that never mentions thinking is taken as one without thinking, since nothing in it can tell; where
-    the model does think, pass `template="chatml-think"`.
+    The first of `TEMPLATES` that fits is taken: the built-in ones in their order, then those of installed packages. A
+    chat template that never mentions thinking counts as one without thinking, since it holds no sign of any. If the
+    model thinks nevertheless, pass `template="chatml-think"`.
 
     Args:
-        tokenizer: With a chat template.
+        tokenizer: with a chat template.
 
     Returns:
-        One of `TEMPLATES`.
+        The template.
 
     Raises:
-        TemplateError: The tokenizer has no chat template, or it follows no known convention.
+        TemplateError: the tokenizer has no chat template, or it follows no known convention.
     """
     source = _source(tokenizer)
-    found = next((t for t in TEMPLATES.values() if t.prompt_end and _follows(tokenizer, source, t)), None)
-    rendered = render_prompt(tokenizer, [_PROBE_TURN], {})
-    if found is None and not _THINKING.search(source):
-        found = TEMPLATES["plain"]
-    if found is None:
+
+    def render(switches: Mapping[str, bool]) -> str:
+        return render_prompt(tokenizer, [_PROBE_TURN], switches)
+
+    # One after the other: templates of installed packages are imported only if no built-in one fits.
+    detected = next((t for t in map(TEMPLATES.get, TEMPLATES.names()) if t.fits(source, render)), None)
+    rendered = render({})
+    if detected is None and not _THINKING.search(source):
+        detected = PLAIN
+    if detected is None:
         raise TemplateError(
             f"The chat template follows no known convention: its generation prompt ends in {rendered[-60:]!r}. "
-            f"Pass template=NAME with one of {', '.join(TEMPLATES)}, a .json file with the fields of Template, or "
+            f"Pass template=NAME with one of {', '.join(TEMPLATES.names())}, package.module:name, a .json file with "
+            "the fields of Template, or "
             "template=Template(name=..., think_open=..., think_close=..., opening=..., closing=...)."
         )
     tail = rendered if len(rendered) <= TAIL else f"…{rendered[-TAIL:]}"
-    logger.info("template %s: the generation prompt ends in %r", found.name, tail)
-    return found
-
-
-def _follows(tokenizer: PreTrainedTokenizerBase, source: str, template: Template) -> bool:
-    """Whether a chat template renders and holds what tells this family."""
-    held = all(mark in source for mark in template.marks)
-    return held and render_prompt(tokenizer, [_PROBE_TURN], template.template_kwargs).endswith(template.prompt_end)
+    logger.info("Template %s: the generation prompt ends in %r.", detected.name, tail)
+    return detected
 
 
 def generation_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Turn], template: Template) -> str:
