@@ -261,7 +261,7 @@ def random_probe(
         late_thinking=fixed_report(LATE_THINKING, low=late_low),
         within_harmful=fixed_report("final, harmful only"),
         shuffled=(0.5,),
-        by_region=pd.DataFrame(),
+        by_region=pd.DataFrame([{"layer": layer, **fixed_report(FINAL).to_row()}]),
         cells={},
         warnings=(),
     )
