@@ -21,6 +21,7 @@ from cliffscope.cli import program
 from cliffscope.errors import CliffScopeError, MissingExtraError
 from cliffscope.model.checkpoints import ASSETS
 from cliffscope.store import open_run
+from cliffscope.study.stages import STAGES
 from cliffscope.transcripts.datasets import read_transcripts, write_transcripts
 from cliffscope.transcripts.records import Outcome, Transcripts
 
@@ -548,7 +549,14 @@ def test_a_study_is_run_reported_and_not_repeated(shell: Shell, files: Path, mod
     assert {p.name: p.stat().st_mtime_ns for p in out.iterdir()} == before
     assert found.json["verdict"]["cliff"] in again.out
     assert f"Report: {out / 'report.html'}" in again.out
-    assert "seed was 0, now 1" in shell.fails(5, *words, "--seed", 1)
+    plan = shell(*words, "--seed", 1, "--plan")
+    assert plan.code == 0
+    assert "seed was 0, now 1" in plan.out
+    plan = shell(*words, "--select-fraction", 0.5, "--plan", "--json").json["stages"]
+    assert [row["stage"] for row in plan if row["action"] == "run"] == ["selection", "report"]
+    assert shell(*words, "--only", "report").code == 0
+    assert "expected a stage: transcripts" in shell.fails(3, *words, "--until", "the end")
+    assert {p.name for p in out.iterdir()} == set(before)
 
 
 def test_the_limit_holds_for_transcripts_too(shell: Shell, files: Path, model: Path, tmp_path: Path) -> None:
@@ -713,17 +721,7 @@ def test_a_killed_study_goes_on_and_keeps_what_was_finished(
     assert found.code == 0, found.err
     assert (out / "transcripts.jsonl").read_bytes() == kept
     stages = json.loads((out / "manifest.json").read_text())["stages"]
-    assert list(stages) == [
-        "transcripts",
-        "probe",
-        "traces",
-        "heads",
-        "edited",
-        "safety",
-        "selection",
-        "repair",
-        "report",
-    ]
+    assert list(stages) == [stage.name for stage in STAGES if stage.name != "repair"]
     whole = tmp_path / "whole"
     assert shell(*[str(whole) if word == str(out) else word for word in words]).code == 0
     tables = sorted(p.name for p in whole.glob("*.parquet"))

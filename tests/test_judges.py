@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from cliffscope.errors import DataError, JudgeError
 from cliffscope.judging.judges import OPENING_CHARACTERS, PhraseJudge, Verdict, agreement, judge
 from cliffscope.judging.phrases import REFUSALS, Phrase, canonical
+from cliffscope.judging.protocols import GroupJudges
 from cliffscope.transcripts.transcript import Message, Omission, Outcome, Transcript, Transcripts
 
 # The labelled answers below were written for this test. Every request that they answer is mild.
@@ -818,3 +819,26 @@ def test_a_lecture_that_gives_nothing_is_a_refusal(answer: str) -> None:
 @pytest.mark.parametrize("answer", HELPFUL_ALL_THE_SAME)
 def test_the_words_of_a_lecture_in_a_helpful_answer_are_none(answer: str) -> None:
     assert verdict(answer).outcome is COMPLIED
+
+
+def test_harmless_prompts_can_have_a_judge_of_their_own() -> None:
+    """Each answer is read by the judge of its group, and its verdict names that judge."""
+
+    class Constant:
+        def __init__(self, name: str, outcome: Outcome) -> None:
+            self.name, self.outcome = name, outcome
+
+        def __call__(self, prompt: str, answer: str) -> Verdict:
+            return Verdict(outcome=self.outcome, score=None, reason="always")
+
+    pair = GroupJudges(harmful=Constant("a", Outcome.REFUSED), harmless=Constant("b", Outcome.COMPLIED))
+    asked = Transcripts(
+        Transcript(id=str(label), messages=(Message(role="user", content="Hi"),), answer="Hello.", harmful=label)
+        for label in (True, False, None)
+    )
+    judged = judge(asked, pair)
+    assert [str(t.outcome) for t in judged] == ["refused", "complied", "refused"]
+    assert [t.extra["verdict"]["judge"] for t in judged] == ["a", "b", "a"]
+    assert pair.name == "a (harmful), b (harmless)"
+    with pytest.raises(JudgeError, match="judges transcripts, not single answers"):
+        pair("Hi", "Hello.")

@@ -7,13 +7,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cliffscope.cli.options import (
+    ClassifierOption,
     JsonOption,
+    JudgeOption,
     ModelOption,
     OutOption,
     SeedOption,
     TemplateOption,
     TranscriptsOption,
+    UrlOption,
     given_options,
+    judge_choice,
 )
 from cliffscope.cli.program import app, say, say_table
 from cliffscope.errors import DataError, EditError
@@ -23,10 +27,6 @@ if TYPE_CHECKING:
     import cliffscope as cs
     from cliffscope.heads.edits import EditPlan
 
-JudgeOption = Annotated[
-    str,
-    typer.Option("--judge", help="phrases, classifier:FORMAT@PATH, model:MODEL@URL, or package.module:name."),
-]
 HeadsOption = Annotated[str, typer.Option("--heads", help="Heads to edit, such as L12H5,L14H0.")]
 FactorOption = Annotated[float, typer.Option(help="What the heads are multiplied by; 0 zeroes them.")]
 EditOption = Annotated[Path | None, typer.Option("--edit", help="JSON of an edit, instead of --heads.")]
@@ -37,6 +37,8 @@ def judge(
     transcripts: TranscriptsOption,
     out: OutOption,
     judge: JudgeOption = "phrases",
+    classifier: ClassifierOption = None,
+    url: UrlOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Judges the answers of transcripts, into JSONL.
@@ -45,10 +47,10 @@ def judge(
     """
     import cliffscope as cs
 
-    found = cs.judge(cs.read_transcripts(transcripts), judge)
-    cs.write_transcripts(found, out)
-    counts = {str(k): int(v) for k, v in found.to_frame()["outcome"].value_counts().items()}
-    say(as_json, {"out": str(out), **counts}, repr(found), found.omitted)
+    judged = cs.judge(cs.read_transcripts(transcripts), judge_choice(judge, classifier, url))
+    cs.write_transcripts(judged, out)
+    counts = {str(k): int(v) for k, v in judged.to_frame()["outcome"].value_counts().items()}
+    say(as_json, {"out": str(out), **counts}, repr(judged), judged.omitted)
 
 
 @app.command()
@@ -65,6 +67,8 @@ def evaluate(
     edit: EditOption = None,
     controls: Annotated[int, typer.Option(min=0, help="Random sets of heads.")] = 20,
     judge: JudgeOption = "phrases",
+    classifier: ClassifierOption = None,
+    url: UrlOption = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Prompts at most.")] = None,
     max_thinking: Annotated[int, typer.Option(min=1, help="Tokens of thinking at most.")] = 1024,
     max_answer: Annotated[int, typer.Option(min=1, help="Tokens of answer at most.")] = 128,
@@ -87,7 +91,7 @@ def evaluate(
     from cliffscope.study.answers import open_answers
     from cliffscope.study.artefacts import SAFETY, SAFETY_PAIRS, SAFETY_QUALITY
 
-    change, reader = _edit(heads, factor, edit), find_judge(judge)
+    change, reader = _edit(heads, factor, edit), find_judge(judge_choice(judge, classifier, url))
     ours = prompts.suffix == ".jsonl" and limit is None and harmful is None
     asked = cs.read_transcripts(prompts) if ours else cs.read_prompts(prompts, harmful=harmful, limit=limit, seed=seed)
     with (

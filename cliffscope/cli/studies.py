@@ -8,7 +8,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cliffscope.cli.options import JsonOption, ModelOption, OutOption, SeedOption, TemplateOption, one_of
+from cliffscope.cli.options import (
+    ClassifierOption,
+    JsonOption,
+    JudgeOption,
+    ModelOption,
+    OutOption,
+    SeedOption,
+    TemplateOption,
+    UrlOption,
+    judge_choice,
+    one_of,
+)
 from cliffscope.cli.program import app, say
 from cliffscope.progress import show_progress
 
@@ -45,6 +56,13 @@ def study(
     max_thinking: Annotated[int, typer.Option(min=1, help="Tokens of thinking at most.")] = 1024,
     max_answer: Annotated[int, typer.Option(min=1, help="Tokens of answer at most.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    judge: JudgeOption = "phrases",
+    classifier: ClassifierOption = None,
+    url: UrlOption = None,
+    harmless_judge: Annotated[
+        str | None,
+        typer.Option(help="Judge of answers to harmless prompts, if another; as --judge."),
+    ] = None,
     positions: Annotated[str, typer.Option(help="Probe positions: balanced or final.")] = "balanced",
     contrast: Annotated[str, typer.Option(help="Complied class of the probe: auto, harmless or harmful.")] = "auto",
     plateau: Annotated[str, typer.Option(help="mean or max.")] = "mean",
@@ -85,6 +103,8 @@ def study(
         max_thinking=max_thinking,
         max_answer=max_answer,
         temperature=temperature,
+        judge=judge_choice(judge, classifier, url),
+        harmless_judge=harmless_judge,
         positions=one_of("positions", positions, "balanced", "final"),
         contrast=one_of("contrast", contrast, "auto", "harmless", "harmful"),
         plateau=one_of("plateau", plateau, "mean", "max"),

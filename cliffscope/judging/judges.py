@@ -19,9 +19,9 @@ import numpy as np
 from cliffscope.errors import CliffScopeError, DataError, JudgeError
 from cliffscope.judging.lookup import find_judge
 from cliffscope.judging.phrase_judge import OPENING_CHARACTERS, PhraseJudge
-from cliffscope.judging.protocols import BatchJudge, HarmJudge, Judge, Verdict
+from cliffscope.judging.protocols import BatchJudge, GroupJudges, HarmJudge, Judge, Verdict
 from cliffscope.stats import Interval, cohen_kappa
-from cliffscope.transcripts.records import Omission, Outcome, Transcript, Transcripts
+from cliffscope.transcripts.records import Group, Omission, Outcome, Transcript, Transcripts
 
 __all__ = [
     "OPENING_CHARACTERS",
@@ -67,7 +67,8 @@ def judge(transcripts: Transcripts, judge: Judge | str = "phrases") -> Transcrip
     """
     reader = find_judge(judge)
     verdicts: dict[str, Verdict | Omission] = {t.id: v for t in transcripts if (v := _unfinished(t)) is not None}
-    verdicts |= _ask_all(reader, [t for t in transcripts if t.id not in verdicts])
+    for single, answered in _by_judge(reader, [t for t in transcripts if t.id not in verdicts]):
+        verdicts |= _ask_all(single, answered)
     judged: list[Transcript] = []
     failures: list[Omission] = []
     for transcript in transcripts:
@@ -75,7 +76,7 @@ def judge(transcripts: Transcripts, judge: Judge | str = "phrases") -> Transcrip
         if isinstance(verdict, Omission):
             failures.append(verdict)
             verdict = Verdict(outcome=Outcome.UNJUDGED, score=None, reason=verdict.reason)
-        judged.append(_with_verdict(transcript, verdict, reader.name))
+        judged.append(_with_verdict(transcript, verdict, _judge_of(reader, transcript).name))
     if failures:
         logger.warning("Judge %s left %d of %d answers unjudged.", reader.name, len(failures), len(judged))
     return Transcripts(judged, omitted=(*transcripts.omitted, *failures))
@@ -174,6 +175,18 @@ def judge_agreement(
             "neither refused nor complied. Label them, drop them, or pass a second judge."
         )
     return agreement([t.outcome for t in judge(finished, readers[0])], [t.outcome for t in other], level=level)
+
+
+def _by_judge(judge: Judge, transcripts: Sequence[Transcript]) -> list[tuple[Judge, list[Transcript]]]:
+    """Each judge with the transcripts whose answers it reads."""
+    if not isinstance(judge, GroupJudges):
+        return [(judge, list(transcripts))]
+    return [(judge.of(group), [t for t in transcripts if t.group is group]) for group in Group]
+
+
+def _judge_of(judge: Judge, transcript: Transcript) -> Judge:
+    """The judge that reads a transcript's answer."""
+    return judge.of(transcript.group) if isinstance(judge, GroupJudges) else judge
 
 
 def _unfinished(transcript: Transcript) -> Verdict | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 from cliffscope.errors import CliffScopeError, JudgeError
-from cliffscope.transcripts.records import Outcome
+from cliffscope.transcripts.records import Group, Outcome
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,3 +67,29 @@ class HarmJudge(Judge, Protocol):
     @property
     def harmful_only(self) -> bool:
         """Whether it can judge only answers to harmful prompts: elsewhere, no harm does not mean a refusal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class GroupJudges:
+    """One judge for harmful and unlabelled prompts, another for harmless ones.
+
+    Guard models classify harm and cannot tell a refusal of a harmless prompt; another judge reads those.
+    """
+
+    harmful: Judge
+    """Reads answers to harmful and to unlabelled prompts."""
+    harmless: Judge
+    """Reads answers to harmless prompts."""
+
+    @property
+    def name(self) -> str:
+        """Both names."""
+        return f"{self.harmful.name} (harmful), {self.harmless.name} (harmless)"
+
+    def __call__(self, prompt: str, answer: str) -> Verdict:  # noqa: ARG002
+        """Refuses: which judge reads an answer depends on the prompt's label, which is not passed here."""
+        raise JudgeError(f"{self.name} judges transcripts, not single answers: pass it to `judge` or a study.")
+
+    def of(self, group: Group) -> Judge:
+        """The judge of a group of prompts."""
+        return self.harmless if group is Group.HARMLESS else self.harmful

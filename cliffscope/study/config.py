@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from cliffscope.errors import DataError
 from cliffscope.heads.ranking import top_count
+from cliffscope.judging.lookup import find_judge
+from cliffscope.judging.protocols import GroupJudges, Judge
 from cliffscope.organisms import is_organism, study_prompts
 from cliffscope.readouts.cliff import Plateau
 from cliffscope.readouts.contrast import Contrast
@@ -47,6 +49,12 @@ class StudyConfig:
     """Tokens of answer at most."""
     temperature: float = 0.0
     """0 is greedy."""
+    judge: str = "phrases"
+    """What reads the answers, as in `find_judge`: `phrases`, `classifier:FORMAT@PATH`, `model:MODEL@URL` or
+    `package.module:name`. Transcripts that have outcomes keep them."""
+    harmless_judge: str | None = None
+    """What reads answers to harmless prompts, such as `phrases` beside a guard that classifies harm; None takes
+    `judge` for all."""
     positions: Positions = "balanced"
     """Positions that the probe is fitted on."""
     contrast: Contrast = "auto"
@@ -90,6 +98,13 @@ class StudyConfig:
                 f"No prompts were given for {self.model!r}. Give harmful=... (and harmless=...) files, or "
                 "transcripts=...; only organisms bring their own."
             )
+
+    def find_judge(self) -> Judge:
+        """The judge of all answers of the study; raises DataError or JudgeError where there is none such."""
+        judge = find_judge(self.judge)
+        if self.harmless_judge is None:
+            return judge
+        return GroupJudges(harmful=judge, harmless=find_judge(self.harmless_judge))
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

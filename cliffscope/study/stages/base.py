@@ -15,6 +15,7 @@ from typing import ClassVar
 
 import pandas as pd
 
+from cliffscope.judging.protocols import Judge
 from cliffscope.model.load import LensModel, load_model
 from cliffscope.progress import Progress
 from cliffscope.readouts.probe import RefusalProbe
@@ -68,6 +69,11 @@ class Workspace:
     def model(self) -> LensModel:
         """The model, loaded when it is first needed."""
         return load_model(self.config.model, template=self.config.template, device=self.config.device)
+
+    @cached_property
+    def judge(self) -> Judge:
+        """What reads the answers."""
+        return self.config.find_judge()
 
     @cached_property
     def transcripts(self) -> Transcripts:

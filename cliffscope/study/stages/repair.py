@@ -18,7 +18,7 @@ class RepairStage(Stage):
     version = 1
     needs = ("transcripts", "selection")
     makes = (REPAIR, REPAIRED)
-    settings = ("system", "max_thinking", "max_answer", "temperature", "seed")
+    settings = ("judge", "harmless_judge", "system", "max_thinking", "max_answer", "temperature", "seed")
 
     def wanted(self, config: StudyConfig) -> bool:
         """Only on request."""
@@ -41,6 +41,7 @@ class RepairStage(Stage):
             work.model,
             load_model(str(folder), template=config.template, device=config.device),
             prompts,
+            judge=work.judge,
             max_thinking=config.max_thinking,
             max_answer=config.max_answer,
             temperature=config.temperature,

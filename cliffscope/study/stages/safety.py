@@ -25,7 +25,7 @@ class SafetyStage(Stage):
     version = 1
     needs = ("transcripts", "suppression")
     makes = (SAFETY, SAFETY_PAIRS, SAFETY_QUALITY, ARM_ANSWERS, ARM_LOGS, ARM_OMISSIONS)
-    settings = ("controls", "system", "max_thinking", "max_answer", "temperature", "seed")
+    settings = ("judge", "harmless_judge", "controls", "system", "max_thinking", "max_answer", "temperature", "seed")
 
     def run(self, work: Workspace, key: str) -> StageOutputs:
         """Evaluates, or makes nothing where no head was selected."""
@@ -70,6 +70,7 @@ def _compare_arms(work: Workspace, key: str, edit: HeadEdit, controls: int) -> S
             prompts,
             edit=edit,
             controls=controls,
+            judge=work.judge,
             max_thinking=config.max_thinking,
             max_answer=config.max_answer,
             temperature=config.temperature,

@@ -26,20 +26,20 @@ class TranscriptStage(Stage):
     version = 1
     needs = ()
     makes = (TRANSCRIPTS, TRANSCRIPT_TABLE, ARM_LOGS)
-    settings = ("limit", "system", "max_thinking", "max_answer", "temperature", "seed")
+    settings = ("limit", "system", "max_thinking", "max_answer", "temperature", "judge", "harmless_judge", "seed")
     files = ("harmful", "harmless", "transcripts")
 
     def run(self, work: Workspace, key: str) -> StageOutputs:
         """Generates or reads, judges, splits."""
-        config, model = work.config, work.model
+        config, reader, model = work.config, work.judge, work.model
         inputs = read_inputs(config)
         transcripts = inputs.transcripts
         if config.transcripts is None:
             check_contrast(transcripts, config.contrast, thinks=model.template.thinks)
             with work.answers(key) as answers:
-                transcripts = judge(_roll_out(work, transcripts, answers))
+                transcripts = judge(_roll_out(work, transcripts, answers), reader)
         elif all(t.outcome is Outcome.UNJUDGED for t in transcripts):
-            transcripts = judge(transcripts)
+            transcripts = judge(transcripts, reader)
         splits = _splits(transcripts, inputs.splits, config.seed)
         return StageOutputs(
             files={TRANSCRIPTS: transcripts, TRANSCRIPT_TABLE: transcript_table(transcripts, splits)},
