@@ -26,7 +26,7 @@ from transformers import DynamicCache
 
 from cliffscope.errors import ResourceError
 from cliffscope.heads.branches import Job, edits_by_layer
-from cliffscope.heads.edits import change_heads
+from cliffscope.heads.editing import change_heads
 from cliffscope.memory import is_out_of_memory
 from cliffscope.model.load import LensModel
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript
