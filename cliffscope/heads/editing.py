@@ -119,7 +119,8 @@ def edited_hooks(
             if values is not None:
                 for span in spans:
                     _check_positions(values.shape[1], span.stop - span.start)
-            for layer in sorted({ref.layer for ref in one.heads}):
+            # Layers that `only_blocks` has cut off above do not run, so that there is nothing to edit in them.
+            for layer in sorted({ref.layer for ref in one.heads if ref.layer < len(model.blocks)}):
                 indices = [i for i, ref in enumerate(one.heads) if ref.layer == layer]
                 heads = [one.heads[i].head for i in indices]
                 added = None if values is None else rearrange(values[indices], "head pos d_head -> pos head d_head")

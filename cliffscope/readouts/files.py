@@ -34,6 +34,7 @@ def save_probe(store: "RunStore", probe: RefusalProbe) -> None:
             "layer": probe.layer,
             "positions": probe.positions,
             "fingerprint": probe.fingerprint,
+            "template": probe.template,
             "strength": probe.strength,
             "refused_logit": probe.refused_logit,
             "n_fit": _class_counts(report.cells),
@@ -87,6 +88,7 @@ def load_probe(store: "RunStore") -> RefusalProbe:
             strength=float(data["strength"]),
             refused_logit=float(data["refused_logit"]),
             fingerprint=str(data["fingerprint"]),
+            template=str(data.get("template", "")),
             report=report,
             omitted=tuple(Omission(**omission) for omission in data.get("omitted", ())),
         )
