@@ -18,7 +18,7 @@ fitted at the final token alone need not mean anything during the thinking. Know
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pandas as pd
@@ -59,8 +59,7 @@ FEWEST_TO_CHOOSE = 2
 class RefusalProbe(Readout, Plotted):
     """A linear refusal probe: score = sigmoid(residual . weight + bias)."""
 
-    name: ClassVar[str] = "probe"
-    """As a readout."""
+    name = "probe"
     layer: int
     """Layer whose `hook_resid_post` it reads."""
     weight: Float32[np.ndarray, " d_model"]

@@ -13,7 +13,7 @@ user's own readout is a subclass.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ class ReadoutReport(Protocol):
 class Readout(ABC):
     """A number read off the residual stream at the final position, high where the answer will refuse."""
 
-    name: ClassVar[str]
+    name: str
     """What it is, in one word, for tables and figures."""
     layer: int
     """Last layer whose residual it reads; heads above it cannot change it."""
