@@ -33,6 +33,8 @@ from .judging.judges import judge_agreement as judge_agreement
 from .judging.rubric import ModelJudge as ModelJudge
 from .model.load import LensModel as LensModel
 from .model.load import load_model as load_model
+from .readouts.answer import AnswerReadout as AnswerReadout
+from .readouts.answer import fit_answer_readout as fit_answer_readout
 from .readouts.probe import RefusalProbe as RefusalProbe
 from .readouts.probe import fit_probe as fit_probe
 from .readouts.trace import Cliffs as Cliffs

@@ -38,6 +38,7 @@ LAYERS = [
 ]
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or not p.name.startswith("__"))
 PUBLIC = [
+    "AnswerReadout",
     "ClassifierJudge",
     "CliffScopeError",
     "Cliffs",
@@ -68,6 +69,7 @@ PUBLIC = [
     "edited_weights",
     "evaluate_safety",
     "export_edited",
+    "fit_answer_readout",
     "fit_probe",
     "judge",
     "judge_agreement",

@@ -1,7 +1,8 @@
-"""How is a probe kept on disk?
+"""How is a readout stored on disk?
 
-`probe.safetensors` holds the directions and biases of all layers, `probe.json` the rest, `probe_layers.parquet` the
-held-out quality by layer and region. Reading gives the same probe back.
+Of a probe, `probe.safetensors` holds the directions and biases of all layers, `probe.json` the rest and
+`probe_layers.parquet` the held-out quality by layer and region. An answer readout is `answer.json`. Reading gives the
+same readout back.
 """
 
 from collections.abc import Mapping
@@ -9,10 +10,13 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from cliffscope.errors import ProbeError
+from cliffscope.readouts.answer import AnswerReadout
+from cliffscope.readouts.openings import Opening
 from cliffscope.readouts.probe import RefusalProbe
-from cliffscope.readouts.reports import ProbeReport, RegionReport
+from cliffscope.readouts.reports import AnswerReport, ProbeReport, RegionReport
 from cliffscope.stats import Interval
 from cliffscope.transcripts.records import Omission
 
@@ -20,6 +24,7 @@ if TYPE_CHECKING:
     from cliffscope.store import RunStore
 
 JSON, ARRAYS, TABLE = "probe.json", "probe.safetensors", "probe_layers.parquet"
+ANSWER = "answer.json"
 
 
 def save_probe(store: "RunStore", probe: RefusalProbe) -> None:
@@ -95,6 +100,68 @@ def load_probe(store: "RunStore") -> RefusalProbe:
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise ProbeError(
             f"{store.path / JSON} is no probe of CliffScope: {error!r}. Fit one with cliffscope fit-probe."
+        ) from error
+
+
+def save_answer_readout(store: "RunStore", readout: AnswerReadout) -> None:
+    """Writes an answer readout into a run directory."""
+    report = readout.report
+    store.write_json(
+        ANSWER,
+        {
+            "layer": readout.layer,
+            "vocabulary": readout.vocabulary,
+            "fingerprint": readout.fingerprint,
+            "template": readout.template,
+            "refused_logit": readout.refused_logit,
+            "openings": [asdict(opening) for opening in readout.openings],
+            "omitted": [asdict(omission) for omission in readout.omitted],
+            "report": {
+                "final": _region_json(report.final),
+                "within_harmful_final": _region_json(report.within_harmful),
+                "openings": report.openings.to_dict("records"),
+                "separation": report.separation,
+                "covered": report.covered,
+                "mass": report.mass,
+                "warnings": list(report.warnings),
+            },
+        },
+    )
+
+
+def load_answer_readout(store: "RunStore") -> AnswerReadout:
+    """Reads an answer readout from a run directory; raises ProbeError where a field is missing."""
+    data: dict[str, Any] = store.read_json(ANSWER)
+    try:
+        report = data["report"]
+        return AnswerReadout(
+            openings=tuple(
+                Opening(
+                    token_ids=tuple(int(i) for i in opening["token_ids"]),
+                    refuses=bool(opening["refuses"]),
+                    text=str(opening["text"]),
+                )
+                for opening in data["openings"]
+            ),
+            layer=int(data["layer"]),
+            vocabulary=int(data["vocabulary"]),
+            refused_logit=float(data["refused_logit"]),
+            fingerprint=str(data["fingerprint"]),
+            template=str(data["template"]),
+            report=AnswerReport(
+                final=_region(report["final"]),
+                within_harmful=_region(report["within_harmful_final"]),
+                openings=pd.DataFrame(report["openings"]),
+                separation=_number(report["separation"]),
+                covered=_number(report["covered"]),
+                mass=_number(report["mass"]),
+                warnings=tuple(report["warnings"]),
+            ),
+            omitted=tuple(Omission(**omission) for omission in data.get("omitted", ())),
+        )
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise ProbeError(
+            f"{store.path / ANSWER} is no answer readout of CliffScope: {error!r}. Fit one with cs.fit_answer_readout."
         ) from error
 
 

@@ -12,7 +12,7 @@ user's own readout is a subclass.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -108,19 +108,35 @@ def read_final(
     Raises:
         ProbeError: the readout does not fit the model.
     """
-    readout.check_model(model)
     logits = np.zeros(len(transcripts), np.float32)
+    for batch, residuals in gather_nodes(model, readout, transcripts, edit=edit, progress=progress):
+        with torch.inference_mode():
+            logits[batch] = readout.logits(model, residuals).float().cpu().numpy()
+    return logits
+
+
+def gather_nodes(
+    model: LensModel,
+    readout: Readout,
+    transcripts: Sequence[TokenizedTranscript],
+    *,
+    edit: Intervention | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Iterator[tuple[list[int], Float[Tensor, "transcript node d_model"]]]:
+    """What a readout reads, batch by batch; arguments and errors as of `read_final`.
+
+    Yields:
+        Indices of transcripts, and their residuals at the final position and at the readout's continuations.
+    """
+    readout.check_model(model)
     rows = [readout.continuations.rows(transcript) for transcript in transcripts]
     done = 0
     # Paths of one transcript stay together: its logit may need all of them.
     for batch in length_batches([len(paths) * max(row.n_pos for row in paths) for paths in rows]):
-        residuals = _gather(model, readout, [row for i in batch for row in rows[i]], edit)
-        with torch.inference_mode():
-            logits[batch] = readout.logits(model, residuals).float().cpu().numpy()
+        yield batch, _gather(model, readout, [row for i in batch for row in rows[i]], edit)
         done += len(batch)
         if progress is not None:
             progress(done)
-    return logits
 
 
 def _gather(

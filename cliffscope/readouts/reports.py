@@ -1,4 +1,4 @@
-"""What can a probe tell, and what are its classes made of?
+"""What can a readout tell, and what are its classes made of?
 
 One `RegionReport` a region compares one value a transcript between refused and complied transcripts; `cells_of` counts
 harmful and harmless transcripts in each class, since a class of harmful prompts against one of harmless prompts may
@@ -109,6 +109,56 @@ class ProbeReport(Plotted):
     def __repr__(self) -> str:
         """One line: what it can tell at the end and late in the thinking."""
         return f"ProbeReport({self.final}; late thinking {self.late_thinking.auroc:.3f})"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AnswerReport(Plotted):
+    """What an answer readout can tell on its test split."""
+
+    final: RegionReport
+    """Refused against complied, at the final position; the score is the sigmoid of the log-odds."""
+    within_harmful: RegionReport
+    """The same among harmful transcripts alone."""
+    openings: pd.DataFrame
+    """One row an opening: class, opening (text), tokens, token_ids, fit_refused, fit_complied, test_refused,
+    test_complied (answers that begin with it)."""
+    separation: float
+    """Share of the validate answers that begin with an opening of their own class; NaN where openings were given."""
+    covered: float
+    """Share of the test answers that begin with one of the openings."""
+    mass: float
+    """Mean probability, on the test split, that the answer begins with one of the openings."""
+    warnings: tuple[str, ...]
+    """What a reader should know before believing the readout."""
+
+    @property
+    def can_tell(self) -> bool:
+        """Whether the readout can tell at the final position."""
+        return self.final.can_tell
+
+    def to_frame(self) -> pd.DataFrame:
+        """The table of openings."""
+        return self.openings.copy()
+
+    def small_table(self) -> pd.DataFrame:
+        """Held-out AUROC overall and among harmful transcripts."""
+        return quality_table((self.final, self.within_harmful))
+
+    def plot(self) -> "Figure":
+        """How often held-out refusals and compliances begin with each opening."""
+        from cliffscope.figures.openings import opening_bars
+
+        return opening_bars(
+            self.openings["opening"].tolist(),
+            self.openings["class"].tolist(),
+            self.openings["test_refused"].to_numpy(float) / max(1, self.final.n_refused),
+            self.openings["test_complied"].to_numpy(float) / max(1, self.final.n_complied),
+            title=f"How held-out answers begin (n={self.final.n_refused} refused, {self.final.n_complied} complied)",
+        )
+
+    def __repr__(self) -> str:
+        """One line: AUROC, and how many answers begin with an opening."""
+        return f"AnswerReport({self.final}; {self.covered:.0%} of answers begin with an opening)"
 
 
 def quality_table(reports: Sequence[RegionReport]) -> pd.DataFrame:
