@@ -31,7 +31,7 @@ from torch import Tensor
 
 from cliffscope.errors import ProbeError
 from cliffscope.model.load import LensModel
-from cliffscope.model.unembedding import check_unembedding, log_normaliser, next_logits, vocabulary_size
+from cliffscope.model.unembedding import check_unembedding, check_weights, log_normaliser, next_logits, vocabulary_size
 from cliffscope.notebook import Plotted
 from cliffscope.readouts.continuations import Continuations
 from cliffscope.readouts.labelled import COMPLIED, REFUSED, Labelled, LabelledRow, split_by_prompt
@@ -144,8 +144,12 @@ class AnswerReadout(Readout, Plotted):
         return (logs[..., nodes, columns] * there).sum(-1)
 
     def check_model(self, model: LensModel) -> None:
-        """Raises ProbeError if the model has other layers, another vocabulary or tokenizer, or another template."""
+        """Raises ProbeError if the model has other layers, another vocabulary, tokenizer or template.
+
+        Raises UnsupportedModelError if its final norm or output embedding is quantised or offloaded.
+        """
         super().check_model(model)
+        check_weights(model)
         texts = [str(model.tokenizer.decode(list(opening.token_ids))) for opening in self.openings]
         odd = [opening.text for opening, text in zip(self.openings, texts, strict=True) if opening.text != text]
         if self.layer != model.shape.n_layers - 1 or self.vocabulary != vocabulary_size(model) or odd:

@@ -107,8 +107,10 @@ def least_alike(answers: Answers, longest: int) -> ByClass:
         for ids in leaves
     }
     order = sorted(leaves, key=lambda ids: (-lean[ids], ids))
-    refused = [ids for ids in order if lean[ids] > 0] or order[:1]
-    complied = [ids for ids in reversed(order) if lean[ids] < 0 and ids not in refused] or order[-1:]
+    # Each side has at least the one that leans most towards it, even where all lean to the other.
+    n_refused = min(max(1, sum(lean[ids] > 0 for ids in order)), len(order) - 1)
+    n_complied = min(max(1, sum(lean[ids] < 0 for ids in order)), len(order) - n_refused)
+    refused, complied = order[:n_refused], order[::-1][:n_complied]
     return {REFUSED: tuple(refused[:MOST]), COMPLIED: tuple(complied[:MOST])}
 
 
