@@ -12,7 +12,7 @@ import numpy as np
 from scipy.stats import spearmanr
 
 import cliffscope as cs
-from cliffscope.heads.methods import METHODS
+from cliffscope.heads.catalogue import METHODS
 from cliffscope.heads.ranking import HeadRanking
 from cliffscope.model.load import LensModel
 from cliffscope.organisms import names, read_truth, study_prompts
@@ -45,7 +45,7 @@ def study(name: str, options: argparse.Namespace) -> dict[str, object]:
     ranked = classes.challenge if len(classes.challenge or ()) >= 8 else classes.refused
     planted = set(read_truth(name).planted)
     found, rankings = {}, {}
-    for method in METHODS:
+    for method, _ in METHODS:
         start = time.perf_counter()
         ranking = rank(model, probe, classes, ranked, method, options.seed)
         rankings[method] = ranking
@@ -69,7 +69,7 @@ def rank(
     model: LensModel, probe: RefusalProbe, classes: Classes, ranked: Transcripts, method: str, seed: int
 ) -> HeadRanking:
     """One ranking, with both controls; they are the donors too."""
-    options = {"harmless": classes.complied, "refused": classes.refused, "factor": 0.5, "seed": seed}
+    options = {"harmless": classes.complied, "refused": classes.refused, "seed": seed}
     return cs.rank_heads(model, probe, ranked, method=method, **options)
 
 
@@ -90,7 +90,7 @@ def describe(ranking: HeadRanking, planted: set[cs.HeadRef]) -> dict[str, object
 
 def agreement(one: HeadRanking, other: HeadRanking) -> float:
     """Spearman correlation of mean effects over the heads that the probe sees."""
-    seen = [i for i, head in enumerate(one.heads) if head.layer <= one.probe_layer]
+    seen = [i for i, head in enumerate(one.heads) if head.layer <= one.readout_layer]
     return round(float(spearmanr(one.effects.mean(0)[seen], other.effects.mean(0)[seen]).statistic), 3)
 
 

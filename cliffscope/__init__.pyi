@@ -16,10 +16,10 @@ from .heads.agreement import compare_rankings as compare_rankings
 from .heads.agreement import split_half as split_half
 from .heads.controls import control_sets as control_sets
 from .heads.donors import mean as mean
+from .heads.editing import edited_weights as edited_weights
 from .heads.edits import HeadEdit as HeadEdit
 from .heads.edits import HeadRef as HeadRef
 from .heads.edits import compose as compose
-from .heads.edits import edited_weights as edited_weights
 from .heads.edits import scale as scale
 from .heads.edits import zero as zero
 from .heads.export import export_edited as export_edited
@@ -34,6 +34,8 @@ from .judging.protocols import Verdict as Verdict
 from .judging.rubric import ModelJudge as ModelJudge
 from .model.load import LensModel as LensModel
 from .model.load import load_model as load_model
+from .readouts.answer import AnswerReadout as AnswerReadout
+from .readouts.answer import fit_answer_readout as fit_answer_readout
 from .readouts.probe import RefusalProbe as RefusalProbe
 from .readouts.probe import fit_probe as fit_probe
 from .readouts.trace import Cliffs as Cliffs

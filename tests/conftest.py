@@ -5,7 +5,7 @@ Weights are drawn much larger than for training, so that logits vary from token 
 
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +30,11 @@ from cliffscope.model.checkpoints import CACHE
 from cliffscope.model.load import LensModel, load_model
 from cliffscope.organisms import grammar
 from cliffscope.organisms.tokenizer import build_tokenizer
+from cliffscope.readouts.answer import AnswerReadout
+from cliffscope.readouts.openings import describe
 from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.readouts.regions import FINAL, LATE_THINKING
-from cliffscope.readouts.reports import ProbeReport, RegionReport
+from cliffscope.readouts.reports import AnswerReport, ProbeReport, RegionReport
 from cliffscope.stats import Interval
 from cliffscope.transcripts.records import Message, Outcome, Transcript, Transcripts
 from cliffscope.transcripts.templates import TEMPLATES
@@ -277,6 +279,53 @@ def random_probe(
         fingerprint=model.fingerprint,
         report=report,
     )
+
+
+SINGLE = {"refused": [(193,), (101,)], "complied": [(205,), (17,)]}
+"""Openings of one token: "sorry", "i" against "sure", "a"."""
+SEVERAL = {"refused": [(193, 12), (101, 46, 148)], "complied": [(205,), (101, 46, 94), (101, 256)]}
+""""sorry ,", "i can not" against "sure", "i can help", "i will": behind the final position, three tokens are read."""
+
+
+def answer_readout(
+    model: LensModel, openings: Mapping[str, Sequence[tuple[int, ...]]] = SINGLE, *, low: float = 0.9
+) -> AnswerReadout:
+    """An answer readout of these openings, with a report that says how well it can tell."""
+    report = AnswerReport(
+        final=fixed_report(FINAL, low=low),
+        within_harmful=fixed_report("final, harmful only"),
+        openings=pd.DataFrame(),
+        separation=1.0,
+        covered=1.0,
+        mass=0.9,
+        warnings=(),
+    )
+    return AnswerReadout(
+        openings=describe(openings, model.tokenizer),
+        layer=model.shape.n_layers - 1,
+        vocabulary=model.hf.lm_head.out_features,
+        refused_logit=3.0,
+        fingerprint=model.fingerprint,
+        template=model.template.name,
+        report=report,
+    )
+
+
+def log_odds_of(logits_of: Callable[[list[int]], Tensor], ids: Sequence[int], openings: Mapping[str, object]) -> float:
+    """The oracle of an answer readout: teacher forcing of every opening through whole forward passes.
+
+    Args:
+        logits_of: [pos, vocabulary] of a sequence by a plain model.
+        ids: a transcript up to its final position.
+        openings: by class.
+    """
+
+    def log_probability(opening: tuple[int, ...]) -> Tensor:
+        logs = torch.log_softmax(logits_of([*ids, *opening[:-1]]).double(), -1)
+        return sum((logs[len(ids) - 1 + step, token] for step, token in enumerate(opening)), torch.zeros(()))
+
+    sides = [torch.stack([log_probability(o) for o in openings[kind]]).logsumexp(0) for kind in ("refused", "complied")]
+    return float(sides[0] - sides[1])
 
 
 def check_documented(name: str, table: str, *, page_name: str = "models.md") -> None:

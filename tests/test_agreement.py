@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from scipy.stats import spearmanr
@@ -27,6 +29,11 @@ def test_halves_share_no_transcript() -> None:
 def test_a_ranking_too_small_to_split_is_refused() -> None:
     with pytest.raises(EditError, match="3 transcripts cannot be split"):
         split_half(ranking_of(planted_effects(3)))
+
+
+def test_a_ranking_whose_heads_depend_on_each_other_is_not_split() -> None:
+    with pytest.raises(EditError, match="measures each head on its own"):
+        split_half(replace(ranking_of(planted_effects()), each_alone=False))
 
 
 def test_rankings_are_compared_over_the_heads_that_both_probes_see() -> None:

@@ -1,12 +1,12 @@
 """Every architecture through the whole chain, against plain Hugging Face modules with hooks of this file's own.
 
-For each: load, trace, sweep of every head, weight edit, export, reload; equal to the oracle within 1e-5 of the largest
-value. The table of docs/models.md is what this run found (CLIFFSCOPE_WRITE_DOCS=1 writes it).
+For each: load, trace, answer readout, sweep of every head, weight edit, export, reload; equal to the oracle within 1e-5
+of the largest value. The table of docs/models.md is what this run found (CLIFFSCOPE_WRITE_DOCS=1 writes it).
 """
 
 import copy
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -16,14 +16,25 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import check_documented, random_probe, tokens_of, words_tokenizer, written
+from conftest import (
+    SEVERAL,
+    SINGLE,
+    answer_readout,
+    check_documented,
+    log_odds_of,
+    random_probe,
+    tokens_of,
+    words_tokenizer,
+    written,
+)
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import cliffscope as cs
 from cliffscope.errors import DataError, EditError, UnsupportedModelError
 from cliffscope.heads.controls import random_set
-from cliffscope.heads.edits import HeadRef, Scope, edited_weights
+from cliffscope.heads.editing import edited_weights
+from cliffscope.heads.edits import HeadRef, Scope
 from cliffscope.heads.shares import decompose_logit
 from cliffscope.heads.sources import trace_sources
 from cliffscope.heads.sweep import sweep_branches
@@ -38,6 +49,7 @@ from cliffscope.model.architectures import (
 from cliffscope.model.load import LensModel, load_model
 from cliffscope.readouts import activations
 from cliffscope.readouts.activations import gather_residuals, project_layer, project_residuals
+from cliffscope.readouts.readout import read_final
 from cliffscope.transcripts.records import Outcome, Transcripts
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 
@@ -257,6 +269,25 @@ def test_every_heads_effect_is_that_of_a_plain_forward_pass(case: Case, scope: S
         say(swept.path.split(" ")[0])
 
 
+@pytest.mark.parametrize("openings", [SINGLE, SEVERAL], ids=["one token", "several tokens"])
+def test_the_answer_readout_is_the_plain_models_distribution(
+    case: Case, openings: Mapping[str, Sequence[tuple[int, ...]]]
+) -> None:
+    with noted(case, "answer"):
+        model, rows, readout = case.model, case.rows[1:3], answer_readout(case.model, openings)
+        places = model.shape.places[:: max(1, len(model.shape.places) // 4)]
+        swept = sweep_branches(model, readout, rows, [(HeadRef(layer=a, head=b),) for a, b in places])
+        assert swept.path.split(" ")[0] == ("batched" if case.kind == "qwen3-next" else "packed")
+        clean = read_final(model, readout, rows)
+        for i, row in enumerate(rows):
+            ids, closing = row.token_ids[: row.final + 1].tolist(), row.span(Span.CLOSING)
+            assert_close(clean[i], log_odds_of(lambda ids: case.states(ids)[1], ids, openings))
+            zeroed = [(layer, head, closing) for layer, head in places]
+            expected = [log_odds_of(lambda ids, z=z: case.states(ids, z)[1], ids, openings) for z in zeroed]
+            assert_close(swept.edited[i], expected)
+            assert np.ptp(expected) > 1e-3, "no head matters"
+
+
 def test_an_edit_of_the_weights_and_its_export_are_that_edit(case: Case, tmp_path: Path) -> None:
     model, (layer, head) = case.model, case.model.shape.places[-2]
     ids = case.rows[0].token_ids.tolist()
@@ -415,7 +446,10 @@ def test_a_cut_model_is_whole_again_after_an_error(case: Case) -> None:
 
 def table() -> str:
     """What this run found, as Markdown."""
-    columns = ("trace", "long", "sweep, closing", "sweep, all", "weight edit", "export", "exact shares", "sources")
+    columns = (
+        *("trace", "long", "answer", "sweep, closing", "sweep, all"),
+        *("weight edit", "export", "exact shares", "sources"),
+    )
     lines = [f"| architecture | models | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     for name, kind in KINDS.items():
         cells = [FOUND.get(name, {}).get(column, "not run") for column in columns]

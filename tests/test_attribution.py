@@ -17,7 +17,9 @@ HEADS = [HeadRef(layer=layer, head=head) for layer in range(3) for head in range
 
 def job_of(model: LensModel, layer: int, scope: Scope, change: Change | None = None) -> Job:
     branches = (*((head,) for head in HEADS), tuple(HEADS[:3]))
-    return Job(model=model, probe=random_probe(model, layer), branches=branches, change=change or Change(), scope=scope)
+    return Job(
+        model=model, readout=random_probe(model, layer), branches=branches, change=change or Change(), scope=scope
+    )
 
 
 @pytest.mark.parametrize("scope", list(Scope))

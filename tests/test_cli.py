@@ -115,7 +115,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def probe(model: Path, files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A probe's directory, written by the library as fit-probe does."""
     from cliffscope.readouts.contrast import contrast_classes
-    from cliffscope.study.saved_probe import save_probe
+    from cliffscope.study.saved_readouts import save_probe
 
     out = tmp_path_factory.mktemp("probe") / "probe"
     classes = contrast_classes(read_transcripts(files / "judged.jsonl"), "harmless", thinks=True)

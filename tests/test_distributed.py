@@ -20,7 +20,7 @@ from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.selection.distributed import RayEngine
 from cliffscope.selection.scoring import score_pool
 from cliffscope.store import open_run
-from cliffscope.study.saved_probe import save_probe
+from cliffscope.study.saved_readouts import save_probe
 from cliffscope.transcripts.datasets import write_transcripts
 from cliffscope.transcripts.records import Transcripts
 

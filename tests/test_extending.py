@@ -17,7 +17,7 @@ from cliffscope.model.load import LensModel
 from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.selection.choice import select_from_cliffs, select_from_pool
 from cliffscope.store import open_run
-from cliffscope.study.saved_probe import save_probe
+from cliffscope.study.saved_readouts import save_probe
 from cliffscope.transcripts.datasets import read_transcripts, write_transcripts
 from cliffscope.transcripts.records import Outcome, Transcripts
 from cliffscope.transcripts.transcript import Span, tokenize

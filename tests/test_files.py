@@ -14,7 +14,7 @@ from cliffscope.readouts.reports import ProbeReport, RegionReport, region_report
 from cliffscope.stats import Interval
 from cliffscope.store import RunStore, open_run
 from cliffscope.study.artefacts import PROBE, PROBE_ARRAYS, PROBE_LAYERS
-from cliffscope.study.saved_probe import load_probe, save_probe
+from cliffscope.study.saved_readouts import load_probe, save_probe
 from cliffscope.transcripts.records import Transcripts
 
 JSON, ARRAYS, TABLE = PROBE.file, PROBE_ARRAYS.file, PROBE_LAYERS.file

@@ -19,7 +19,7 @@ LAYERS = [
     "study",
     "report",
     "study.answers",
-    "study.saved_probe",
+    "study.saved_readouts",
     "study.artefacts",
     "study.artefact_kinds",
     "organisms",
@@ -44,6 +44,7 @@ LAYERS = [
 ]
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or not p.name.startswith("__"))
 PUBLIC = [
+    "AnswerReadout",
     "ClassifierJudge",
     "CliffScopeError",
     "Cliffs",
@@ -78,6 +79,7 @@ PUBLIC = [
     "edited_weights",
     "evaluate_safety",
     "export_edited",
+    "fit_answer_readout",
     "fit_probe",
     "judge",
     "judge_agreement",

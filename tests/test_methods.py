@@ -3,13 +3,18 @@
 import numpy as np
 import pytest
 import torch
-from conftest import random_probe, tokens_of
+from conftest import check_documented, random_probe, tokens_of
 
 from cliffscope.errors import DataError, EditError
+from cliffscope.evaluation.dose import dose_response
+from cliffscope.heads.ablation import Mean, Scale
+from cliffscope.heads.agreement import split_half
+from cliffscope.heads.branches import Change
+from cliffscope.heads.catalogue import METHODS
 from cliffscope.heads.controls import control_sets
 from cliffscope.heads.donors import DonorTokens
-from cliffscope.heads.edits import HeadRef, Scope
-from cliffscope.heads.methods import METHODS, Method
+from cliffscope.heads.edits import EditKind, HeadRef, Scope
+from cliffscope.heads.methods import EditMethod, Task
 from cliffscope.heads.ranking import HeadRanking, rank_heads
 from cliffscope.heads.shares import decompose_logit
 from cliffscope.model.load import LensModel
@@ -130,7 +135,7 @@ def test_controls_are_measured_by_the_same_method(
     np.testing.assert_allclose(ranking.refused_effects, alone.effects, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name, _ in METHODS])
 def test_every_method_gives_the_same_columns(
     llama: LensModel, refused: Transcripts, complied: Transcripts, method: str
 ) -> None:
@@ -158,6 +163,18 @@ def test_a_set_can_be_controlled_by_any_method(llama: LensModel, refused: Transc
 def test_methods_without_their_donors_are_refused(llama: LensModel, refused: Transcripts, method: str) -> None:
     with pytest.raises(DataError, match=f"method='{method}' needs donors"):
         rank_heads(llama, random_probe(llama, 5), refused[:2], method=method)
+    with pytest.raises(DataError, match=f"method='{method}' needs donors"):
+        control_sets(llama, random_probe(llama, 5), refused[:2], HEADS, method=method)
+
+
+def test_settings_that_a_method_has_no_use_for_are_refused(
+    llama: LensModel, refused: Transcripts, complied: Transcripts
+) -> None:
+    probe = random_probe(llama, 5)
+    with pytest.raises(DataError, match="method='zero' takes no values"):
+        rank_heads(llama, probe, refused[:2], donors=complied[:2])
+    with pytest.raises(EditError, match="method='zero' takes no factor"):
+        rank_heads(llama, probe, refused[:2], factor=0.5)
 
 
 @pytest.mark.parametrize("method", ["direct", "cliff"])
@@ -178,6 +195,85 @@ def test_transcripts_without_a_token_in_the_scope_are_left_out(llama: LensModel,
 
 def test_a_method_checks_itself(llama: LensModel, complied: Transcripts) -> None:
     donors = DonorTokens.read(llama, complied[:1])
-    assert Method(name="mean", donors=donors).donors is donors
-    with pytest.raises(EditError, match="expected one of zero, mean"):
-        Method(name="remove")
+    Mean().check(Scope.CLOSING, donors)
+    with pytest.raises(DataError, match="needs donors"):
+        Mean().check(Scope.CLOSING, None)
+    with pytest.raises(DataError, match="no method 'remove'. Expected one of zero, mean"):
+        METHODS.get("remove")
+
+
+def test_every_method_says_what_it_is() -> None:
+    assert [name for name, _ in METHODS] == [
+        *("zero", "mean", "resample", "scale", "patch", "patch-reverse", "greedy", "attribution", "direct", "cliff")
+    ]
+    for name, method in METHODS:
+        assert method.name == name
+        assert method.summary
+    assert [name for name, method in METHODS if not method.causal] == ["attribution", "direct", "cliff"]
+    assert [name for name, method in METHODS if method.needs] == ["mean", "resample", "patch", "patch-reverse"]
+    assert [name for name, method in METHODS if not method.each_alone] == ["greedy"]
+    assert Scale(factor=-0.5).dose == Scale().with_factor(-0.5).dose == 1.5
+
+
+class Flip(EditMethod):
+    """A user's own method."""
+
+    name = "flip"
+    summary = "the logit with the sign of `hook_z` turned"
+
+    def change(self, task: Task) -> Change:
+        return Change(kind=self.name, factor=-1.0)
+
+
+flip = Flip()
+
+
+@pytest.mark.parametrize("scope", ["closing", "all"])
+def test_a_method_of_ones_own_is_measured_like_any_other(llama: LensModel, refused: Transcripts, scope: str) -> None:
+    probe = random_probe(llama, 5)
+    by_object, by_name = (
+        rank_heads(llama, probe, refused[:4], method=m, scope=scope) for m in (Flip(), "test_methods:flip")
+    )
+    same = rank_heads(llama, probe, refused[:4], method="scale", factor=-1.0, scope=scope)
+    np.testing.assert_allclose(by_object.effects, same.effects, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(by_object.effects, by_name.effects)
+    assert np.abs(by_object.effects).max() > 0.3
+    assert set(by_object.to_frame()["method"]) == {"flip"}
+    assert by_object.path == ("packed" if scope == "closing" else "batched")
+    assert len(split_half(by_object, splits=2).spearman) == 2
+
+
+def test_a_method_of_ones_own_controls_sets_and_doses(llama: LensModel, refused: Transcripts) -> None:
+    probe = random_probe(llama, 5)
+    flipped, scaled = (
+        control_sets(llama, probe, refused[:2], HEADS, method=method, draws=3) for method in (Flip(), Scale(factor=-1))
+    )
+    np.testing.assert_allclose(flipped.effects, scaled.effects, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(flipped.random_all, scaled.random_all, rtol=1e-4, atol=1e-4)
+    ranking = rank_heads(llama, probe, refused[:2], method=Flip())
+    doses = dose_response(llama, probe, ranking, refused[2:4], method=Flip(), fractions=(1 / 64,), controls=2)
+    logits = doses.frame[doses.frame["quantity"] == "logit"].set_index("arm")["value"]
+    joint = control_sets(llama, probe, refused[2:4], ranking.top(1 / 64), method="scale", factor=-1, draws=1)
+    assert logits["top heads"] - logits["unedited"] == pytest.approx(joint.effect, abs=1e-3)
+
+
+def test_the_edit_of_a_change_is_that_change(llama: LensModel) -> None:
+    edit = Change(kind="flip", factor=-1.0).edit(tuple(HEADS), Scope.CLOSING, 0)
+    assert (edit.kind, edit.factor, edit.values) == ("flip", -1.0, None)
+    values = torch.randn(8, 2, 8, llama.shape.d_head)
+    edit = Change(kind=EditKind.PATCH, values=(values,)).edit(tuple(HEADS), Scope.CLOSING, 0)
+    assert edit.values is not None
+    np.testing.assert_array_equal(edit.values[1], values[2, :, 3].numpy())
+
+
+def test_the_documented_table_is_what_the_methods_say() -> None:
+    rows = [
+        f"| `{name}` | {method.summary} | {'causal' if method.causal else 'not causal'} | {donors_of(method.needs)} |"
+        for name, method in METHODS
+    ]
+    table = "\n".join(["| method | what is measured | kind | values of |", "|---|---|---|---|", *rows])
+    check_documented("methods", f"{table}\n", page_name="guide/heads.md")
+
+
+def donors_of(need: str) -> str:
+    return f"`{need}`, or `donors=`" if need else ""

@@ -20,7 +20,7 @@ from cliffscope.transcripts.records import Transcripts
 
 COLUMNS = [
     *("layer", "head", "kv_group", "effect", "effect_score", "ci_low", "ci_high", "p", "q"),
-    *("effect_harmless", "effect_refused", "n", "rank", "method", "scope"),
+    *("effect_harmless", "effect_refused", "n", "rank", "readout", "method", "scope"),
 ]
 SHAPE = ModelShape(n_layers=3, n_heads=4, n_kv_heads=2, d_model=32, d_head=8, context=256)
 HEADS = tuple(HeadRef(layer=layer, head=head) for layer in range(3) for head in range(4))
@@ -45,10 +45,12 @@ def ranking_of(
         gap=gap,
         gap_score=0.8 if gap > 0 else 0.0,
         shape=SHAPE,
+        readout="probe",
         method="zero",
+        each_alone=True,
         scope=Scope.CLOSING,
         path="packed",
-        probe_layer=1,
+        readout_layer=1,
         seed=0,
         omitted=(),
     )
@@ -99,7 +101,7 @@ def test_suppression_heads_are_significant_and_the_rest_are_not() -> None:
     ranking = ranking_of(planted_effects(), gap=8.0)
     assert ranking.least_effect == pytest.approx(8.0 * SHARE)
     assert ranking.significant() == (L0H2, L1H3)
-    assert repr(ranking) == "HeadRanking(first L0H2: +3.00 logits, 12 heads, n=20, zero, packed)"
+    assert repr(ranking) == "HeadRanking(first L0H2: +3.00 logits, 12 heads, n=20, probe, zero, packed)"
 
 
 def test_the_spread_of_all_heads_is_the_null_of_each() -> None:
@@ -284,7 +286,8 @@ def test_rank_heads_measures_every_head_at_the_closing(
     np.testing.assert_array_equal(ranking.effects, swept.edited - swept.clean[:, None])
     assert ranking.harmless_effects.shape == (2, 64)
     assert ranking.gap == pytest.approx(probe.refused_logit - np.mean(clean), abs=1e-4)
-    assert (ranking.path, ranking.method, ranking.scope, ranking.probe_layer) == ("packed", "zero", "closing", 5)
+    assert (ranking.path, ranking.method, ranking.scope, ranking.readout_layer) == ("packed", "zero", "closing", 5)
+    assert (ranking.readout, ranking.each_alone, ranking.can_tell) == ("probe", True, True)
     assert seen == [1, 2, 3, 4]
     assert [str(h) for h in ranking.heads[:9]] == [*(f"L0H{i}" for i in range(8)), "L1H0"]
     assert not ranking.effects[:, 48:].any()
@@ -325,11 +328,11 @@ def test_transcripts_that_cannot_be_used_are_omitted_with_their_reason(
 
 
 def test_an_unknown_method_or_scope_is_refused(llama: LensModel, probe: RefusalProbe, refused: Transcripts) -> None:
-    with pytest.raises(EditError, match="method='guess'.*zero"):
+    with pytest.raises(DataError, match="no method 'guess'.*zero"):
         rank_heads(llama, probe, refused[:1], method="guess")
     with pytest.raises(EditError, match="scope"):
         rank_heads(llama, probe, refused[:1], scope="answer")
-    with pytest.raises(EditError, match="method='guess'.*zero"):
+    with pytest.raises(DataError, match="no method 'guess'.*zero"):
         control_sets(llama, probe, refused[:1], [L0H2], method="guess")
 
 

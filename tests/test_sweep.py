@@ -369,7 +369,7 @@ def test_the_model_is_unchanged_after_a_sweep_that_is_interrupted(
         raise KeyboardInterrupt
 
     probe, rows, branches = random_probe(model, 2), tokens_of(model, refused[:1]), every_head(model)
-    for owner, name in ((packed, "_branch_mask"), (sweep, "_compare"), (Job, "logit")):
+    for owner, name in ((packed, "_branch_mask"), (sweep, "_compare"), (Job, "logits")):
         with monkeypatch.context() as patched:
             patched.setattr(owner, name, fail)
             with pytest.raises(KeyboardInterrupt):

@@ -176,10 +176,12 @@ def ranking_of(model: LensModel, strong: int, *, n: int = 12) -> HeadRanking:
         gap=5.0,
         gap_score=0.8,
         shape=model.shape,
+        readout="probe",
         method="zero",
+        each_alone=True,
         scope=Scope.CLOSING,
         path="packed",
-        probe_layer=7,
+        readout_layer=7,
         seed=0,
         omitted=(),
     )

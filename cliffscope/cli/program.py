@@ -65,7 +65,7 @@ def _make_importable(words: Sequence[str]) -> None:
 def read_probe(path: Path) -> "RefusalProbe":
     """The probe of a directory that fit-probe or study wrote."""
     from cliffscope.store import RunStore
-    from cliffscope.study.saved_probe import load_probe
+    from cliffscope.study.saved_readouts import load_probe
 
     return load_probe(RunStore(path=path))
 

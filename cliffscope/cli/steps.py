@@ -86,7 +86,7 @@ def fit_probe(
     from cliffscope.readouts.contrast import contrast_classes
     from cliffscope.store import open_run
     from cliffscope.study.artefacts import PROBE
-    from cliffscope.study.saved_probe import save_probe
+    from cliffscope.study.saved_readouts import save_probe
 
     where: Positions = one_of("positions", positions, "balanced", "final")
     which: Contrast = one_of("contrast", contrast, "auto", "harmless", "harmful")
@@ -148,7 +148,7 @@ def rank_heads(
     template: TemplateOption = None,
     method: Annotated[str, typer.Option(help="zero, or another method of the guide to heads.")] = "zero",
     scope: Annotated[str, typer.Option(help="closing, thinking, prompt or all.")] = "closing",
-    factor: Annotated[float, typer.Option(help="What `scale` multiplies by.")] = 0.5,
+    factor: Annotated[float | None, typer.Option(help="What `scale` multiplies by; 0.5 if left out.")] = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -157,11 +157,11 @@ def rank_heads(
     Example: cliffscope rank-heads --model ./my-model --probe probe/ --transcripts judged.jsonl --out heads/
     """
     import cliffscope as cs
-    from cliffscope.heads.methods import METHODS
+    from cliffscope.heads.usable import choose_method
     from cliffscope.store import open_run
     from cliffscope.study.artefacts import HEADS
 
-    how, where = one_of("method", method, *METHODS), one_of("scope", scope, "closing", "thinking", "prompt", "all")
+    how, where = choose_method(method, factor), one_of("scope", scope, "closing", "thinking", "prompt", "all")
     fitted, judged = read_probe(probe), cs.read_transcripts(transcripts)
     suppressed = judged.where(harmful=True, outcome="complied")
     with open_run(out, given_options(context)) as store, store.stage("rank-heads"), show_progress() as progress:
@@ -173,7 +173,6 @@ def rank_heads(
             scope=where,
             harmless=judged.where(harmful=False),
             refused=judged.where(harmful=True, outcome="refused"),
-            factor=factor,
             seed=seed,
             progress=lambda done: progress("rank-heads", done, len(suppressed)),
         )

@@ -21,14 +21,14 @@ from cliffscope.evaluation.arms import TOP
 from cliffscope.evaluation.safety import SafetyReport, evaluate_safety
 from cliffscope.heads.controls import random_sets
 from cliffscope.heads.edits import zero
-from cliffscope.heads.methods import Method, measure_effects
+from cliffscope.heads.methods import Method
 from cliffscope.heads.ranking import HeadRanking, top_count
-from cliffscope.heads.usable import check_finite, usable_tokens
+from cliffscope.heads.usable import check_finite, choose_method, prepare_task
 from cliffscope.judging.lookup import find_judge
 from cliffscope.judging.protocols import Judge
 from cliffscope.model.load import LensModel
 from cliffscope.notebook import Plotted
-from cliffscope.readouts.probe import RefusalProbe
+from cliffscope.readouts.readout import Readout
 from cliffscope.resampling import bootstrap_mean
 from cliffscope.transcripts.records import Transcripts
 
@@ -95,10 +95,11 @@ class DoseResponse(Plotted):
 
 def dose_response(
     model: LensModel,
-    probe: RefusalProbe,
+    readout: Readout,
     ranking: HeadRanking,
     transcripts: Transcripts,
     *,
+    method: Method | str = "zero",
     prompts: Transcripts | None = None,
     fractions: Sequence[float] = FRACTIONS,
     controls: int = 20,
@@ -113,9 +114,11 @@ def dose_response(
 
     Args:
         model: the model.
-        probe: fitted on this model.
+        readout: fitted on this model.
         ranking: of other transcripts.
         transcripts: harmful ones that were complied with.
+        method: by which the first heads are measured, as in `rank_heads`; one that needs no donors. Answers are
+            generated with the heads zeroed.
         prompts: with `harmful` set; given, answers are generated under each dose and judged. Costs (1 + doses x (1 +
             controls)) roll-outs.
         fractions: of all heads, in (0, 1].
@@ -135,8 +138,9 @@ def dose_response(
         EditError: a fraction outside (0, 1].
     """
     reader = find_judge(judge)
-    how = Method(scope=ranking.scope)
-    tokens, _ = usable_tokens(model, transcripts, how)
+    readout.check_model(model)
+    how = choose_method(method)
+    task, _ = prepare_task(model, readout, transcripts, how, scope=ranking.scope)
     counts = sorted({top_count(fraction, len(ranking.heads)): fraction for fraction in fractions}.items())
     if not counts:
         raise DataError("No fraction was given. Give shares of the heads in (0, 1], such as 0.03.")
@@ -145,13 +149,14 @@ def dose_response(
     for done, (count, fraction) in enumerate(counts, start=1):
         heads = tuple(ranking.heads[i] for i in ranking.order[:count])
         sets = random_sets(model.shape, heads, controls, np.random.default_rng(seed), same_layers=True)
-        found = measure_effects(model, probe, tokens, [heads, *sets], how)
-        check_finite(tokens, found)
+        measured = how.measure(task, [heads, *sets])
+        check_finite(task.transcripts, measured)
         if not rows:
-            rows += _logit_rows((0.0, 0, "unedited", "unedited"), found.clean, seed)
+            rows += _logit_rows((0.0, 0, "unedited", "unedited"), measured.clean, seed)
         for i, name in enumerate([TOP, *(f"random {j + 1}" for j in range(len(sets)))]):
             kind = "random" if i else "top"
-            rows += _logit_rows((fraction, count, name, kind), found.clean + found.effects[:, i], seed)
+            edited = measured.clean + measured.sign * measured.effects[:, i]
+            rows += _logit_rows((fraction, count, name, kind), edited, seed)
         if prompts is not None:
             kept: dict[str, Transcripts] = {}
             report = evaluate_safety(

@@ -1,6 +1,6 @@
 """Do rankings of the same heads agree: between methods, and between halves of the transcripts?
 
-1. Agreement of two rankings: Spearman correlation of the mean effects over the heads that both probes see, and the
+1. Agreement of two rankings: Spearman correlation of the mean effects over the heads that both readouts see, and the
    share of the first heads that both have.
 2. Stability of one ranking: the transcripts are split in two at random, many times, and the halves are compared.
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from scipy.stats import spearmanr
 
 from cliffscope.errors import EditError
@@ -88,7 +88,7 @@ def split_half(ranking: HeadRanking, *, splits: int = 20, fraction: float = FRAC
     """Compares the rankings by random halves of the transcripts.
 
     Args:
-        ranking: any but one chosen greedily, whose effects depend on all transcripts.
+        ranking: of a method that measures each head alone; what `greedy` chooses depends on all transcripts.
         splits: random splits.
         fraction: of the heads that count as the first ones.
         seed: of the splits.
@@ -97,22 +97,22 @@ def split_half(ranking: HeadRanking, *, splits: int = 20, fraction: float = FRAC
         Correlation and overlap a split.
 
     Raises:
-        EditError: fewer than four transcripts, or a greedy ranking.
+        EditError: fewer than four transcripts, or a ranking in which heads were not measured one by one.
     """
     n = len(ranking.clean)
-    if n < 4 or ranking.method == "greedy":
+    if n < 4 or not ranking.each_alone:
         raise EditError(
             f"A ranking by {ranking.method!r} of {n} transcripts cannot be split in two. Give at least 4 transcripts "
             "and a method that measures each head on its own."
         )
     rng, count = np.random.default_rng(seed), top_count(fraction, len(ranking.heads))
-    found = []
+    pairs = []
     for _ in range(splits):
         order = rng.permutation(n)
         halves = [ranking.effects[order[: n // 2]].mean(0), ranking.effects[order[n // 2 :]].mean(0)]
-        found.append(_agreement(halves[0], halves[1], _seen(ranking), count))
+        pairs.append(_agreement(halves[0], halves[1], _seen(ranking), count))
     return Stability(
-        spearman=np.array([s for s, _ in found]), overlap=np.array([o for _, o in found]), n=n, count=count
+        spearman=np.array([s for s, _ in pairs]), overlap=np.array([o for _, o in pairs]), n=n, count=count
     )
 
 
@@ -141,11 +141,13 @@ def compare_rankings(rankings: Mapping[str, HeadRanking], *, fraction: float = F
     return RankingAgreement(frame=pd.DataFrame(rows, columns=columns))
 
 
-def _seen(ranking: HeadRanking) -> np.ndarray:
-    return np.array([head.layer <= ranking.probe_layer for head in ranking.heads])
+def _seen(ranking: HeadRanking) -> Bool[np.ndarray, " head"]:
+    return np.array([head.layer <= ranking.readout_layer for head in ranking.heads])
 
 
-def _agreement(a: np.ndarray, b: np.ndarray, seen: np.ndarray, count: int) -> tuple[float, float]:
+def _agreement(
+    a: Float[np.ndarray, " head"], b: Float[np.ndarray, " head"], seen: Bool[np.ndarray, " head"], count: int
+) -> tuple[float, float]:
     first, second = (set(np.argsort(-values, kind="stable")[:count].tolist()) for values in (a, b))
     constant = not np.ptp(a[seen]) or not np.ptp(b[seen])
     return float("nan") if constant else float(spearmanr(a[seen], b[seen]).statistic), len(first & second) / count

@@ -1,8 +1,9 @@
 """What would every edit do, to first order?
 
-Attribution patching: one forward pass of a transcript, one backward pass from the refusal logit, and the effect of any
-change of a head's `hook_z` is estimated as gradient . change, summed over the scope. An estimate, not an intervention:
-the cost of one pass for all heads, right where the logit is nearly linear in a head, wrong where it saturates.
+Attribution patching: one forward pass of a transcript, one backward pass from the readout's logit, and the effect of
+any change of a head's `hook_z` is estimated as gradient . change, summed over the scope. An estimate, not an
+intervention: the cost of one pass for all heads, right where the logit is nearly linear in a head, wrong where it
+saturates. The paths of a readout's continuations are rows of the pass.
 
 Where the scope starts behind the prompt, what comes before is cached without a graph, so that memory grows with the
 scope and not with the transcript. Source: Nanda, Attribution Patching (2023); Syed et al., arXiv 2310.10348.
@@ -13,24 +14,39 @@ from contextlib import ExitStack, contextmanager
 
 import numpy as np
 import torch
-from jaxtyping import Float32
+from einops import einsum, repeat
+from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from cliffscope.heads.branches import Job
-from cliffscope.heads.edits import change_heads
+from cliffscope.heads.branches import Branch, Change, Job
+from cliffscope.heads.editing import change_heads
+from cliffscope.heads.methods import Effects, Method, Progress, Task
 from cliffscope.heads.sweep import Sweep
 from cliffscope.model.load import LensModel
 from cliffscope.transcripts.transcript import TokenizedTranscript
 
 
+class Attribution(Method):
+    """Attribution patching of zero ablation."""
+
+    name = "attribution"
+    summary = "zero ablation to first order, by one backward pass"
+    causal = False
+
+    def measure(self, task: Task, branches: Sequence[Branch], *, progress: Progress | None = None) -> Effects:
+        """Gradient times change; see `Method.measure`."""
+        job = Job(model=task.model, readout=task.readout, branches=tuple(branches), change=Change(), scope=task.scope)
+        return Effects.of_sweep(attribute_heads(job, task.transcripts, progress=progress))
+
+
 def attribute_heads(
     job: Job, transcripts: Sequence[TokenizedTranscript], *, progress: Callable[[int], None] | None = None
 ) -> Sweep:
-    """Estimates the refusal logit under every branch of single heads or sets.
+    """Estimates the readout's logit under every branch of single heads or sets.
 
     Args:
-        job: model, probe, branches, change and scope; a set's estimate is the sum of its heads'.
+        job: model, readout, branches, change and scope; a set's estimate is the sum of its heads'.
         transcripts: tokens; answers are ignored.
         progress: called with the number of transcripts done.
 
@@ -39,9 +55,9 @@ def attribute_heads(
     """
     clean = np.zeros(len(transcripts), np.float32)
     edited = np.zeros((len(transcripts), len(job.branches)), np.float32)
+    seen = [[(h.layer, h.head) for h in branch if h.layer <= job.readout.layer] for branch in job.branches]
     for i, transcript in enumerate(transcripts):
         clean[i], effects = _estimate(job, transcript, i)
-        seen = [[(h.layer, h.head) for h in branch if h.layer <= job.probe.layer] for branch in job.branches]
         edited[i] = clean[i] + np.array([sum(effects[place] for place in places) for places in seen], np.float32)
         if progress is not None:
             progress(i + 1)
@@ -49,25 +65,56 @@ def attribute_heads(
 
 
 def _estimate(job: Job, transcript: TokenizedTranscript, index: int) -> tuple[float, Float32[np.ndarray, "layer head"]]:
-    model, where = job.model, job.scope.positions(transcript)
-    ids = torch.from_numpy(transcript.token_ids[: transcript.final + 1])[None].to(model.device)
-    positions = torch.arange(ids.shape[1], device=ids.device)[None]
-    outputs: dict[int, Tensor] = {}
-    leaving: list[Tensor] = []
-
-    def visit(layer: int, hidden: Tensor) -> None:
-        if layer == job.probe.layer:
-            leaving.append(hidden[0, -1])
-
+    model, rows = job.model, job.readout.continuations.rows(transcript)
     # Layers without heads change their state in place, through which no gradient passes: these models run whole.
-    start = where.start if model.shape.attention is None else 0
+    start = job.scope.positions(rows[0]).start if model.shape.attention is None else 0
+    outputs: dict[int, Float[Tensor, "path pos head d_head"]] = {}
     with ExitStack() as stack:
         stack.enter_context(_frozen(model))
-        stack.enter_context(model.only_blocks(0, job.probe.layer))
-        cache = _prefix_cache(model, ids[:, :start], positions[:, :start]) if start else None
-        stack.enter_context(model.outputs_hook(lambda layer, z: outputs.update({layer: z})))
-        stack.enter_context(model.residual_hook(visit))
+        stack.enter_context(model.only_blocks(0, job.readout.layer))
+        hidden = _forward(job, rows, start, outputs)
+        places = job.readout.continuations.places
+        nodes = torch.stack([hidden[path, transcript.final - start + behind] for path, behind in places])
         stack.enter_context(torch.enable_grad())
+        logit = job.readout.logits(model, nodes)
+        gradients = torch.autograd.grad(logit, list(outputs.values()))
+    effects = np.zeros((model.shape.n_layers, model.shape.n_heads), np.float32)
+    values = job.change.of(index)
+    for (layer, z), gradient in zip(outputs.items(), gradients, strict=True):
+        added = None if values is None else values[layer].to(z.device)
+        for path, row in enumerate(rows):
+            where = job.scope.positions(row)
+            part = slice(where.start - start, where.stop - start)
+            before = z[path, part].detach()
+            moved = change_heads(before, job.change.factor, added) - before
+            slope = gradient[path, part].float()
+            effects[layer] += einsum(slope, moved.float(), "pos head d_head, pos head d_head -> head").cpu().numpy()
+    return float(logit.detach()), effects
+
+
+def _forward(
+    job: Job,
+    rows: Sequence[TokenizedTranscript],
+    start: int,
+    outputs: dict[int, Float[Tensor, "path pos head d_head"]],
+) -> Float[Tensor, "path pos d_model"]:
+    """The residual at the readout's layer from `start` on, with its graph; `outputs` gets `hook_z` of every layer."""
+    model = job.model
+    leaving: list[Float[Tensor, "path pos d_model"]] = []
+
+    def visit(layer: int, hidden: Float[Tensor, "path pos d_model"]) -> None:
+        if layer == job.readout.layer:
+            leaving.append(hidden)
+
+    # Padding stands on the right, where causal attention does not look, so that no mask is needed.
+    ids = model.to_batch([row.token_ids.tolist() for row in rows]).ids
+    positions = repeat(torch.arange(ids.shape[1], device=ids.device), "pos -> path pos", path=len(rows))
+    cache = _prefix_cache(model, ids[:, :start], positions[:, :start]) if start else None
+    with (
+        model.outputs_hook(lambda layer, z: outputs.update({layer: z})),
+        model.residual_hook(visit),
+        torch.enable_grad(),
+    ):
         embedded = model.hf.get_input_embeddings()(ids[:, start:]).detach().requires_grad_()
         model.decoder(
             inputs_embeds=embedded,
@@ -75,19 +122,10 @@ def _estimate(job: Job, transcript: TokenizedTranscript, index: int) -> tuple[fl
             past_key_values=cache,
             use_cache=cache is not None,
         )
-        logit = leaving[0].float() @ torch.from_numpy(job.probe.weight).to(model.device) + job.probe.bias
-        gradients = torch.autograd.grad(logit, list(outputs.values()))
-    found = np.zeros((model.shape.n_layers, model.shape.n_heads), np.float32)
-    given, own = job.change.of(index), slice(where.start - start, where.stop - start)
-    for (layer, z), gradient in zip(outputs.items(), gradients, strict=True):
-        before = z[0, own].detach()
-        values = None if given is None else given[layer].to(z.device)
-        changed = change_heads(before, job.change.factor, values) - before
-        found[layer] = (gradient[0, own].float() * changed.float()).sum((0, 2)).cpu().numpy()
-    return float(logit.detach()), found
+    return leaving[0]
 
 
-def _prefix_cache(model: LensModel, ids: Tensor, positions: Tensor) -> DynamicCache:
+def _prefix_cache(model: LensModel, ids: Int[Tensor, "path pos"], positions: Int[Tensor, "path pos"]) -> DynamicCache:
     cache = DynamicCache()
     with torch.no_grad():
         model.decoder(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)

@@ -1,8 +1,8 @@
 """What is one counterfactual, and what would a plain forward pass make of it?
 
 A branch is a set of heads to edit in a transcript; a change says what is done to their `hook_z`; a job is all branches
-of one sweep with the probe that reads them. `plain_logit` is the slow, obvious answer that every fast path must equal:
-one hooked forward pass of the plain modules.
+of one sweep with the readout that reads them. `plain_logit` is the slow, obvious answer that every fast path must
+equal: one hooked forward pass of the plain modules for each path of the readout's continuations.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,40 +10,52 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from einops import rearrange
+from jaxtyping import Float, Float32
 from torch import Tensor
 
-from cliffscope.heads.edits import EditKind, HeadEdit, HeadRef, Scope, edited_hooks
+from cliffscope.heads.editing import edited_hooks
+from cliffscope.heads.edits import EditKind, HeadEdit, HeadRef, Scope
 from cliffscope.model.load import LensModel
-from cliffscope.readouts.probe import RefusalProbe
+from cliffscope.readouts.readout import Readout
 from cliffscope.transcripts.transcript import TokenizedTranscript
 
 AGREEMENT = 1e-4
 """Largest difference of a fast path from the plain one, relative to the larger of 1 and the clean logit, in fp32."""
 
 Branch = tuple[HeadRef, ...]
+BranchValues = Float[Tensor, "layer value_pos head d_head"]
+"""What is added to `hook_z` of every head; one position stands for all of the scope."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Change:
     """What every branch does to its heads: `hook_z <- factor x hook_z + values`."""
 
-    kind: EditKind = EditKind.ZERO
-    """Its name."""
+    kind: str = EditKind.ZERO
+    """Its label."""
     factor: float = 0.0
     """What `hook_z` is multiplied by."""
-    values: tuple[Float[Tensor, "layer position head d_head"], ...] = ()
-    """Added values: one tensor a transcript, or one for all; one position stands for all of the scope."""
+    values: tuple[BranchValues, ...] = ()
+    """Added values: one tensor a transcript, or one for all."""
 
-    def of(self, transcript: int) -> Float[Tensor, "layer position head d_head"] | None:
+    def of(self, transcript: int) -> BranchValues | None:
         """The values for one transcript, by its index in the sweep."""
         return None if not self.values else self.values[transcript if len(self.values) > 1 else 0]
 
     def edit(self, branch: Branch, scope: Scope, transcript: int) -> HeadEdit:
         """The change to the heads of a branch as an edit."""
         values = self.of(transcript)
-        given = () if values is None else tuple(_nested(values[ref.layer, :, ref.head]) for ref in branch)
-        return HeadEdit(heads=branch, kind=self.kind, factor=self.factor, values=given, scope=scope)
+        if values is not None:
+            layers, heads = [ref.layer for ref in branch], [ref.head for ref in branch]
+            values = rearrange(values, "layer pos head d_head -> layer head pos d_head")[layers, heads]
+        return HeadEdit(
+            heads=branch,
+            kind=self.kind,
+            factor=self.factor,
+            values=None if values is None else values.float().cpu().numpy(),
+            scope=scope,
+        )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -52,7 +64,7 @@ class Job:
 
     model: LensModel
     """The model."""
-    probe: RefusalProbe
+    readout: Readout
     """Whose logit is read at the final position."""
     branches: tuple[Branch, ...]
     """Sets of heads, each edited on its own."""
@@ -61,55 +73,57 @@ class Job:
     scope: Scope
     """Where."""
 
-    def logit(self, residual: Float[Tensor, "... d_model"]) -> Float[np.ndarray, "..."]:
-        """The probe's logits of residuals."""
-        weight = torch.from_numpy(self.probe.weight).to(residual.device)
-        return np.asarray((residual.float() @ weight + self.probe.bias).cpu().numpy())
+    def logits(self, residuals: Float[Tensor, "*batch node d_model"]) -> Float32[np.ndarray, "*batch"]:
+        """The readout's logits of residuals at the final position and at its continuations."""
+        return np.asarray(self.readout.logits(self.model, residuals).float().cpu().numpy())
 
     def first_layer(self, branch: int) -> int:
         """Where a branch begins to differ; above every layer if it edits nothing."""
         return min((ref.layer for ref in self.branches[branch]), default=self.model.shape.n_layers)
 
-    def agrees(self, found: float, expected: float) -> bool:
+    def seen(self) -> list[int]:
+        """The branches that can change what is read: a head above the readout's layer cannot."""
+        return [i for i in range(len(self.branches)) if self.first_layer(i) <= self.readout.layer]
+
+    def agrees(self, logit: float, expected: float) -> bool:
         """Whether two logits are the same within the tolerance of the model's dtype; NaN agrees with NaN alone."""
         if np.isnan(expected):
-            return bool(np.isnan(found))
+            return bool(np.isnan(logit))
         allowed = AGREEMENT if self.model.dtype == torch.float32 else 0.1
-        return abs(found - expected) <= allowed * max(1.0, abs(expected))
+        return abs(logit - expected) <= allowed * max(1.0, abs(expected))
 
 
 def plain_logit(job: Job, transcript: TokenizedTranscript, index: int, branch: Branch = ()) -> float:
-    """The refusal logit at the final position by one hooked forward pass.
+    """The readout's logit at the final position by hooked forward passes.
 
     Args:
         job: the sweep.
-        transcript: tokens.
+        transcript: tokens; the answer is ignored.
         index: the transcript's index in the sweep, for values of its own.
         branch: heads to edit; none gives the clean logit.
     """
-    kept: list[Tensor] = []
-
-    def visit(layer: int, hidden: Tensor) -> None:
-        if layer == job.probe.layer:
-            kept.append(hidden[:, -1])
-
-    batch = job.model.to_batch([transcript.token_ids[: transcript.final + 1].tolist()])
+    model, tree = job.model, job.readout.continuations
     edit = job.change.edit(branch, job.scope, index)
-    with torch.inference_mode(), edited_hooks(job.model, edit, [transcript]), job.model.residual_hook(visit):
-        job.model.decoder(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False)
-    return float(job.logit(kept[0])[0])
+    behind: list[Float[Tensor, "pos d_model"]] = []
+
+    def visit(layer: int, hidden: Float[Tensor, "1 pos d_model"]) -> None:
+        if layer == job.readout.layer:
+            behind.append(hidden[0, transcript.final :])
+
+    for row in tree.rows(transcript):
+        batch = model.to_batch([row.token_ids.tolist()])
+        with torch.inference_mode(), edited_hooks(model, edit, [row]), model.residual_hook(visit):
+            model.decoder(input_ids=batch.ids, attention_mask=batch.mask, position_ids=batch.positions, use_cache=False)
+    with torch.inference_mode():
+        return float(job.logits(torch.stack([behind[path][depth] for path, depth in tree.places])))
 
 
 def edits_by_layer(job: Job, rows: Sequence[int]) -> Iterator[tuple[int, list[tuple[int, list[int]]]]]:
-    """For each edited layer that the probe sees: which row edits which heads, a row being a branch's index."""
-    found: dict[int, dict[int, list[int]]] = {}
+    """For each edited layer that the readout sees: which row edits which heads, a row being a branch's index."""
+    heads: dict[int, dict[int, list[int]]] = {}
     for row, branch in enumerate(rows):
         for ref in job.branches[branch]:
-            if ref.layer <= job.probe.layer:
-                found.setdefault(ref.layer, {}).setdefault(row, []).append(ref.head)
-    for layer, heads in found.items():
-        yield layer, list(heads.items())
-
-
-def _nested(values: Tensor) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(row) for row in values.float().tolist())
+            if ref.layer <= job.readout.layer:
+                heads.setdefault(ref.layer, {}).setdefault(row, []).append(ref.head)
+    for layer, by_row in heads.items():
+        yield layer, list(by_row.items())

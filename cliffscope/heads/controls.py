@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from einops import rearrange
 from jaxtyping import Float32
 
 from cliffscope.errors import EditError
-from cliffscope.heads.donors import Donors, DonorTokens
+from cliffscope.heads.donors import Donors
 from cliffscope.heads.edits import HeadRef, Scope
-from cliffscope.heads.methods import HALF, Method, measure_effects
-from cliffscope.heads.usable import check_finite, usable_tokens
+from cliffscope.heads.methods import Method
+from cliffscope.heads.usable import check_finite, choose_method, prepare_task
 from cliffscope.model.load import LensModel, ModelShape
 from cliffscope.notebook import Plotted
-from cliffscope.readouts.probe import RefusalProbe
+from cliffscope.readouts.readout import Readout
 from cliffscope.resampling import bootstrap_mean
 from cliffscope.stats import random_set_p
 from cliffscope.transcripts.records import Transcripts
@@ -38,11 +39,11 @@ class SetControl(Plotted):
     heads: tuple[HeadRef, ...]
     """The set."""
     effects: Float32[np.ndarray, " n"]
-    """[n] refusal logit with the set edited minus unedited, transcript by transcript."""
+    """[n] the readout's logit with the set edited minus unedited, transcript by transcript."""
     random_layers: Float32[np.ndarray, "draw n"]
     """[draw, n] the same for random sets drawn within the same layers."""
     random_all: Float32[np.ndarray, "draw_all n"]
-    """[draw, n] the same for random sets drawn over all heads."""
+    """[draw_all, n] the same for random sets drawn over all heads."""
     seed: int
     """Of the draws."""
 
@@ -101,14 +102,14 @@ class SetControl(Plotted):
 
 def control_sets(
     model: LensModel,
-    probe: RefusalProbe,
+    readout: Readout,
     transcripts: Transcripts,
     heads: Sequence[HeadRef],
     *,
-    method: str = "zero",
+    method: Method | str = "zero",
     scope: Scope | str = Scope.CLOSING,
     donors: Donors | None = None,
-    factor: float = HALF,
+    factor: float | None = None,
     draws: int = 20,
     seed: int = 0,
 ) -> SetControl:
@@ -116,7 +117,7 @@ def control_sets(
 
     Args:
         model: the model.
-        probe: fitted on this model.
+        readout: fitted on this model.
         transcripts: ones that the heads were not chosen on.
         heads: the set.
         method: as in `rank_heads`; a set chosen by `greedy` is measured by `zero`.
@@ -130,25 +131,21 @@ def control_sets(
         Joint effects of the set, of `draws` sets within the same layers, and of `draws` sets over all layers.
 
     Raises:
-        EditError: an unknown method or scope, or no random set differs from the set.
-        DataError: no transcript can be used, or logits are not finite.
+        EditError: an unknown scope, or no random set differs from the set.
+        DataError: an unknown method, no transcript can be used, donors are missing, or logits are not finite.
+        ProbeError: the readout does not fit the model.
     """
-    how = Method(
-        name="zero" if method == "greedy" else method,
-        scope=Scope.parse(scope),
-        factor=factor,
-        donors=DonorTokens.read(model, donors) if donors is not None else None,
-        seed=seed,
-    )
-    tokens, _ = usable_tokens(model, transcripts, how)
+    readout.check_model(model)
+    how = choose_method(method, factor)
+    task, _ = prepare_task(model, readout, transcripts, how, scope=Scope.parse(scope), donors=donors, seed=seed)
     rng = np.random.default_rng(seed)
     within = random_sets(model.shape, heads, draws, rng, same_layers=True)
     over = random_sets(model.shape, heads, draws, rng, same_layers=False)
     if not over:
         raise EditError(f"No random set differs from the {len(heads)} heads, which are all there are. Give fewer.")
-    found = measure_effects(model, probe, tokens, [tuple(heads), *within, *over], how)
-    check_finite(tokens, found)
-    effects = found.effects.T
+    measured = how.measure(task, [tuple(heads), *within, *over])
+    check_finite(task.transcripts, measured)
+    effects = rearrange(measured.effects, "n branch -> branch n")
     return SetControl(
         heads=tuple(heads),
         effects=effects[0],
@@ -162,10 +159,10 @@ def random_sets(
     shape: ModelShape, heads: Sequence[HeadRef], n: int, rng: np.random.Generator, *, same_layers: bool
 ) -> list[tuple[HeadRef, ...]]:
     """Draws different random sets, `n` or as many as there are; see `random_set`."""
-    found: dict[tuple[HeadRef, ...], None] = {}
-    while len(found) < min(n, count_sets(shape, heads, same_layers=same_layers)):
-        found[random_set(shape, heads, rng, same_layers=same_layers)] = None
-    return list(found)
+    sets: dict[tuple[HeadRef, ...], None] = {}
+    while len(sets) < min(n, count_sets(shape, heads, same_layers=same_layers)):
+        sets[random_set(shape, heads, rng, same_layers=same_layers)] = None
+    return list(sets)
 
 
 def count_sets(shape: ModelShape, heads: Sequence[HeadRef], *, same_layers: bool) -> int:

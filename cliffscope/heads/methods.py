@@ -1,78 +1,74 @@
-"""By which methods can a head's part in suppressing refusal be measured?
+"""What is a method of measuring a head's part in suppressing refusal?
 
-| method | what is measured | kind |
-|---|---|---|
-| `zero` | the logit with `hook_z` set to zero | causal |
-| `mean` | with `hook_z` set to its mean over a reference set | causal |
-| `resample` | with `hook_z` of another transcript, drawn from donors with a seed | causal |
-| `scale` | with `hook_z` multiplied by a factor | causal |
-| `patch` | with `hook_z` of a donor, such as a refused transcript: what restores refusal | causal |
-| `patch-reverse` | donors with `hook_z` of the transcripts: what takes refusal away | causal |
-| `greedy` | zero ablation of heads chosen one after another, on top of those before | causal |
-| `attribution` | zero ablation to first order, by one backward pass | estimate |
-| `direct` | minus the head's share of the logit at the final position | exact share |
-| `cliff` | the head's mean share over the thinking minus that at the final position | exact share |
+A method is an object. It says what it is called, what it needs and whether it edits the model, and it measures: for
+every transcript and every set of heads an effect on the readout's logit, positive where the set suppresses refusal.
+Nothing outside a method asks for its name. The package's own are in catalogue.py; one of your own is a subclass:
 
-All give an effect on the refusal logit at the final position, a number a transcript, positive where the head suppresses
-refusal. Knows nothing of ranks and intervals.
+    class Flip(EditMethod):
+        name = "flip"
+        summary = "the logit with the sign of `hook_z` turned"
+
+        def change(self, task):
+            return Change(kind=self.name, factor=-1.0)
+
+`rank_heads(..., method=Flip())` takes it, as does an entry point of the group `cliffscope.methods`. Knows nothing of
+ranks and intervals.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 
 import numpy as np
-from jaxtyping import Float32
-from scipy.special import expit
+from jaxtyping import Float32, Int64
 
 from cliffscope.errors import DataError, EditError
-from cliffscope.heads.attribution import attribute_heads
-from cliffscope.heads.branches import Branch, Change, Job
-from cliffscope.heads.donors import DonorTokens, choose_donors, donor_change, mean_change
-from cliffscope.heads.edits import EditKind, Scope
-from cliffscope.heads.shares import decompose_logit
+from cliffscope.heads.branches import Branch, Change
+from cliffscope.heads.donors import DonorTokens, choose_donors
+from cliffscope.heads.edits import HeadRef, Scope
 from cliffscope.heads.sweep import Sweep, sweep_branches
 from cliffscope.model.load import LensModel
-from cliffscope.readouts.probe import RefusalProbe
+from cliffscope.readouts.readout import Readout
 from cliffscope.transcripts.transcript import TokenizedTranscript
 
-CAUSAL = ("zero", "mean", "resample", "scale", "patch", "patch-reverse", "greedy")
-"""Methods that edit the model."""
-METHODS = (*CAUSAL, "attribution", "direct", "cliff")
-"""All methods."""
-NEED_DONORS = ("mean", "resample", "patch", "patch-reverse")
-HALF = 0.5
-"""Default factor of `scale`."""
+Progress = Callable[[int], None]
+
+
+class DonorNeed(StrEnum):
+    """Whether a method takes values from other transcripts, and from which ones where none are given."""
+
+    NONE = ""
+    HARMLESS = "harmless"
+    REFUSED = "refused"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Method:
-    """A method with its settings."""
+class Task:
+    """What a method measures."""
 
-    name: str = "zero"
-    """One of `METHODS`."""
+    model: LensModel
+    """The model."""
+    readout: Readout
+    """Whose logit is read."""
+    transcripts: Sequence[TokenizedTranscript]
+    """Tokens; answers are ignored."""
     scope: Scope = Scope.CLOSING
-    """Where heads are edited; shares are read at the final position, whatever the scope."""
-    factor: float = HALF
-    """Of `scale`."""
+    """Where heads are edited."""
     donors: DonorTokens | None = None
-    """Reference set, or donors."""
+    """Reference set or donors, where the method needs them."""
     seed: int = 0
-    """Of the draw of donors."""
+    """Of whatever is drawn."""
 
-    def __post_init__(self) -> None:
-        """Refuses unknown methods, missing donors, and a scope that means nothing."""
-        if self.name not in METHODS:
-            raise EditError(f"method={self.name!r}: expected one of {', '.join(METHODS)}.")
-        if self.name in NEED_DONORS and self.donors is None:
-            raise DataError(
-                f"method={self.name!r} needs donors=...: transcripts whose heads give the values, such as harmless "
-                "ones for 'mean' and 'resample', refused ones for 'patch'."
-            )
-        if self.name in ("direct", "cliff") and self.scope is not Scope.CLOSING:
-            raise EditError(
-                f"method={self.name!r} edits nothing and reads shares at the final position; scope={str(self.scope)!r} "
-                "has no meaning for it. Leave the scope out."
-            )
+    def drawn_donors(self) -> list[TokenizedTranscript]:
+        """The donor of each transcript; raises EditError where one has none that fits."""
+        return choose_donors(self.donor_tokens(), self.transcripts, self.scope, seed=self.seed)
+
+    def donor_tokens(self) -> DonorTokens:
+        """The donors; raises DataError where there are none."""
+        if self.donors is None:
+            raise DataError("The method takes values from other transcripts, and the task has no donors.")
+        return self.donors
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -83,107 +79,129 @@ class Effects:
     """[n] unedited logits, of the donors where these are edited."""
     effects: Float32[np.ndarray, "n branch"]
     """[n, branch] positive where the branch suppresses refusal."""
-    sign: int
-    """1 where the effect is what the edit adds to the logit, -1 where it is what the edit takes."""
-    gap: tuple[float, float] | None
-    """Clean logits (refused minus not) and scores that the method itself sets against each other, if it does."""
     path: str
     """How it was computed."""
+    sign: int = 1
+    """1 where the effect is what the edit adds to the logit, -1 where it is what the edit takes."""
+    gap: tuple[float, float] | None = None
+    """Clean logits (refused minus not) and scores that the method itself sets against each other, if it does."""
+
+    @classmethod
+    def of_sweep(cls, sweep: Sweep) -> "Effects":
+        """Edited minus unedited."""
+        return cls(clean=sweep.clean, effects=sweep.effects, path=sweep.path)
 
 
-def measure_effects(
-    model: LensModel,
-    probe: RefusalProbe,
-    transcripts: Sequence[TokenizedTranscript],
-    branches: Sequence[Branch],
-    method: Method,
-    *,
-    progress: Callable[[int], None] | None = None,
-) -> Effects:
-    """The effect of every branch on every transcript, by any method but `greedy`.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class RankedEffects:
+    """The effects of single heads, and the heads in order."""
 
-    Args:
-        model: the model.
-        probe: whose logit is read.
-        transcripts: tokens.
-        branches: sets of heads, each taken on its own.
-        method: how.
-        progress: called with the number of transcripts done.
-
-    Returns:
-        The effects.
-
-    Raises:
-        EditError: donors that do not fit, or a head that the model lacks.
-        UnsupportedModelError: the logit of this model is no sum of shares.
-    """
-    if method.name in ("direct", "cliff"):
-        return _share_effects(model, probe, transcripts, branches, method)
-    if method.name == "patch-reverse":
-        return _reverse_effects(model, probe, transcripts, branches, method, progress=progress)
-    change = _change(model, transcripts, method)
-    if method.name == "attribution":
-        job = Job(model=model, probe=probe, branches=tuple(branches), change=change, scope=method.scope)
-        return _of_sweep(attribute_heads(job, transcripts, progress=progress))
-    return _of_sweep(
-        sweep_branches(model, probe, transcripts, branches, change=change, scope=method.scope, progress=progress)
-    )
+    effects: Effects
+    """On the transcripts of the task; a branch is a head."""
+    controls: Effects | None
+    """On the control transcripts; None without any."""
+    order: Int64[np.ndarray, " head"]
+    """[head] indices, best first."""
 
 
-def _of_sweep(swept: Sweep) -> Effects:
-    return Effects(clean=swept.clean, effects=swept.effects, sign=1, gap=None, path=swept.path)
+class Method(ABC):
+    """How a head's part in suppressing refusal is measured."""
 
+    name: str
+    """On the command line, in tables and figures."""
+    summary: str
+    """What is measured, in a line; the tables of the documentation are made of it."""
+    causal: bool = True
+    """Whether the model is edited; else the effect is an estimate or a share."""
+    needs: DonorNeed = DonorNeed.NONE
+    """Whether it takes values from other transcripts."""
+    each_alone: bool = True
+    """Whether a head's effect depends on that head alone, so that halves of the transcripts can be compared."""
 
-def _change(model: LensModel, transcripts: Sequence[TokenizedTranscript], method: Method) -> Change:
-    if method.name == "scale":
-        return Change(kind=EditKind.SCALE, factor=method.factor)
-    if method.name == "mean" and method.donors is not None:
-        return mean_change(model, method.donors.pool, transcripts, method.scope)
-    if method.name in ("resample", "patch") and method.donors is not None:
-        chosen = choose_donors(method.donors, transcripts, method.scope, seed=method.seed)
-        return donor_change(model, chosen, method.scope, EditKind(method.name))
-    return Change()
+    @property
+    def dose(self) -> float:
+        """Share of a head's output that it takes away."""
+        return 1.0
 
+    def check(self, scope: Scope, donors: DonorTokens | None) -> None:
+        """Raises DataError or EditError where the method cannot run with these settings."""
+        del scope
+        if self.needs and donors is None:
+            raise DataError(
+                f"method={self.name!r} needs donors=...: transcripts whose heads give the values, such as "
+                f"{self.needs} ones."
+            )
+        if not self.needs and donors is not None:
+            raise DataError(f"method={self.name!r} takes no values from other transcripts. Leave donors out.")
 
-def _reverse_effects(
-    model: LensModel,
-    probe: RefusalProbe,
-    transcripts: Sequence[TokenizedTranscript],
-    branches: Sequence[Branch],
-    method: Method,
-    *,
-    progress: Callable[[int], None] | None,
-) -> Effects:
-    """The transcripts' `hook_z` put into their donors."""
-    if method.donors is None:
-        raise DataError("method='patch-reverse' needs donors=...")
-    donors = choose_donors(method.donors, transcripts, method.scope, seed=method.seed)
-    change = donor_change(model, transcripts, method.scope, EditKind.PATCH)
-    swept = sweep_branches(model, probe, donors, branches, change=change, scope=method.scope, progress=progress)
-    own = sweep_branches(model, probe, transcripts, [], scope=method.scope).clean
-    gap = float(swept.clean.mean() - own.mean())
-    gap_score = float(expit(swept.clean).mean() - expit(own).mean())
-    return Effects(clean=swept.clean, effects=-swept.effects, sign=-1, gap=(gap, gap_score), path=swept.path)
+    def span(self, scope: Scope) -> Scope:
+        """The span in which a transcript needs a token to be measured, for a scope of edits."""
+        return scope
 
+    def with_factor(self, factor: float) -> "Method":
+        """The same method with another factor; raises EditError where it has none."""
+        raise EditError(f"method={self.name!r} takes no factor={factor}. Leave it out, or take method='scale'.")
 
-def _share_effects(
-    model: LensModel,
-    probe: RefusalProbe,
-    transcripts: Sequence[TokenizedTranscript],
-    branches: Sequence[Branch],
-    method: Method,
-) -> Effects:
-    shares = decompose_logit(model, probe, transcripts)
-    own = -shares.heads if method.name == "direct" else shares.plateau_heads - shares.heads
-    if np.isnan(own).any():
-        raise DataError(
-            "method='cliff' sets the final position against the thinking, and a transcript has none. Take 'direct'."
+    @abstractmethod
+    def measure(self, task: Task, branches: Sequence[Branch], *, progress: Progress | None = None) -> Effects:
+        """The effect of every branch on every transcript.
+
+        Args:
+            task: what is measured.
+            branches: sets of heads, each taken on its own.
+            progress: called with the number of transcripts done.
+
+        Returns:
+            The effects.
+
+        Raises:
+            EditError: donors that do not fit, or a head that the model lacks.
+            ProbeError: the method needs a linear readout and this one is not.
+            UnsupportedModelError: the method does not hold on this architecture.
+        """
+
+    def rank(
+        self,
+        task: Task,
+        controls: Sequence[TokenizedTranscript],
+        heads: Sequence[HeadRef],
+        *,
+        count: int,
+        progress: Progress | None = None,
+    ) -> RankedEffects:
+        """Measures single heads and puts them in order.
+
+        Args:
+            task: what is measured; its transcripts decide the order.
+            controls: transcripts that are measured too and do not decide.
+            heads: candidates.
+            count: how many are wanted at the top; a method that measures each head alone ranks all.
+            progress: called with the number of transcripts or heads done.
+
+        Returns:
+            The effects, by default of each head on its own, the largest mean first.
+        """
+        del count
+        branches = [(head,) for head in heads]
+        effects = self.measure(task, branches, progress=progress)
+        return RankedEffects(
+            effects=effects,
+            controls=self.measure(replace(task, transcripts=controls), branches) if controls else None,
+            order=np.argsort(-effects.effects.mean(0), kind="stable").astype(np.int64),
         )
-    effects = [own[:, [h.layer for h in branch], [h.head for h in branch]].sum(1) for branch in branches]
-    return Effects(
-        clean=shares.logits,
-        effects=np.stack(effects, axis=1).astype(np.float32),
-        sign=1,
-        gap=None,
-        path="shares",
-    )
+
+
+class EditMethod(Method):
+    """A method that edits heads and reads what the logit becomes."""
+
+    @abstractmethod
+    def change(self, task: Task) -> Change:
+        """What is done to the heads: `hook_z <- factor x hook_z + values`."""
+
+    def measure(self, task: Task, branches: Sequence[Branch], *, progress: Progress | None = None) -> Effects:
+        """The readout's logit with every branch edited, minus the unedited one; see `Method.measure`."""
+        change = self.change(task)
+        sweep = sweep_branches(
+            task.model, task.readout, task.transcripts, branches, change=change, scope=task.scope, progress=progress
+        )
+        return Effects.of_sweep(sweep)

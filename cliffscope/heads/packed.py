@@ -1,10 +1,11 @@
 """All branches of a closing edit as a few long sequences: the packed counterfactual sweep.
 
-1. One forward pass of the transcript keeps the prefix's cache, and the closing tokens' residual entering each layer.
-2. Branches are sorted by their first edited layer and packed: the closing tokens are repeated once a branch, with their
-   own positions and a mask in which a branch sees the prefix and itself.
-3. A pack enters the model at its first edited layer, with the clean residual, and leaves it at the probe's layer; a
-   hook on `hook_z` edits in each branch its own heads.
+1. One forward pass of the transcript keeps the prefix's cache, and the residual of the window's tokens entering each
+   layer. The window is the closing, followed by the readout's continuations as a tree, if it has any.
+2. Branches are sorted by their first edited layer and packed: the window is repeated once a branch, with its own
+   positions and a mask in which a branch sees the prefix and itself.
+3. A pack enters the model at its first edited layer, with the clean residual, and leaves it at the readout's layer; a
+   hook on `hook_z` edits in each branch its own heads, at the closing alone.
 4. Each pack carries one branch that edits nothing, and whose logit must be the clean one: masks, positions, cache and
    the late entry are proved on every pack of every transcript, not once.
 
@@ -20,23 +21,29 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from einops import rearrange, repeat
+from jaxtyping import Bool, Float, Float32, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from cliffscope.errors import ResourceError
-from cliffscope.heads.branches import Job, edits_by_layer
-from cliffscope.heads.edits import change_heads
+from cliffscope.heads.branches import BranchValues, Job, edits_by_layer
+from cliffscope.heads.editing import change_heads
 from cliffscope.memory import is_out_of_memory
 from cliffscope.model.load import LensModel
+from cliffscope.readouts.continuations import Continuations
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 
 log = logging.getLogger(__name__)
 PACK_TOKENS = 320
-"""Branches x window tokens in a pack: larger packs lose more to the mask, which grows as the square, than they gain."""
+"""Branches x tokens of the window in a pack: larger packs lose more to the mask, which grows as the square, than they
+gain."""
 PACK_LAYERS = 6
 """First edited layers that one pack may span: each branch runs from the pack's first layer, clean until its own."""
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Kinds of layers, as transformers names them."""
+
+Mask = Float[Tensor, "1 1 query key"]
 
 
 class Disagreement(Exception):
@@ -58,7 +65,58 @@ class PackSize:
         log.warning("out of memory: going on with packs of at most %d tokens", self.tokens)
 
 
-def packed_logits(job: Job, transcript: TokenizedTranscript, index: int, size: PackSize) -> tuple[float, np.ndarray]:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Layout:
+    """Tokens that follow a cached prefix: where each stands, and which of the others it sees."""
+
+    prefix: int
+    """Cached tokens, all of which every token sees."""
+    offsets: Int[Tensor, " token"]
+    """Position of each, less the prefix."""
+    sees: Bool[Tensor, "token token"]
+    """Whether a token sees another."""
+
+    @classmethod
+    def of_window(cls, prefix: int, closing: int, tree: Continuations, device: torch.device) -> "Layout":
+        """The closing, then the continuations; with no closing, continuations that follow the prefix at once."""
+        offsets = [*range(closing), *(closing + depth - 1 for depth in tree.depths.tolist())]
+        sees = torch.ones(len(offsets), len(offsets), dtype=torch.bool).tril()
+        sees[closing:, closing:] = torch.tensor(tree.ancestors)
+        return cls(prefix=prefix, offsets=torch.tensor(offsets, device=device), sees=sees.to(device))
+
+    @property
+    def width(self) -> int:
+        """Tokens."""
+        return len(self.offsets)
+
+    def positions(self, n: int) -> Int[Tensor, "1 pack"]:
+        """Position ids of n copies."""
+        return repeat(self.prefix + self.offsets, "token -> 1 (branch token)", branch=n)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Window:
+    """The window of one transcript, ready to be branched."""
+
+    layout: Layout
+    """Its tokens, behind the prefix."""
+    closing: int
+    """How many of them are the closing; the readout reads from the last of these on."""
+    entering: list[Float[Tensor, "1 token d_model"]]
+    """The residual entering each layer."""
+    cache: DynamicCache
+    """Of the prefix; never written to."""
+
+    def fresh_cache(self) -> DynamicCache:
+        """A cache that starts at the prefix; it shares the tensors, which updates replace and do not change."""
+        cache = DynamicCache()
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        return cache
+
+
+def packed_logits(
+    job: Job, transcript: TokenizedTranscript, index: int, size: PackSize
+) -> tuple[float, Float32[np.ndarray, " branch"]]:
     """The clean logit and that of every branch, at the final position of one transcript.
 
     Args:
@@ -77,26 +135,20 @@ def packed_logits(job: Job, transcript: TokenizedTranscript, index: int, size: P
     start, stop = transcript.span(Span.CLOSING).start, transcript.final + 1
     with torch.inference_mode():
         window, clean = _clean_pass(job, transcript.token_ids[:stop].tolist(), start)
-        found = np.full(len(job.branches), clean, dtype=np.float32)
-        # A head above the probe's layer cannot change what the probe reads.
-        seen = [i for i in range(len(job.branches)) if job.first_layer(i) <= job.probe.layer]
-        queue = list(packs(seen, job, window.width, size.tokens))
+        edited = np.full(len(job.branches), clean, dtype=np.float32)
+        width = window.layout.width
+        queue = list(packs(job.seen(), job, width, size.tokens))
         while queue:
             pack = queue.pop(0)
             try:
                 logits, control = _run_pack(job, window, pack, index)
             except (torch.OutOfMemoryError, RuntimeError) as error:
-                queue = _halved(error, [pack, *queue], job, window.width, size)
+                queue = _halved(error, [pack, *queue], job, width, size)
                 continue
             if not job.agrees(control, clean):
                 raise Disagreement(f"an unedited branch differs by {abs(control - clean):.1e}")
-            found[pack] = logits
-    return clean, found
-
-
-def branched_positions(first: int, width: int, n: int, device: torch.device) -> Tensor:
-    """[1, n x width] positions of a window repeated n times."""
-    return torch.arange(first, first + width, device=device).repeat(n)[None]
+            edited[pack] = logits
+    return clean, edited
 
 
 def packs(branches: Sequence[int], job: Job, width: int, tokens: int) -> Iterator[list[int]]:
@@ -121,125 +173,127 @@ def _halved(error: Exception, queue: list[list[int]], job: Job, width: int, size
         raise error
     if len(queue[0]) == 1:
         raise ResourceError(
-            f"Memory ran out with one branch of {width} closing tokens. Free some, take a smaller dtype, or drop the "
+            f"Memory ran out with one branch of {width} tokens. Free some, take a smaller dtype, or drop the "
             "longest transcripts."
         ) from error
     size.halve()
     return list(packs([branch for pack in queue for branch in pack], job, width, size.tokens))
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _Window:
-    """The closing of one transcript, ready to be branched."""
-
-    prefix: int
-    """Tokens before it."""
-    width: int
-    """Tokens of it."""
-    entering: list[Tensor]
-    """[1, width, d_model] a layer."""
-    cache: DynamicCache
-    """Of the prefix; never written to."""
-
-    def fresh_cache(self) -> DynamicCache:
-        """A cache that starts at the prefix; it shares the tensors, which updates replace and do not change."""
-        cache = DynamicCache()
-        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        return cache
-
-
 def _clean_pass(job: Job, ids: list[int], start: int) -> tuple[_Window, float]:
-    """The window, and the clean logit."""
-    entering: list[Tensor] = []
-    leaving: list[Tensor] = []
-    model = job.model
+    """The window of a transcript whose closing begins at `start`, and the clean logit."""
+    entering: list[list[Float[Tensor, "1 token d_model"]]] = []
+    leaving: list[Float[Tensor, "token d_model"]] = []
+    model, tree, last = job.model, job.readout.continuations, job.readout.layer
     # Without a config every layer keeps all its keys; which of them are seen is the mask's business.
     cache = DynamicCache()
+    kept_from = start
 
-    def keep(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        entering.append(inputs[0][:, start:].clone())
+    def keep(_module: nn.Module, inputs: tuple[Float[Tensor, "1 pos d_model"], ...]) -> None:
+        entering[-1].append(inputs[0][:, kept_from:].clone())
 
-    def visit(layer: int, hidden: Tensor) -> None:
-        if layer == job.probe.layer:
-            leaving.append(hidden[:, -1])
+    def visit(layer: int, hidden: Float[Tensor, "1 pos d_model"]) -> None:
+        if layer == last:
+            leaving.append(hidden[0, kept_from:])
 
     batch = model.to_batch([ids])
     with ExitStack() as stack:
-        blocks = stack.enter_context(model.only_blocks(0, job.probe.layer))
+        blocks = stack.enter_context(model.only_blocks(0, last))
         stack.enter_context(model.residual_hook(visit))
         for block in blocks:
             stack.callback(block.register_forward_pre_hook(keep).remove)
+        entering.append([])
         model.decoder(input_ids=batch.ids, position_ids=batch.positions, past_key_values=cache, use_cache=True)
-    cache.crop(start - len(ids))
-    window = _Window(prefix=start, width=len(ids) - start, entering=entering, cache=cache)
-    return window, float(job.logit(leaving[0])[0])
+        if len(tree):
+            kept_from = 0
+            entering.append([])
+            layout = Layout.of_window(len(ids), 0, tree, batch.ids.device)
+            model.decoder(
+                input_ids=torch.tensor([tree.tokens], device=batch.ids.device),
+                attention_mask=_masks(model, layout, 1, entering[0][0]),
+                position_ids=layout.positions(1),
+                past_key_values=cache,
+                use_cache=True,
+            )
+    cache.crop(start - len(ids) - len(tree))
+    window = _Window(
+        layout=Layout.of_window(start, len(ids) - start, tree, batch.ids.device),
+        closing=len(ids) - start,
+        entering=[torch.cat(parts, 1) for parts in zip(*entering, strict=True)],
+        cache=cache,
+    )
+    return window, float(job.logits(torch.cat(leaving)[window.closing - 1 :]))
 
 
-def _run_pack(job: Job, window: _Window, branches: list[int], index: int) -> tuple[np.ndarray, float]:
+def _run_pack(
+    job: Job, window: _Window, branches: list[int], index: int
+) -> tuple[Float32[np.ndarray, " branch"], float]:
     """The logits of the branches, and that of one that edits nothing."""
-    model, width, n = job.model, window.width, len(branches) + 1
+    model, layout, n = job.model, window.layout, len(branches) + 1
     first = job.first_layer(branches[0])
-    residual = window.entering[first].repeat(1, n, 1)
-    positions = branched_positions(window.prefix, width, n, residual.device)
-    mask = _masks(model, window.prefix, width, n, residual)
-    finals: list[Tensor] = []
+    residual = repeat(window.entering[first], "1 token d_model -> 1 (branch token) d_model", branch=n)
+    leaving: list[Float[Tensor, "branch node d_model"]] = []
 
-    def visit(layer: int, hidden: Tensor) -> None:
-        if layer == job.probe.layer - first:
-            finals.append(hidden[0, width - 1 :: width])
+    def visit(layer: int, hidden: Float[Tensor, "1 pack d_model"]) -> None:
+        if layer == job.readout.layer - first:
+            branched = rearrange(hidden, "1 (branch token) d_model -> branch token d_model", branch=n)
+            leaving.append(branched[:, window.closing - 1 :])
 
     with ExitStack() as stack:
         for layer, rows in edits_by_layer(job, branches):
-            stack.enter_context(model.head_hook(layer, _branch_edit(job, layer, rows, width, index)))
-        stack.enter_context(model.only_blocks(first, job.probe.layer))
+            stack.enter_context(model.head_hook(layer, _branch_edit(job, layer, rows, window, index)))
+        stack.enter_context(model.only_blocks(first, job.readout.layer))
         stack.enter_context(model.residual_hook(visit))
         model.decoder(
             inputs_embeds=residual,
-            attention_mask=mask,
-            position_ids=positions,
+            attention_mask=_masks(model, layout, n, residual),
+            position_ids=layout.positions(n),
             past_key_values=window.fresh_cache(),
             use_cache=True,
         )
-    logits = job.logit(finals[0])
+    logits = job.logits(leaving[0])
     return logits[:-1], float(logits[-1])
 
 
 def _branch_edit(
-    job: Job, layer: int, rows: list[tuple[int, list[int]]], width: int, index: int
-) -> Callable[[Tensor], None]:
+    job: Job, layer: int, rows: list[tuple[int, list[int]]], window: _Window, index: int
+) -> Callable[[Float[Tensor, "1 pack head d_head"]], None]:
     """Edits in each branch its own heads, all of a layer in one step."""
     pairs = [(row, head) for row, heads in rows for head in heads]
     branch, head = [row for row, _ in pairs], [head for _, head in pairs]
-    values = job.change.of(index)
-    own = None if values is None else values[layer][:, head]
+    values: BranchValues | None = job.change.of(index)
+    added = None if values is None else values[layer][:, head]
+    closing = slice(0, window.closing)
 
-    def change(z: Tensor) -> None:
-        branched = z.view(-1, width, *z.shape[2:])
-        given = None if own is None else own.to(z.device)
-        before = branched[branch, :, head].transpose(0, 1)
-        branched[branch, :, head] = change_heads(before, job.change.factor, given).transpose(0, 1)
+    def change(z: Float[Tensor, "1 pack head d_head"]) -> None:
+        branched = rearrange(z, "1 (branch token) head d_head -> branch token head d_head", token=window.layout.width)
+        before = rearrange(branched[branch, closing, head], "edited token d_head -> token edited d_head")
+        after = change_heads(before, job.change.factor, None if added is None else added.to(z.device))
+        branched[branch, closing, head] = rearrange(after, "token edited d_head -> edited token d_head")
 
     return change
 
 
-def _masks(model: LensModel, prefix: int, width: int, n: int, like: Tensor) -> Tensor | dict[str, Tensor]:
-    """The mask of a pack; one for each kind of attention where some layers see the nearest positions alone."""
+def _masks(model: LensModel, layout: Layout, n: int, like: Float[Tensor, "..."]) -> Mask | dict[str, Mask]:
+    """The mask of n copies; one for each kind of attention where some layers see the nearest positions alone."""
     config = model.hf.config.get_text_config()
-    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    whole = _branch_mask(prefix, width, n, like)
-    if not window or kinds is not None and set(kinds) == {FULL}:
+    nearest, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    whole = _branch_mask(layout, n, like, None)
+    if not nearest or kinds is not None and set(kinds) == {FULL}:
         return whole
-    near = _branch_mask(prefix, width, n, like, window=window)
+    near = _branch_mask(layout, n, like, nearest)
     return near if kinds is None else {FULL: whole, SLIDING: near}
 
 
-def _branch_mask(prefix: int, width: int, n: int, like: Tensor, *, window: int | None = None) -> Tensor:
-    """Additive [1, 1, n x width, prefix + n x width]: a branch sees the prefix and, causally, itself."""
-    token = torch.arange(n * width, device=like.device)
-    own = (token[:, None] // width == token // width) & (token[:, None] >= token)
-    allowed = torch.cat([torch.ones(n * width, prefix, dtype=torch.bool, device=like.device), own], 1)
-    if window is not None:
-        position = torch.cat([torch.arange(prefix, device=like.device), prefix + token % width])
-        allowed &= position > (prefix + token % width)[:, None] - window
-    mask = torch.zeros(allowed.shape, dtype=like.dtype, device=like.device)
-    return mask.masked_fill_(~allowed, torch.finfo(like.dtype).min)[None, None]
+def _branch_mask(layout: Layout, n: int, like: Float[Tensor, "..."], nearest: int | None) -> Mask:
+    """Additive: each of n copies sees the prefix and itself, or of these the `nearest` positions where it is given."""
+    device, width = like.device, layout.width
+    same = repeat(torch.eye(n, dtype=torch.bool, device=device), "q k -> (q query) (k key)", query=width, key=width)
+    sees = repeat(layout.sees, "query key -> (q query) (k key)", q=n, k=n)
+    allowed = torch.cat([torch.ones(n * width, layout.prefix, dtype=torch.bool, device=device), same & sees], 1)
+    if nearest is not None:
+        query = layout.positions(n)[0]
+        key = torch.cat([torch.arange(layout.prefix, device=device), query])
+        allowed &= key > rearrange(query, "query -> query 1") - nearest
+    mask = torch.zeros(allowed.shape, dtype=like.dtype, device=device)
+    return rearrange(mask.masked_fill_(~allowed, torch.finfo(like.dtype).min), "query key -> 1 1 query key")

@@ -1,13 +1,14 @@
 """Which heads suppress refusal?
 
-1. Every head up to the probe's layer is measured on its own in every transcript, by one of the methods of methods.py.
-2. Effect of a head: refusal logit at the final position, edited minus unedited, mean over transcripts, with a bootstrap
-   interval over transcripts. Positive: the head suppresses refusal.
+1. Every head up to the readout's layer is measured on its own in every transcript, by one of the methods of
+   catalogue.py or by the user's own.
+2. Effect of a head: the readout's logit at the final position, edited minus unedited, mean over transcripts, with a
+   bootstrap interval over transcripts. Positive: the head suppresses refusal.
 3. p: sign-flip permutation over transcripts of the head's effect beyond that of the typical head, and beyond the
    smallest effect that matters, the larger of two: `SPREADS` robust standard deviations of the mean effects of all
    heads, since most heads are a control for the few; and `SHARE` of an equal part, among the first 3% of the heads, of
    the gap between the refused transcripts' logit and these transcripts'. Where the gap is below `LEAST_GAP` in score
-   nothing is suppressed, and where the probe cannot tell at the final position nothing is known: no head can be
+   nothing is suppressed, and where the readout cannot tell at the final position nothing is known: no head can be
    significant then. q: Benjamini-Hochberg over all heads.
 4. Controls: the same heads on harmless transcripts; random sets of heads (controls.py); a probe fitted on shuffled
    labels; other methods and halves of the transcripts (agreement.py).
@@ -16,7 +17,7 @@ Source: refusal suppression heads, arXiv 2510.06036, section 4; intervals and co
 of all heads as the null of each, as in Efron, JASA 99 (2004).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,19 +27,16 @@ from jaxtyping import Bool, Float, Float32, Int64
 from scipy.special import expit
 
 from cliffscope.errors import EditError
-from cliffscope.heads.branches import Branch
-from cliffscope.heads.donors import Donors, DonorTokens
+from cliffscope.heads.donors import Donors
 from cliffscope.heads.edits import HeadRef, Scope
-from cliffscope.heads.greedy import choose_greedily
-from cliffscope.heads.methods import HALF, NEED_DONORS, Effects, Method, measure_effects
-from cliffscope.heads.usable import check_finite, usable_tokens
+from cliffscope.heads.methods import Method
+from cliffscope.heads.usable import check_finite, choose_method, prepare_task, usable_tokens
 from cliffscope.model.load import LensModel, ModelShape
 from cliffscope.notebook import Plotted
-from cliffscope.readouts.probe import RefusalProbe
+from cliffscope.readouts.readout import Readout
 from cliffscope.resampling import bootstrap_mean, sign_flip_p
 from cliffscope.stats import benjamini_hochberg
 from cliffscope.transcripts.records import Omission, Transcripts
-from cliffscope.transcripts.transcript import TokenizedTranscript
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -65,7 +63,7 @@ class HeadRanking(Plotted):
     heads: tuple[HeadRef, ...]
     """Every query head, layer by layer."""
     effects: Float32[np.ndarray, "n head"]
-    """[n, head] on the refusal logit; exactly 0 above the probe's layer, which the probe cannot see."""
+    """[n, head] on the readout's logit; exactly 0 above its layer, which it cannot see."""
     clean: Float32[np.ndarray, " n"]
     """[n] unedited logits."""
     harmless_effects: Float32[np.ndarray, "m head"]
@@ -84,18 +82,22 @@ class HeadRanking(Plotted):
     """The same gap in score."""
     shape: ModelShape
     """Of the model."""
+    readout: str
+    """What was read."""
     method: str
     """How heads were measured."""
+    each_alone: bool
+    """Whether a head's effect depends on that head alone."""
     scope: Scope
     """Where they were edited."""
     path: str
     """How it was computed, and why not faster."""
     donors: str
     """What values came from, "" where the method takes none."""
-    probe_layer: int
-    """Layer of the probe."""
+    readout_layer: int
+    """Layer that was read."""
     can_tell: bool
-    """Whether the probe can tell at the final position."""
+    """Whether the readout can tell at the final position."""
     seed: int
     """Of donors, intervals and permutations."""
     omitted: tuple[Omission, ...]
@@ -106,7 +108,7 @@ class HeadRanking(Plotted):
 
         Returns:
             layer, head, kv_group, effect (logit), effect_score, ci_low, ci_high (NaN with one transcript), p, q,
-            effect_harmless, effect_refused, n, rank, method, scope.
+            effect_harmless, effect_refused, n, rank, readout, method, scope.
         """
         low, high = bootstrap_mean(self.effects, seed=self.seed)
         p = self._p_values()
@@ -128,7 +130,7 @@ class HeadRanking(Plotted):
             }
         )
         frame["rank"] = np.argsort(self.order) + 1
-        frame["method"], frame["scope"] = self.method, str(self.scope)
+        frame["readout"], frame["method"], frame["scope"] = self.readout, self.method, str(self.scope)
         return frame.sort_values("rank", ignore_index=True)
 
     def top(self, fraction: float = FRACTION) -> tuple[HeadRef, ...]:
@@ -160,8 +162,8 @@ class HeadRanking(Plotted):
 
     @property
     def _seen(self) -> Bool[np.ndarray, " head"]:
-        """Which heads the probe can see."""
-        return np.array([h.layer <= self.probe_layer for h in self.heads])
+        """Which heads the readout can see."""
+        return np.array([h.layer <= self.readout_layer for h in self.heads])
 
     def small_table(self) -> pd.DataFrame:
         """The first heads: head, effect, ci_low, ci_high, q, effect_harmless."""
@@ -184,10 +186,10 @@ class HeadRanking(Plotted):
             self._grid(np.asarray(high)),
             selected=selected,
             harmless=self._grid(_mean(self.harmless_effects)) if len(self.harmless_effects) else None,
-            title=f"Effect of each head on refusal ({self.method}, {self.scope}, n={len(self.clean)})",
+            title=f"Effect of each head on refusal ({self.readout}, {self.method}, {self.scope}, n={len(self.clean)})",
         )
 
-    def _grid(self, values: np.ndarray) -> np.ndarray:
+    def _grid(self, values: Float[np.ndarray, " head"]) -> Float[np.ndarray, "layer n_heads"]:
         """[layer, head]; NaN in layers that have no heads."""
         grid = np.full((self.shape.n_layers, self.shape.n_heads), np.nan)
         grid[[h.layer for h in self.heads], [h.head for h in self.heads]] = values
@@ -213,20 +215,21 @@ class HeadRanking(Plotted):
         """One line: the first head, its effect, n, method and path."""
         best = int(self.order[0])
         first = f"first {self.heads[best]}: {self.effects[:, best].mean():+.2f} logits"
-        return f"HeadRanking({first}, {len(self.heads)} heads, n={len(self.clean)}, {self.method}, {self.path})"
+        how = f"{self.readout}, {self.method}, {self.path}"
+        return f"HeadRanking({first}, {len(self.heads)} heads, n={len(self.clean)}, {how})"
 
 
 def rank_heads(
     model: LensModel,
-    probe: RefusalProbe,
+    readout: Readout,
     transcripts: Transcripts,
     *,
-    method: str = "zero",
+    method: Method | str = "zero",
     scope: Scope | str = Scope.CLOSING,
     harmless: Transcripts | None = None,
     refused: Transcripts | None = None,
     donors: Donors | None = None,
-    factor: float = HALF,
+    factor: float | None = None,
     fraction: float = FRACTION,
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
@@ -235,16 +238,17 @@ def rank_heads(
 
     Args:
         model: the model.
-        probe: fitted on this model, on other transcripts.
+        readout: what says whether the answer will refuse, fitted on this model and on other transcripts.
         transcripts: usually harmful ones that were complied with.
         method: `zero`, `mean`, `resample`, `scale`, `patch`, `patch-reverse`, `greedy`, `attribution`, `direct` or
-            `cliff`; see `cliffscope.heads.methods`.
+            `cliff`; one of an installed package, `package.module:name`, or an object of
+            `cliffscope.heads.methods.Method`.
         scope: where heads are edited; `closing`, where the cliff is, is packed and fast.
         harmless: transcripts for the control of specificity.
         refused: harmful ones that were refused, for the control where nothing is suppressed.
-        donors: reference set of `mean`, pool of `resample` (None takes `harmless` for both), donors of `patch` (None
-            takes `refused`): a pool, or for each transcript's id its own donor.
-        factor: of `scale`.
+        donors: transcripts that the method takes values from: a pool, or for each transcript's id its own donor. None
+            takes `harmless` or `refused`, as the method says (`mean` and `resample` the first, `patch` the second).
+        factor: of `scale`; None is 0.5.
         fraction: share of the heads that `greedy` chooses.
         seed: of donors, intervals and permutations.
         progress: called with the number of transcripts done, or of heads chosen by `greedy`.
@@ -253,59 +257,48 @@ def rank_heads(
         The ranking.
 
     Raises:
-        EditError: an unknown method or scope, or donors that do not fit.
-        DataError: no transcript can be used, donors are missing, or logits are not finite.
-        ProbeError: the probe does not fit the model.
+        EditError: an unknown scope, or donors that do not fit.
+        DataError: an unknown method, no transcript can be used, donors are missing, or logits are not finite.
+        ProbeError: the readout does not fit the model, or is not linear where the method needs it to be.
         UnsupportedModelError: shares are asked for and the model's blocks do more than add.
 
     Source:
         arXiv 2510.06036, section 4.
     """
-    probe.check_model(model)
-    if donors is None:
-        donors = harmless if method in ("mean", "resample") else refused
-    how = Method(
-        name=method,
-        scope=Scope.parse(scope),
-        factor=factor,
-        donors=DonorTokens.read(model, donors) if donors is not None and method in NEED_DONORS else None,
-        seed=seed,
-    )
+    readout.check_model(model)
+    how = choose_method(method, factor)
+    givers = donors if donors is not None else {"harmless": harmless, "refused": refused}.get(how.needs)
+    task, omitted = prepare_task(model, readout, transcripts, how, scope=Scope.parse(scope), donors=givers, seed=seed)
     heads = tuple(HeadRef(layer=layer, head=head) for layer, head in model.shape.places)
-    groups = [usable_tokens(model, group, how) if group else ([], ()) for group in (harmless, refused)]
-    tokens, omitted = usable_tokens(model, transcripts, how)
-    control = [row for rows, _ in groups for row in rows]
-    if method == "greedy":
-        count = top_count(fraction, len(heads))
-        found, beside, order = _greedy(
-            model, probe, (tokens, control), heads, count=count, scope=how.scope, progress=progress
-        )
-    else:
-        branches = [(head,) for head in heads]
-        found = measure_effects(model, probe, tokens, branches, how, progress=progress)
-        beside = _control(model, probe, control, branches, how)
-        order = np.argsort(-found.effects.mean(0), kind="stable").astype(np.int64)
-    check_finite(tokens, found)
-    own_gap = (probe.refused_logit - float(found.clean.mean()), _score_gap(probe, found.clean))
-    gap, gap_score = found.gap if found.gap is not None else own_gap
+    groups = [usable_tokens(model, group, how, task.scope) if group else ([], ()) for group in (harmless, refused)]
+    controls = [row for rows, _ in groups for row in rows]
+    ranked = how.rank(task, controls, heads, count=top_count(fraction, len(heads)), progress=progress)
+    effects, control_effects = ranked.effects, np.zeros((0, len(heads)), np.float32)
+    check_finite(task.transcripts, effects)
+    if ranked.controls is not None:
+        check_finite(controls, ranked.controls)
+        control_effects = ranked.controls.effects
+    gap, gap_score = effects.gap if effects.gap is not None else _gap(readout, effects.clean)
     return HeadRanking(
         heads=heads,
-        effects=found.effects,
-        clean=found.clean,
-        harmless_effects=beside[: len(groups[0][0])],
-        refused_effects=beside[len(groups[0][0]) :],
-        order=order,
-        dose=1.0 - factor if method == "scale" else 1.0,
-        sign=found.sign,
+        effects=effects.effects,
+        clean=effects.clean,
+        harmless_effects=control_effects[: len(groups[0][0])],
+        refused_effects=control_effects[len(groups[0][0]) :],
+        order=ranked.order,
+        dose=how.dose,
+        sign=effects.sign,
         gap=gap,
         gap_score=gap_score,
         shape=model.shape,
-        method=method,
-        scope=how.scope,
-        path=found.path,
-        donors=how.donors.name if how.donors is not None else "",
-        probe_layer=probe.layer,
-        can_tell=probe.report.final.can_tell,
+        readout=readout.name,
+        method=how.name,
+        each_alone=how.each_alone,
+        scope=task.scope,
+        path=effects.path,
+        donors=task.donors.name if task.donors is not None else "",
+        readout_layer=readout.layer,
+        can_tell=readout.report.can_tell,
         seed=seed,
         omitted=(*omitted, *(o for _, left in groups for o in left)),
     )
@@ -322,39 +315,11 @@ def top_count(fraction: float, n_heads: int) -> int:
     return max(1, round(fraction * n_heads))
 
 
-def _greedy(
-    model: LensModel,
-    probe: RefusalProbe,
-    tokens: tuple[list[TokenizedTranscript], list[TokenizedTranscript]],
-    heads: tuple[HeadRef, ...],
-    *,
-    count: int,
-    scope: Scope,
-    progress: Callable[[int], None] | None,
-) -> tuple[Effects, Float32[np.ndarray, "m head"], Int64[np.ndarray, " head"]]:
-    own, control = tokens
-    n = len(own)
-    chosen = choose_greedily(
-        model, probe, [*own, *control], heads, count=count, choose_on=n, scope=scope, progress=progress
-    )
-    found = Effects(clean=chosen.clean[:n], effects=chosen.effects[:n], sign=1, gap=None, path=chosen.path)
-    return found, chosen.effects[n:], chosen.order
-
-
-def _control(
-    model: LensModel, probe: RefusalProbe, tokens: list[TokenizedTranscript], branches: Sequence[Branch], how: Method
-) -> Float32[np.ndarray, "m head"]:
-    if not tokens:
-        return np.zeros((0, len(branches)), np.float32)
-    found = measure_effects(model, probe, tokens, branches, how)
-    check_finite(tokens, found)
-    return found.effects
-
-
 def _mean(effects: Float32[np.ndarray, "m head"]) -> Float[np.ndarray, " head"]:
     """Mean over transcripts; NaN without any."""
     return effects.mean(0) if len(effects) else np.full(effects.shape[1], np.nan)
 
 
-def _score_gap(probe: RefusalProbe, clean: Float32[np.ndarray, " n"]) -> float:
-    return float(expit(probe.refused_logit) - expit(clean).mean())
+def _gap(readout: Readout, clean: Float32[np.ndarray, " n"]) -> tuple[float, float]:
+    """What is there to restore: the refused level minus these transcripts', in logits and in score."""
+    return readout.refused_logit - float(clean.mean()), float(expit(readout.refused_logit) - expit(clean).mean())

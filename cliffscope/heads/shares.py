@@ -10,30 +10,37 @@ The residual that the probe reads is the sum of what was written into it, so the
 3. `direct` effect of a head: minus its share at the final position. `cliff` effect: its mean share over the thinking
    minus its share at the final position, so that the effects of all parts add up to the drop of the logit.
 
-Direct shares are exact and not causal: what a head does through later layers is not in them.
+Direct shares are exact and not causal: what a head does through later layers is not in them. Only a linear probe has
+them: any other readout of a sum is no sum of readouts.
 Source: direct logit attribution, as in Elhage et al., A Mathematical Framework for Transformer Circuits (2021).
 """
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32
+from einops import einsum
+from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
 
-from cliffscope.errors import DataError, UnsupportedModelError
-from cliffscope.heads.branches import AGREEMENT
+from cliffscope.errors import DataError, EditError, ProbeError, UnsupportedModelError
+from cliffscope.heads.branches import AGREEMENT, Branch
+from cliffscope.heads.donors import DonorTokens
+from cliffscope.heads.edits import Scope
+from cliffscope.heads.methods import Effects, Method, Progress, Task
 from cliffscope.model.load import LensModel
 from cliffscope.readouts.activations import length_batches
 from cliffscope.readouts.probe import RefusalProbe
+from cliffscope.readouts.readout import Readout
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class LogitShares:
-    """The refusal logit as a sum, at the final position and on average over the thinking."""
+    """A probe's logit as a sum, at the final position and on average over the thinking."""
 
     heads: Float32[np.ndarray, "n layer head"]
     """[n, layer, head] at the final position; 0 above the probe's layer."""
@@ -64,6 +71,76 @@ class LogitShares:
             f"LogitShares(heads {self.heads.sum((1, 2)).mean():+.2f}, MLPs {self.mlps.sum(1).mean():+.2f}, "
             f"n={len(self.logits)}, largest error {error:.1e})"
         )
+
+
+class ShareMethod(Method):
+    """A method that reads shares of the logit and edits nothing."""
+
+    causal = False
+
+    def check(self, scope: Scope, donors: DonorTokens | None) -> None:
+        """Raises EditError for another scope than the closing: shares are read at the final position."""
+        super().check(scope, donors)
+        if scope is not Scope.CLOSING:
+            raise EditError(
+                f"method={self.name!r} edits nothing and reads shares at the final position; scope={str(scope)!r} "
+                "has no meaning for it. Leave the scope out."
+            )
+
+    def measure(self, task: Task, branches: Sequence[Branch], *, progress: Progress | None = None) -> Effects:
+        """Sums of the heads' shares; see `Method.measure`."""
+        shares = decompose_logit(task.model, linear_probe(task.readout), task.transcripts)
+        by_head = self.effects(shares)
+        if progress is not None:
+            progress(len(task.transcripts))
+        effects = [by_head[:, [h.layer for h in branch], [h.head for h in branch]].sum(1) for branch in branches]
+        return Effects(clean=shares.logits, effects=np.stack(effects, axis=1).astype(np.float32), path="shares")
+
+    @abstractmethod
+    def effects(self, shares: "LogitShares") -> Float32[np.ndarray, "n layer head"]:
+        """The effect of every head, positive where it writes against refusal."""
+
+
+class DirectShare(ShareMethod):
+    """Direct logit attribution."""
+
+    name = "direct"
+    summary = "minus the head's share of the logit at the final position"
+
+    def effects(self, shares: "LogitShares") -> Float32[np.ndarray, "n layer head"]:
+        """What the head takes from the logit."""
+        return np.asarray(-shares.heads)
+
+
+class CliffShare(ShareMethod):
+    """Who makes the drop."""
+
+    name = "cliff"
+    summary = "the head's mean share over the thinking minus that at the final position: who makes the drop"
+
+    def span(self, scope: Scope) -> Scope:
+        """The thinking, over which shares are averaged."""
+        del scope
+        return Scope.THINKING
+
+    def effects(self, shares: "LogitShares") -> Float32[np.ndarray, "n layer head"]:
+        """What the head's share falls by; raises DataError where a transcript has no thinking."""
+        effects = np.asarray(shares.plateau_heads - shares.heads)
+        if np.isnan(effects).any():
+            raise DataError(
+                "method='cliff' sets the final position against the thinking, and a transcript has none. Take 'direct'."
+            )
+        return effects
+
+
+def linear_probe(readout: Readout) -> RefusalProbe:
+    """The readout as a linear probe; raises ProbeError where it is none, so that its logit is no sum of shares."""
+    if not isinstance(readout, RefusalProbe):
+        raise ProbeError(
+            f"The {readout.name} readout is not linear in the residual, so that its logit is no sum of what heads "
+            "write. Give a RefusalProbe (cs.fit_probe), or take a method that edits heads, such as method='zero'."
+        )
+    return readout
 
 
 def decompose_logit(model: LensModel, probe: RefusalProbe, transcripts: Sequence[TokenizedTranscript]) -> LogitShares:
@@ -141,8 +218,9 @@ class _Parts:
         if layer > self.probe.layer:
             return
         projection = self.model.output_projection(layer)
-        written = torch.einsum("mhd,m->hd", self.model.output_columns(layer), self.weight)
-        share = torch.einsum("bphd,hd->bph", z.float(), written).cpu().numpy()
+        columns = self.model.output_columns(layer)
+        written = einsum(columns, self.weight, "d_model head d_head, d_model -> head d_head")
+        share = einsum(z.float(), written, "batch pos head d_head, head d_head -> batch pos head").cpu().numpy()
         for place, index in enumerate(rows):
             transcript = self.transcripts[index]
             self.heads[index, layer] = share[place, transcript.final]
@@ -151,7 +229,9 @@ class _Parts:
         if projection.bias is not None:
             self.biases[rows, layer] = float(projection.bias.detach().float() @ self.weight)
 
-    def _see_logit(self, rows: list[int], finals: Tensor, layer: int, hidden: Tensor) -> None:
+    def _see_logit(
+        self, rows: list[int], finals: Int[Tensor, " batch"], layer: int, hidden: Float[Tensor, "batch pos d_model"]
+    ) -> None:
         if layer == self.probe.layer:
             last = hidden[torch.arange(len(rows), device=hidden.device), finals].float()
             self.logits[rows] = (last @ self.weight + self.probe.bias).cpu().numpy()
@@ -159,7 +239,7 @@ class _Parts:
             self.scale[rows] = (last.abs() @ self.weight.abs()).clamp(min=1.0).cpu().numpy()
 
     def _reader(
-        self, into: np.ndarray, rows: list[int], finals: Tensor
+        self, into: Float32[np.ndarray, " n"], rows: list[int], finals: Int[Tensor, " batch"]
     ) -> Callable[[nn.Module | None, tuple[object, ...]], None]:
         def read(_module: nn.Module | None, values: tuple[object, ...]) -> None:
             written = values[0][0] if isinstance(values[0], tuple) else values[0]

@@ -1,4 +1,4 @@
-"""What would the refusal logit be, had these heads been edited?
+"""What would a readout say, had these heads been edited?
 
 One call for every scope and every kind of edit, which takes the fastest path that is exact on this model:
 
@@ -27,7 +27,7 @@ from cliffscope.heads.branches import Branch, Change, Job, plain_logit
 from cliffscope.heads.edits import Scope
 from cliffscope.heads.packed import Disagreement, PackSize, packed_logits
 from cliffscope.model.load import LensModel
-from cliffscope.readouts.probe import RefusalProbe
+from cliffscope.readouts.readout import Readout
 from cliffscope.transcripts.transcript import TokenizedTranscript
 
 log = logging.getLogger(__name__)
@@ -35,16 +35,19 @@ CHECK_PREFIX = 8
 """Tokens before the closing on which a path is compared with the plain one; what depends on length, the unedited
 branches show on the transcripts themselves."""
 
-_PROVEN: "WeakKeyDictionary[LensModel, set[tuple[str, str, str]]]" = WeakKeyDictionary()
-"""Path, kind of change and scope that were compared with the plain path on a model that is still loaded."""
+Kind = tuple[str, str, str, bool, bool]
+"""Path, kind of change, scope, whether the change has values and whether the readout has continuations."""
+_PROVEN: "WeakKeyDictionary[LensModel, set[Kind]]" = WeakKeyDictionary()
+"""What was compared with the plain path on a model that is still loaded."""
 
-Logits = tuple[float, np.ndarray]
+Logits = tuple[float, Float32[np.ndarray, " branch"]]
+"""Clean and edited logits of one transcript."""
 Report = Callable[[int, Logits], None]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Sweep:
-    """Refusal logits at the final position under every branch."""
+    """A readout's logits at the final position under every branch."""
 
     clean: Float32[np.ndarray, " transcript"]
     """[transcript] unedited."""
@@ -65,7 +68,7 @@ class Sweep:
 
 def sweep_branches(
     model: LensModel,
-    probe: RefusalProbe,
+    readout: Readout,
     transcripts: Sequence[TokenizedTranscript],
     branches: Sequence[Branch],
     *,
@@ -73,15 +76,15 @@ def sweep_branches(
     scope: Scope = Scope.CLOSING,
     progress: Callable[[int], None] | None = None,
 ) -> Sweep:
-    """The refusal logit at the final position of every transcript under every branch.
+    """The readout's logit at the final position of every transcript under every branch.
 
     Args:
         model: the model.
-        probe: whose logit is read.
+        readout: whose logit is read.
         transcripts: tokens; answers are ignored.
-        branches: sets of heads; each is edited on its own. Heads above the probe's layer leave the logit as it is.
+        branches: sets of heads; each is edited on its own. Heads above the readout's layer leave the logit as it is.
         change: what is done to the heads of a branch; None is zero ablation.
-        scope: where.
+        scope: where; `all` includes the readout's continuations.
         progress: called with the number of transcripts done; starts again if the path has to be changed.
 
     Returns:
@@ -89,22 +92,22 @@ def sweep_branches(
 
     Raises:
         EditError: a head that the model lacks, or values that do not fit the transcripts.
-        ProbeError: the probe does not fit the model.
+        ProbeError: the readout does not fit the model.
         ResourceError: memory runs out even with one branch at a time.
     """
-    probe.check_model(model)
+    readout.check_model(model)
     for branch in branches:
         for ref in branch:
             ref.check(model)
-    job = Job(model=model, probe=probe, branches=tuple(branches), change=change or Change(), scope=scope)
+    job = Job(model=model, readout=readout, branches=tuple(branches), change=change or Change(), scope=scope)
     _check_values(job, transcripts)
     reasons: list[str] = []
     for run in (_Packed(), _Batched(), _Plain()) if scope is Scope.CLOSING else (_Batched(), _Plain()):
-        found = _Found.empty(len(transcripts), len(branches), progress)
+        results = _Results.empty(len(transcripts), len(branches), progress)
         try:
             if not isinstance(run, _Plain):
                 _compare(run, job, transcripts)
-            run.sweep(job, list(enumerate(transcripts)), found.add)
+            run.sweep(job, list(enumerate(transcripts)), results.add)
         except (Disagreement, TypeError, ValueError, RuntimeError, AttributeError, IndexError, KeyError) as error:
             if isinstance(run, _Plain):
                 raise
@@ -112,21 +115,21 @@ def sweep_branches(
             why = str(error) if isinstance(error, Disagreement) else f"fails ({type(error).__name__})"
             reasons.append(f"{run.name}: {why}")
             continue
-        return Sweep(clean=found.clean, edited=found.edited, path=_describe(run, reasons))
+        return Sweep(clean=results.clean, edited=results.edited, path=_describe(run, reasons))
     raise AssertionError("the plain path returns or raises")
 
 
 @dataclass(eq=False, kw_only=True)
-class _Found:
-    """Results as they come in."""
+class _Results:
+    """Logits as they come in."""
 
-    clean: np.ndarray
-    edited: np.ndarray
+    clean: Float32[np.ndarray, " transcript"]
+    edited: Float32[np.ndarray, "transcript branch"]
     progress: Callable[[int], None] | None
     done: int = 0
 
     @classmethod
-    def empty(cls, n: int, branches: int, progress: Callable[[int], None] | None) -> "_Found":
+    def empty(cls, n: int, branches: int, progress: Callable[[int], None] | None) -> "_Results":
         return cls(clean=np.zeros(n, np.float32), edited=np.zeros((n, branches), np.float32), progress=progress)
 
     def add(self, index: int, logits: Logits) -> None:
@@ -177,8 +180,9 @@ def _describe(run: "_Packed | _Batched | _Plain", reasons: list[str]) -> str:
 
 def _compare(run: "_Packed | _Batched", job: Job, transcripts: Sequence[TokenizedTranscript]) -> None:
     """Raises Disagreement unless a few branches equal the plain path on a short piece of the shortest transcript."""
-    kind = (run.name, str(job.change.kind), str(job.scope))
-    seen = [i for i in range(len(job.branches)) if job.first_layer(i) <= job.probe.layer]
+    values, tree = bool(job.change.values), job.readout.continuations
+    kind = (run.name, str(job.change.kind), str(job.scope), values, bool(len(tree)))
+    seen = job.seen()
     if not seen or not transcripts or kind in _PROVEN.get(job.model, ()):
         return
     index = min(range(len(transcripts)), key=lambda i: (transcripts[i].final, i))
@@ -190,14 +194,14 @@ def _compare(run: "_Packed | _Batched", job: Job, transcripts: Sequence[Tokenize
     }
     few = Job(
         model=job.model,
-        probe=job.probe,
+        readout=job.readout,
         branches=tuple(job.branches[i] for i in sorted(tried)),
         change=job.change,
         scope=job.scope,
     )
-    found: list[np.ndarray] = []
-    run.sweep(few, [(index, piece)], lambda _, logits: found.append(logits[1]))
-    for branch, logit in zip(few.branches, found[0], strict=True):
+    swept: list[Float32[np.ndarray, " branch"]] = []
+    run.sweep(few, [(index, piece)], lambda _, logits: swept.append(logits[1]))
+    for branch, logit in zip(few.branches, swept[0], strict=True):
         expected = plain_logit(few, piece, index, branch)
         if not job.agrees(float(logit), expected):
             raise Disagreement(f"differs from the plain path by {abs(float(logit) - expected):.1e}")
@@ -218,16 +222,20 @@ def _cut(transcript: TokenizedTranscript) -> TokenizedTranscript:
 
 def _check_values(job: Job, transcripts: Sequence[TokenizedTranscript]) -> None:
     """Raises EditError where the values of a change do not fit the transcripts' positions."""
-    given = job.change.values
-    if len(given) > 1 and len(given) != len(transcripts):
-        raise EditError(f"Values for {len(given)} transcripts were given for {len(transcripts)}. Give one for each.")
-    shape = job.model.shape
+    n = len(job.change.values)
+    if n > 1 and n != len(transcripts):
+        raise EditError(f"Values for {n} transcripts were given for {len(transcripts)}. Give one for each.")
+    shape, tree = job.model.shape, job.readout.continuations
     for index, transcript in enumerate(transcripts):
         values = job.change.of(index)
-        where = job.scope.positions(transcript)
-        expected = (shape.n_layers, where.stop - where.start, shape.n_heads, shape.d_head)
-        if values is not None and tuple(values.shape) not in (expected, (expected[0], 1, *expected[2:])):
+        where = job.scope.positions(tree.rows(transcript)[0])
+        each = (shape.n_layers, where.stop - where.start, shape.n_heads, shape.d_head)
+        one = (each[0], 1, *each[2:])
+        # What a donor writes at an opening is not known, nor which opening a position would belong to.
+        fitting = (one,) if len(tree) and job.scope is Scope.ALL else (each, one)
+        if values is not None and tuple(values.shape) not in fitting:
             raise EditError(
                 f"Values of {transcript.id!r} have shape {tuple(values.shape)}; its scope {str(job.scope)!r} needs "
-                f"{expected} (layer, position, head, d_head). Take a donor of the same length, or the mean."
+                f"{' or '.join(map(str, fitting))} (layer, position, head, d_head). Take a donor of the same length, "
+                "the mean, or scope='closing'."
             )

@@ -1,7 +1,8 @@
-"""How does a probe become JSON, arrays and a table, and the other way round?
+"""How does a readout become JSON, arrays and a table, and the other way round?
 
-The JSON holds what the probe was fitted on and its report, the arrays the directions and biases of all layers, the
-table the held-out quality by layer and region. Reading gives the same probe back. Knows no file names.
+Of a probe, the JSON holds what it was fitted on and its report, the arrays the directions and biases of all layers, the
+table the held-out quality by layer and region. An answer readout is JSON alone. Reading gives the same readout back.
+Knows no file names.
 """
 
 from collections.abc import Mapping
@@ -14,8 +15,10 @@ import pandas as pd
 from jaxtyping import Float32
 
 from cliffscope.errors import ProbeError
+from cliffscope.readouts.answer import AnswerReadout
+from cliffscope.readouts.openings import Opening
 from cliffscope.readouts.probe import RefusalProbe
-from cliffscope.readouts.reports import ProbeReport, RegionReport
+from cliffscope.readouts.reports import AnswerReport, ProbeReport, RegionReport
 from cliffscope.stats import Interval
 from cliffscope.transcripts.records import Group, Omission
 
@@ -40,6 +43,7 @@ def saved_probe(probe: RefusalProbe) -> SavedProbe:
         "layer": probe.layer,
         "positions": probe.positions,
         "fingerprint": probe.fingerprint,
+        "template": probe.template,
         "strength": probe.strength,
         "refused_logit": probe.refused_logit,
         "n_fit": _class_counts(report.cells),
@@ -104,11 +108,78 @@ def probe_from_saved(
             strength=float(data["strength"]),
             refused_logit=float(data["refused_logit"]),
             fingerprint=str(data["fingerprint"]),
+            template=str(data["template"]),
             report=report,
             omitted=tuple(Omission(**omission) for omission in data.get("omitted", ())),
         )
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise ProbeError(f"{place} is no probe of CliffScope: {error!r}. Fit one with cliffscope fit-probe.") from error
+
+
+def saved_answer_readout(readout: AnswerReadout) -> dict[str, object]:
+    """An answer readout as a JSON-ready document."""
+    report = readout.report
+    return {
+        "layer": readout.layer,
+        "vocabulary": readout.vocabulary,
+        "fingerprint": readout.fingerprint,
+        "template": readout.template,
+        "refused_logit": readout.refused_logit,
+        "openings": [asdict(opening) for opening in readout.openings],
+        "omitted": [asdict(omission) for omission in readout.omitted],
+        "report": {
+            "final": _region_json(report.final),
+            "within_harmful_final": _region_json(report.within_harmful),
+            "openings": report.openings.to_dict("records"),
+            "separation": report.separation,
+            "covered": report.covered,
+            "mass": report.mass,
+            "warnings": list(report.warnings),
+        },
+    }
+
+
+def answer_readout_from_saved(data: Mapping[str, Any], *, place: Path) -> AnswerReadout:
+    """The answer readout that was stored.
+
+    Args:
+        data: the document.
+        place: where it comes from, for the message.
+
+    Raises:
+        ProbeError: a field is missing or of another type.
+    """
+    try:
+        report = data["report"]
+        return AnswerReadout(
+            openings=tuple(
+                Opening(
+                    token_ids=tuple(int(i) for i in opening["token_ids"]),
+                    refuses=bool(opening["refuses"]),
+                    text=str(opening["text"]),
+                )
+                for opening in data["openings"]
+            ),
+            layer=int(data["layer"]),
+            vocabulary=int(data["vocabulary"]),
+            refused_logit=float(data["refused_logit"]),
+            fingerprint=str(data["fingerprint"]),
+            template=str(data["template"]),
+            report=AnswerReport(
+                final=_region(report["final"]),
+                within_harmful=_region(report["within_harmful_final"]),
+                openings=pd.DataFrame(report["openings"]),
+                separation=_number(report["separation"]),
+                covered=_number(report["covered"]),
+                mass=_number(report["mass"]),
+                warnings=tuple(report["warnings"]),
+            ),
+            omitted=tuple(Omission(**omission) for omission in data.get("omitted", ())),
+        )
+    except (KeyError, TypeError, IndexError, ValueError) as error:
+        raise ProbeError(
+            f"{place} is no answer readout of CliffScope: {error!r}. Fit one with cs.fit_answer_readout."
+        ) from error
 
 
 def _region_json(report: RegionReport) -> dict[str, object]:

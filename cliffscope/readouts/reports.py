@@ -1,4 +1,4 @@
-"""What can a probe tell, and what are its classes made of?
+"""What can a readout tell, and what are its classes made of?
 
 One `RegionReport` a region compares one value a transcript between refused and complied transcripts; `cells_of` counts
 harmful and harmless transcripts in each class, since a class of harmful prompts against one of harmless prompts may
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from cliffscope.notebook import Plotted
 from cliffscope.stats import Interval, auroc, auroc_interval, brier, expected_calibration_error, tpr_at_fpr
@@ -80,18 +81,18 @@ class ProbeReport(Plotted):
     warnings: tuple[str, ...]
     """What a reader should know before believing the probe."""
 
+    @property
+    def can_tell(self) -> bool:
+        """Whether the probe can tell at the final position."""
+        return self.final.can_tell
+
     def to_frame(self) -> pd.DataFrame:
         """Held-out quality, one row a layer and region: layer, region and the fields of `RegionReport`."""
         return self.by_region.copy()
 
     def small_table(self) -> pd.DataFrame:
         """Held-out AUROC where claims rest on it: region, auroc, ci_low, ci_high, n_refused, n_complied, can_tell."""
-        rows = []
-        for found in (self.final, self.late_thinking, self.within_harmful):
-            bounds = (found.interval.low, found.interval.high)
-            rows.append((found.region, found.auroc, *bounds, found.n_refused, found.n_complied, found.can_tell))
-        names = ["region", "auroc", "ci_low", "ci_high", "n_refused", "n_complied", "can_tell"]
-        return pd.DataFrame(rows, columns=names)
+        return quality_table((self.final, self.late_thinking, self.within_harmful))
 
     def plot(self, *, layer: int | None = None) -> "Figure":
         """Held-out AUROC by layer and position.
@@ -110,7 +111,66 @@ class ProbeReport(Plotted):
         return f"ProbeReport({self.final}; late thinking {self.late_thinking.auroc:.3f})"
 
 
-def region_report(region: str, refused: np.ndarray, complied: np.ndarray) -> RegionReport:
+@dataclass(frozen=True, eq=False, kw_only=True)
+class AnswerReport(Plotted):
+    """What an answer readout can tell on its test split."""
+
+    final: RegionReport
+    """Refused against complied, at the final position; the score is the sigmoid of the log-odds."""
+    within_harmful: RegionReport
+    """The same among harmful transcripts alone."""
+    openings: pd.DataFrame
+    """One row an opening: class, opening (text), tokens, token_ids, fit_refused, fit_complied, test_refused,
+    test_complied (answers that begin with it)."""
+    separation: float
+    """Share of the validate answers that begin with an opening of their own class; NaN where openings were given."""
+    covered: float
+    """Share of the test answers that begin with one of the openings."""
+    mass: float
+    """Mean probability, on the test split, that the answer begins with one of the openings."""
+    warnings: tuple[str, ...]
+    """What a reader should know before believing the readout."""
+
+    @property
+    def can_tell(self) -> bool:
+        """Whether the readout can tell at the final position."""
+        return self.final.can_tell
+
+    def to_frame(self) -> pd.DataFrame:
+        """The table of openings."""
+        return self.openings.copy()
+
+    def small_table(self) -> pd.DataFrame:
+        """Held-out AUROC overall and among harmful transcripts."""
+        return quality_table((self.final, self.within_harmful))
+
+    def plot(self) -> "Figure":
+        """How often held-out refusals and compliances begin with each opening."""
+        from cliffscope.figures.openings import opening_bars
+
+        return opening_bars(
+            self.openings["opening"].tolist(),
+            self.openings["class"].tolist(),
+            self.openings["test_refused"].to_numpy(float) / max(1, self.final.n_refused),
+            self.openings["test_complied"].to_numpy(float) / max(1, self.final.n_complied),
+            title=f"How held-out answers begin (n={self.final.n_refused} refused, {self.final.n_complied} complied)",
+        )
+
+    def __repr__(self) -> str:
+        """One line: AUROC, and how many answers begin with an opening."""
+        return f"AnswerReport({self.final}; {self.covered:.0%} of answers begin with an opening)"
+
+
+def quality_table(reports: Sequence[RegionReport]) -> pd.DataFrame:
+    """One row a report: region, auroc, ci_low, ci_high, n_refused, n_complied, can_tell."""
+    rows = [
+        (r.region, r.auroc, r.interval.low, r.interval.high, r.n_refused, r.n_complied, r.can_tell) for r in reports
+    ]
+    names = ["region", "auroc", "ci_low", "ci_high", "n_refused", "n_complied", "can_tell"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def region_report(region: str, refused: Float[np.ndarray, " n"], complied: Float[np.ndarray, " m"]) -> RegionReport:
     """Compares one logit a transcript between the classes.
 
     Args:
@@ -148,8 +208,8 @@ def cells_of(transcripts: Mapping[str, Transcript], rows: Sequence[tuple[str, st
         Such as {"refused, harmful": 40, "complied, harmless": 38}.
     """
     words = {True: "harmful", False: "harmless", None: "unlabelled"}
-    found = Counter(f"{kind}, {words[transcripts[i].harmful]}" for i, kind in rows if kind != "challenge")
-    return dict(sorted(found.items()))
+    counts = Counter(f"{kind}, {words[transcripts[i].harmful]}" for i, kind in rows if kind != "challenge")
+    return dict(sorted(counts.items()))
 
 
 def one_sided_warning(cells: Mapping[str, int]) -> tuple[str, ...]:

@@ -89,6 +89,7 @@ PROBE = Document(
         "layer": "layer of the probe",
         "positions": "positions that it was fitted on",
         "fingerprint": "of the model",
+        "template": "convention of thinking",
         "strength": "inverse regularisation, C",
         "refused_logit": "mean logit of held-out refused transcripts at the final token",
         "contrast": "complied class: harmless or harmful",
@@ -119,6 +120,20 @@ PROBE_LAYERS = Table(
         ("n_refused", "int", "refused transcripts"),
         ("n_complied", "int", "complied transcripts"),
     ),
+)
+ANSWER = Document(
+    file="answer.json",
+    meaning="the answer readout: its openings and its held-out report",
+    keys={
+        "layer": "last layer that it reads",
+        "vocabulary": "tokens of the model's head",
+        "fingerprint": "of the model",
+        "template": "convention of thinking",
+        "refused_logit": "mean log-odds of held-out refused transcripts",
+        "openings": "token_ids, refuses, text",
+        "omitted": "transcripts left out",
+        "report": "held-out quality, and the openings with their counts",
+    },
 )
 TRACES = Table(
     file="traces.parquet",
@@ -328,7 +343,7 @@ MANIFEST = Place(
 )
 
 ARTEFACTS: tuple[Artefact, ...] = (
-    *(MANIFEST, TRANSCRIPTS, TRANSCRIPT_TABLE, PROBE, PROBE_ARRAYS, PROBE_LAYERS),
+    *(MANIFEST, TRANSCRIPTS, TRANSCRIPT_TABLE, PROBE, PROBE_ARRAYS, PROBE_LAYERS, ANSWER),
     *(TRACES, LAYER_TRACES, ALIGNED, CLIFFS, HEADS, HEADS_FACTS, SELECTED_HEADS, SUPPRESSION),
     *(EDITED_ALIGNED, EDITED_CLIFFS, HEAD_SOURCES, ARM_ANSWERS, ARM_LOGS, ARM_OMISSIONS),
     *(SAFETY, SAFETY_PAIRS, SAFETY_QUALITY, SIDE_EFFECTS, SELECTION, SELECTED, REPAIRED, REPAIR, OMITTED, REPORT),

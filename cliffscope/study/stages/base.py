@@ -24,7 +24,7 @@ from cliffscope.study.answers import ArmAnswers, open_answers
 from cliffscope.study.artefact_kinds import Artefact, Place, Table
 from cliffscope.study.artefacts import PROBE, SELECTED_HEADS, TRANSCRIPT_TABLE, TRANSCRIPTS
 from cliffscope.study.config import StudyConfig
-from cliffscope.study.saved_probe import load_probe
+from cliffscope.study.saved_readouts import load_probe
 from cliffscope.transcripts.records import Omission, Outcome, Split, Transcripts
 
 

@@ -5,7 +5,7 @@ from cliffscope.readouts.contrast import contrast_classes
 from cliffscope.readouts.probe import fit_probe
 from cliffscope.study import verdicts
 from cliffscope.study.artefacts import PROBE, PROBE_ARRAYS, PROBE_LAYERS
-from cliffscope.study.saved_probe import probe_files
+from cliffscope.study.saved_readouts import probe_files
 from cliffscope.study.stages.base import Finding, Stage, StageOutputs, Workspace
 
 

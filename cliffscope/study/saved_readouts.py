@@ -1,10 +1,16 @@
-"""How is a probe kept in a run directory?"""
+"""How are readouts stored in a run directory?"""
 
-from cliffscope.readouts.files import probe_from_saved, saved_probe
+from cliffscope.readouts.answer import AnswerReadout
+from cliffscope.readouts.files import (
+    answer_readout_from_saved,
+    probe_from_saved,
+    saved_answer_readout,
+    saved_probe,
+)
 from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.store import RunStore
 from cliffscope.study.artefact_kinds import Artefact
-from cliffscope.study.artefacts import PROBE, PROBE_ARRAYS, PROBE_LAYERS
+from cliffscope.study.artefacts import ANSWER, PROBE, PROBE_ARRAYS, PROBE_LAYERS
 
 
 def probe_files(probe: RefusalProbe, contrast: str) -> dict[Artefact, object]:
@@ -41,3 +47,18 @@ def load_probe(store: RunStore) -> RefusalProbe:
         store.read_frame(PROBE_LAYERS.file),
         place=store.path / PROBE.file,
     )
+
+
+def save_answer_readout(store: RunStore, readout: AnswerReadout) -> None:
+    """Writes an answer readout into a run directory."""
+    ANSWER.write(store, saved_answer_readout(readout))
+
+
+def load_answer_readout(store: RunStore) -> AnswerReadout:
+    """Reads an answer readout from a run directory.
+
+    Raises:
+        ProbeError: a field is missing or wrong.
+        StoreError: the file is not there or cannot be read.
+    """
+    return answer_readout_from_saved(store.read_json(ANSWER.file), place=store.path / ANSWER.file)
