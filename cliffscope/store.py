@@ -162,7 +162,8 @@ def open_run(path: str | Path, config: Mapping[str, object]) -> Iterator[RunStor
     with _locked(folder / LOCK, f"Run directory {folder}", "a different --out"):
         store = RunStore(path=folder)
         _claim(store, config)
-        for rest in folder.glob(f".*{PARTIAL}"):
+        # A killed process may have left partial files, and the locks of its logs.
+        for rest in (*folder.glob(f".*{PARTIAL}"), *folder.glob(f".*{LOG}{LOCK}")):
             rest.unlink(missing_ok=True)
         try:
             yield store

@@ -559,11 +559,12 @@ def test_files_that_a_killed_process_left_half_written_are_removed_by_the_next_o
     path = tmp_path / "run"
     with open_run(path, CONFIG) as run:
         run.write_with("a.txt", lambda p: (path / f"{p.name}x{store_module.PARTIAL}").touch())
-        (path / ".keep").touch()
-        (path / "mine.partial").touch()
-    assert len(names(path)) == 6
+        (path / ".arm-a.log.lock").touch()
+        for name in (".keep", "mine.partial", "mine.log.lock", ".mine.lock"):
+            (path / name).touch()
+    assert len(names(path)) == 9
     with open_run(path, CONFIG):
-        assert names(path) == {MANIFEST, LOCK, "a.txt", ".keep", "mine.partial"}
+        assert names(path) == {MANIFEST, LOCK, "a.txt", ".keep", "mine.partial", "mine.log.lock", ".mine.lock"}
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
