@@ -137,7 +137,7 @@ def head_table(n_layers, n_heads, rng):
             **{"p": np.where(flat > 1, 0.0005, 0.4), "q": np.where(flat > 1, 0.016, 0.8), "n": 41, "rank": rank},
             "effect_harmless": rng.normal(0, 0.04, flat.size),
             "effect_refused": rng.normal(0, 0.04, flat.size),
-            **{"method": "zero", "scope": "closing"},
+            **{"readout": "answer", "method": "zero", "scope": "closing"},
             "selected": rank <= max(1, round(0.03 * flat.size)),
         }
     )

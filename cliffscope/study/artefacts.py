@@ -179,6 +179,7 @@ HEADS = Table(
         ("effect_refused", "float", "effect on refused transcripts, logit"),
         ("n", "int", "transcripts"),
         ("rank", "int", "place by effect, from 1"),
+        ("readout", "text", "what was read: answer or probe"),
         ("method", "text", "how heads were measured"),
         ("scope", "text", "where they were edited"),
     ),

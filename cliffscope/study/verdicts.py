@@ -12,6 +12,7 @@ from cliffscope.evaluation.safety import SafetyReport
 from cliffscope.evaluation.side_effects import KL, SideEffects
 from cliffscope.heads.controls import SetControl
 from cliffscope.heads.ranking import HeadRanking
+from cliffscope.readouts.answer import AnswerReadout
 from cliffscope.readouts.reports import ProbeReport
 from cliffscope.repairing.comparison import AFTER, BEFORE, RepairReport
 from cliffscope.resampling import bootstrap_mean
@@ -29,6 +30,27 @@ def no_probe(reason: str) -> str:
     return f"No probe could be fitted, so nothing is claimed. {reason}"
 
 
+def no_answer_readout(reason: str) -> str:
+    """No answer readout could be fitted."""
+    return f"The model's answers could not be read, so nothing is claimed about heads. {reason}"
+
+
+def of_answer(readout: AnswerReadout) -> str:
+    """What the model's own answer distribution tells on the test split."""
+    report = readout.report
+    longest = max(len(opening.token_ids) for opening in readout.openings)
+    length = "one token" if longest == 1 else f"up to {longest} tokens"
+    sentence = (
+        f"The log-odds of refusing against complying openings ({length}) separate held-out refusals from compliances "
+        f"with {report.final}; {report.covered:.0%} of the held-out answers begin with a known opening."
+    )
+    if np.isfinite(report.within_harmful.auroc):
+        sentence += f" Among harmful transcripts alone: {report.within_harmful}."
+    if not report.can_tell:
+        sentence += " That is too little to tell what the model will answer: do not rely on the results below."
+    return sentence
+
+
 def of_probe(report: ProbeReport, contrast: str) -> str:
     """What the probe can tell on its test split."""
     told = f"The probe tells refused from complied ({contrast}) transcripts with held-out {report.final}."
@@ -37,7 +59,7 @@ def of_probe(report: ProbeReport, contrast: str) -> str:
     if np.isfinite(report.late_thinking.auroc):
         told += f" During the thinking: {report.late_thinking}."
     if not report.final.can_tell:
-        told += " That is too little to read a refusal score from: nothing further should be believed of it."
+        told += " That is too little to read a refusal score from: do not rely on its scores."
     return told
 
 

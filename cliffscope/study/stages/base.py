@@ -18,13 +18,14 @@ import pandas as pd
 from cliffscope.judging.protocols import Judge
 from cliffscope.model.load import LensModel, load_model
 from cliffscope.progress import Progress
+from cliffscope.readouts.answer import AnswerReadout
 from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.store import RunStore
 from cliffscope.study.answers import ArmAnswers, open_answers
 from cliffscope.study.artefact_kinds import Artefact, Place, Table
-from cliffscope.study.artefacts import PROBE, SELECTED_HEADS, TRANSCRIPT_TABLE, TRANSCRIPTS
+from cliffscope.study.artefacts import ANSWER, PROBE, SELECTED_HEADS, TRANSCRIPT_TABLE, TRANSCRIPTS
 from cliffscope.study.config import StudyConfig
-from cliffscope.study.saved_readouts import load_probe
+from cliffscope.study.saved_readouts import load_answer_readout, load_probe
 from cliffscope.transcripts.records import Omission, Outcome, Split, Transcripts
 
 
@@ -90,6 +91,11 @@ class Workspace:
     def probe(self) -> RefusalProbe | None:
         """The probe; None if none could be fitted."""
         return load_probe(self.store) if self.has(PROBE) else None
+
+    @cached_property
+    def answer(self) -> AnswerReadout | None:
+        """The answer readout; None if none could be fitted."""
+        return load_answer_readout(self.store) if self.has(ANSWER) else None
 
     def has(self, artefact: Artefact) -> bool:
         """Whether an earlier stage made it."""

@@ -12,14 +12,14 @@ class HeadStage(Stage):
     """Ranks all heads on harmful transcripts that were complied with."""
 
     name = "heads"
-    version = 1
+    version = 2
     needs = ("transcripts", "readouts")
     makes = (HEADS, HEADS_FACTS)
     settings = ("method", "seed")
 
     def run(self, work: Workspace, key: str) -> StageOutputs:  # noqa: ARG002
         """Ranks, or says that too few transcripts were complied with."""
-        if work.probe is None:
+        if work.answer is None:
             return StageOutputs()
         suppressed = work.part(Split.FIT, Split.VALIDATE, harmful=True, outcome=Outcome.COMPLIED)
         held_out = work.part(Split.TEST, harmful=True, outcome=Outcome.COMPLIED)
@@ -33,7 +33,7 @@ class HeadStage(Stage):
             )
         ranking = rank_heads(
             work.model,
-            work.probe,
+            work.answer,
             suppressed,
             method=work.config.method,
             harmless=work.part(Split.FIT, Split.VALIDATE, harmful=False),

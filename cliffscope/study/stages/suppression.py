@@ -17,7 +17,7 @@ class SuppressionStage(Stage):
     """Selects the first heads and measures their joint effect where they were not chosen."""
 
     name = "suppression"
-    version = 1
+    version = 2
     needs = ("transcripts", "readouts", "heads")
     makes = (SELECTED_HEADS, SUPPRESSION)
     settings = ("method", "top_fraction", "controls", "seed")
@@ -25,14 +25,14 @@ class SuppressionStage(Stage):
     def run(self, work: Workspace, key: str) -> StageOutputs:  # noqa: ARG002
         """Measures, or makes nothing where heads were not ranked."""
         ranking = work.table(HEADS)
-        if work.probe is None or ranking.empty:
+        if work.answer is None or ranking.empty:
             return StageOutputs()
         config = work.config
         count = top_count(config.top_fraction, len(ranking))
         selected = ranking.nsmallest(count, "rank")
         control = control_sets(
             work.model,
-            work.probe,
+            work.answer,
             work.part(Split.TEST, harmful=True, outcome=Outcome.COMPLIED),
             head_refs(selected),
             method=config.method,
