@@ -215,7 +215,7 @@ def probe_files(n_layers):
     cells += [{"class": "complied", "harmful": True, "n": 24}, {"class": "complied", "harmful": False, "n": 44}]
     probe = {"layer": int(n_layers * 0.7), "positions": "balanced", "contrast": "harmless", "cells": cells}
     probe |= {"n_fit": {"refused": 68, "complied": 68}, "report": report, "fingerprint": "sha256:9f2c41b7d0e8a6c5"}
-    probe |= {"strength": 0.01, "refused_logit": 3.0, "omitted": []}
+    probe |= {"strength": 0.01, "refused_logit": 3.0, "omitted": [], "template": "organism"}
     probe["warnings"] = ["The refused class holds 2 harmless transcripts: it may also detect harmfulness."]
     return probe, pd.DataFrame(rows)
 

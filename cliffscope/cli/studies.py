@@ -66,6 +66,9 @@ def study(
     positions: Annotated[str, typer.Option(help="Probe positions: balanced or final.")] = "balanced",
     contrast: Annotated[str, typer.Option(help="Complied class of the probe: auto, harmless or harmful.")] = "auto",
     plateau: Annotated[str, typer.Option(help="mean or max.")] = "mean",
+    readout: Annotated[
+        str, typer.Option(help="What heads are measured by: answer, probe or package.module:name.")
+    ] = "answer",
     method: Annotated[str, typer.Option(help="How heads are measured; a name or package.module:name.")] = "zero",
     top_fraction: Annotated[float, typer.Option(help="Share of heads that is edited.")] = 0.03,
     controls: Annotated[int, typer.Option(min=1, help="Random sets of heads of each kind.")] = 20,
@@ -108,6 +111,7 @@ def study(
         positions=one_of("positions", positions, "balanced", "final"),
         contrast=one_of("contrast", contrast, "auto", "harmless", "harmful"),
         plateau=one_of("plateau", plateau, "mean", "max"),
+        readout=readout,
         method=method,
         top_fraction=top_fraction,
         controls=controls,

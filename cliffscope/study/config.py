@@ -62,6 +62,8 @@ class StudyConfig:
     the model thinks, since its thinking is what the cliff is about, and harmful ones where it does not."""
     plateau: Plateau = "mean"
     """Plateau of the cliff."""
+    readout: str = "answer"
+    """What heads are measured by: `answer` (what the model does), `probe`, or `package.module:name`."""
     method: str = "zero"
     """How heads are measured: a name of `cliffscope.heads.methods`, or `package.module:name`."""
     top_fraction: float = 0.03

@@ -15,11 +15,14 @@ from typing import ClassVar
 
 import pandas as pd
 
+from cliffscope.errors import ProbeError
 from cliffscope.judging.protocols import Judge
 from cliffscope.model.load import LensModel, load_model
 from cliffscope.progress import Progress
 from cliffscope.readouts.answer import AnswerReadout
+from cliffscope.readouts.catalogue import fit_readout
 from cliffscope.readouts.probe import RefusalProbe
+from cliffscope.readouts.readout import Readout
 from cliffscope.store import RunStore
 from cliffscope.study.answers import ArmAnswers, open_answers
 from cliffscope.study.artefact_kinds import Artefact, Place, Table
@@ -96,6 +99,19 @@ class Workspace:
     def answer(self) -> AnswerReadout | None:
         """The answer readout; None if none could be fitted."""
         return load_answer_readout(self.store) if self.has(ANSWER) else None
+
+    @cached_property
+    def readout(self) -> Readout | None:
+        """What heads are measured by; None where it could not be fitted."""
+        if self.config.readout in ("answer", "probe"):
+            return self.answer if self.config.readout == "answer" else self.probe
+        refused, complied = (self.transcripts.where(outcome=o) for o in (Outcome.REFUSED, Outcome.COMPLIED))
+        try:
+            return fit_readout(
+                self.config.readout, self.model, refused, complied, splits=self.splits, seed=self.config.seed
+            )
+        except ProbeError:
+            return None
 
     def has(self, artefact: Artefact) -> bool:
         """Whether an earlier stage made it."""

@@ -15,11 +15,11 @@ class HeadStage(Stage):
     version = 2
     needs = ("transcripts", "readouts")
     makes = (HEADS, HEADS_FACTS)
-    settings = ("method", "seed")
+    settings = ("readout", "method", "seed")
 
     def run(self, work: Workspace, key: str) -> StageOutputs:  # noqa: ARG002
         """Ranks, or says that too few transcripts were complied with."""
-        if work.answer is None:
+        if work.readout is None:
             return StageOutputs()
         suppressed = work.part(Split.FIT, Split.VALIDATE, harmful=True, outcome=Outcome.COMPLIED)
         held_out = work.part(Split.TEST, harmful=True, outcome=Outcome.COMPLIED)
@@ -33,7 +33,7 @@ class HeadStage(Stage):
             )
         ranking = rank_heads(
             work.model,
-            work.answer,
+            work.readout,
             suppressed,
             method=work.config.method,
             harmless=work.part(Split.FIT, Split.VALIDATE, harmful=False),

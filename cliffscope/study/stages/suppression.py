@@ -20,19 +20,19 @@ class SuppressionStage(Stage):
     version = 2
     needs = ("transcripts", "readouts", "heads")
     makes = (SELECTED_HEADS, SUPPRESSION)
-    settings = ("method", "top_fraction", "controls", "seed")
+    settings = ("readout", "method", "top_fraction", "controls", "seed")
 
     def run(self, work: Workspace, key: str) -> StageOutputs:  # noqa: ARG002
         """Measures, or makes nothing where heads were not ranked."""
         ranking = work.table(HEADS)
-        if work.answer is None or ranking.empty:
+        if work.readout is None or ranking.empty:
             return StageOutputs()
         config = work.config
         count = top_count(config.top_fraction, len(ranking))
         selected = ranking.nsmallest(count, "rank")
         control = control_sets(
             work.model,
-            work.answer,
+            work.readout,
             work.part(Split.TEST, harmful=True, outcome=Outcome.COMPLIED),
             head_refs(selected),
             method=config.method,
