@@ -4,17 +4,14 @@
    catalogue.py or by the user's own.
 2. Effect of a head: the readout's logit at the final position, edited minus unedited, mean over transcripts, with a
    bootstrap interval over transcripts. Positive: the head suppresses refusal.
-3. p: sign-flip permutation over transcripts of the head's effect beyond that of the typical head, and beyond the
-   smallest effect that matters, the larger of two: `SPREADS` robust standard deviations of the mean effects of all
-   heads, since most heads are a control for the few; and `SHARE` of an equal part, among the first 3% of the heads, of
-   the gap between the refused transcripts' logit and these transcripts'. Where the gap is below `LEAST_GAP` in score
-   nothing is suppressed, and where the readout cannot tell at the final position nothing is known: no head can be
-   significant then. q: Benjamini-Hochberg over all heads.
-4. Controls: the same heads on harmless transcripts; random sets of heads (controls.py); a probe fitted on shuffled
-   labels; other methods and halves of the transcripts (agreement.py).
+3. p: an exact sign test over the transcripts whose answer the head's effect could turn (statistics.py), so that effects
+   count where they change what the model answers. q: Benjamini-Hochberg over the heads that the readout can see. Where
+   the readout cannot tell at the final position, p and q are NaN: nothing is known.
+4. Controls: the same heads on harmless and on refused transcripts, which say whether a head is selective or broad;
+   random sets of heads (controls.py); confirmation on other transcripts (confirmation.py); other methods and halves of
+   the transcripts (agreement.py).
 
-Source: refusal suppression heads, arXiv 2510.06036, section 4; intervals and controls are added here, with the spread
-of all heads as the null of each, as in Efron, JASA 99 (2004).
+Source: refusal suppression heads, arXiv 2510.06036, section 4; intervals, tests and controls are added here.
 """
 
 from collections.abc import Callable
@@ -30,30 +27,20 @@ from cliffscope.errors import EditError
 from cliffscope.heads.donors import Donors
 from cliffscope.heads.edits import HeadRef, Scope
 from cliffscope.heads.methods import Method
+from cliffscope.heads.statistics import HeadKind, decisive, decisive_p, kinds_of, least_q
 from cliffscope.heads.usable import check_finite, choose_method, prepare_task, usable_tokens
 from cliffscope.model.load import LensModel, ModelShape
 from cliffscope.notebook import Plotted
 from cliffscope.readouts.readout import Readout
-from cliffscope.resampling import bootstrap_mean, sign_flip_p
+from cliffscope.resampling import bootstrap_mean
 from cliffscope.stats import benjamini_hochberg
 from cliffscope.transcripts.records import Omission, Transcripts
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-FLIPS = 40
-"""Sign flips a head: a fixed number would leave single heads of a large model short of any q."""
 FRACTION = 0.03
 """Share of all heads that the paper edits."""
-SPREADS = 3.0
-"""Robust standard deviations (1.4826 x median absolute deviation) of the heads' mean effects that a suppression head
-stands above the typical one: of heads that are all alike, about one in 700 would."""
-SHARE = 0.1
-"""An effect matters from this share of what each of the first `FRACTION` of the heads would have to restore, were they
-to close the refusal gap in equal parts: small heads count in a large model, where many share the work."""
-LEAST_GAP = 0.1
-"""Refusal gap in score below which nothing counts as suppressed: where all transcripts are refused anyway, heads still
-move the logit, but there is nothing to restore."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -107,8 +94,9 @@ class HeadRanking(Plotted):
         """One row a head, best first.
 
         Returns:
-            layer, head, kv_group, effect (logit), effect_score, ci_low, ci_high (NaN with one transcript), p, q,
-            effect_harmless, effect_refused, n, rank, readout, method, scope.
+            layer, head, kv_group, effect (logit), effect_score, ci_low, ci_high (NaN with one transcript), p and q (NaN
+            where the readout cannot see the head or cannot tell), decisive (transcripts whose answer the head's effect
+            could turn), kind, effect_harmless, effect_refused, n, rank, readout, method, scope.
         """
         low, high = bootstrap_mean(self.effects, seed=self.seed)
         p = self._p_values()
@@ -124,6 +112,8 @@ class HeadRanking(Plotted):
                 "ci_high": high,
                 "p": p,
                 "q": benjamini_hochberg(p),
+                "decisive": decisive(self.clean, self.effects)[0],
+                "kind": [str(kind) for kind in self.kinds],
                 "effect_harmless": _mean(self.harmless_effects),
                 "effect_refused": _mean(self.refused_effects),
                 "n": len(self.clean),
@@ -145,7 +135,10 @@ class HeadRanking(Plotted):
         return tuple(self.heads[i] for i in self.order[: top_count(fraction, len(self.heads))])
 
     def significant(self, q: float = 0.05) -> tuple[HeadRef, ...]:
-        """The suppression heads: those whose q is at most `q`, best first."""
+        """The heads that change the answer on their own: those whose q is at most `q`, best first.
+
+        They were ranked and tested on the same transcripts; `confirm_heads` tests them on others.
+        """
         frame = self.to_frame()
         passing = frame[frame["q"] <= q]
         return tuple(
@@ -154,11 +147,14 @@ class HeadRanking(Plotted):
         )
 
     @property
-    def least_effect(self) -> float:
-        """Smallest effect beyond the typical head's that matters, logit."""
-        means = self.effects[:, self._seen].mean(0)
-        spread = 1.4826 * float(np.median(np.abs(means - np.median(means))))
-        return max(SPREADS * spread, SHARE * self.dose * self.gap / top_count(FRACTION, len(self.heads)))
+    def least_q(self) -> float:
+        """The smallest q that so few transcripts allow; above 0.05 no head can be significant."""
+        return least_q(len(self.clean), int(self._seen.sum()))
+
+    @property
+    def kinds(self) -> list[HeadKind]:
+        """[head] whether each acts on these transcripts more than on refused and on harmless ones."""
+        return kinds_of(self.effects, self.refused_effects, self.harmless_effects)
 
     @property
     def _seen(self) -> Bool[np.ndarray, " head"]:
@@ -196,19 +192,10 @@ class HeadRanking(Plotted):
         return grid
 
     def _p_values(self) -> Float[np.ndarray, " head"]:
-        if len(self.clean) < 2:
-            return np.full(len(self.heads), np.nan)
-        if self.gap <= 0 or self.gap_score < LEAST_GAP or not self.can_tell:
-            return np.ones(len(self.heads))
-        seen = self._seen
-        typical = np.median(self.effects[:, seen], axis=1, keepdims=True)
-        elsewhere = np.fmax(np.fmax(_mean(self.harmless_effects), _mean(self.refused_effects)), 0.0)
-        p = np.ones(len(self.heads))
-        # So many flips that one head alone, among all, can reach q = 1 / FLIPS.
-        draws = max(2000, FLIPS * len(self.heads))
-        p[seen] = sign_flip_p(
-            self.effects[:, seen] - typical - elsewhere[seen] - self.least_effect, seed=self.seed, draws=draws
-        )
+        """[head] NaN above the readout's layer, and everywhere where the readout cannot tell."""
+        p = np.full(len(self.heads), np.nan)
+        if self.can_tell:
+            p[self._seen] = decisive_p(self.clean, self.effects[:, self._seen])
         return p
 
     def __repr__(self) -> str:
