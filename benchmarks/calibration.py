@@ -1,8 +1,8 @@
 """How often is a claim about heads wrong where there is nothing to claim?
 
-Simulates effects of 64 heads on complied, refused and harmless transcripts, in which no head suppresses refusal, or one
-acts everywhere alike, and counts simulations with at least one false claim: a head with q of at most 0.05 where none has
-an effect, or a broad head that is called selective. Prints one row a scenario; no model is needed.
+Simulates effects of 64 heads on complied, refused and harmless transcripts, in which no head suppresses refusal, or
+one acts everywhere alike, and counts simulations with at least one false claim: a head with q of at most 0.05 where
+none has an effect, or a broad head that is called selective. Prints one row a scenario; no model is needed.
 
     python benchmarks/calibration.py --simulations 1000
 """

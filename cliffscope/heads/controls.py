@@ -65,8 +65,14 @@ class SetControl(Plotted):
 
     @property
     def p(self) -> float:
-        """Share of random sets that reach the effect, counting the set itself."""
-        return random_set_p(self.effect, self.random_effects)
+        """Share of random sets that reach the effect, counting the set itself: the larger of the kinds' p."""
+        return max(self.p_by_kind.values())
+
+    @property
+    def p_by_kind(self) -> dict[str, float]:
+        """That share by kind of random set, `same layers` and `all heads`; a kind without sets is left out."""
+        kinds = {"same layers": self.random_layers, "all heads": self.random_all}
+        return {name: random_set_p(self.effect, sets.mean(1)) for name, sets in kinds.items() if len(sets)}
 
     def to_frame(self) -> pd.DataFrame:
         """One row a set: set, kind (`chosen`, `same layers`, `all heads`), effect (logit), n."""
@@ -140,7 +146,7 @@ def control_sets(
     task, _ = prepare_task(model, readout, transcripts, how, scope=Scope.parse(scope), donors=donors, seed=seed)
     rng = np.random.default_rng(seed)
     within = random_sets(model.shape, heads, draws, rng, same_layers=True)
-    over = random_sets(model.shape, heads, draws, rng, same_layers=False)
+    over = random_sets(model.shape, heads, draws, rng, same_layers=False, last=readout.layer)
     if not over:
         raise EditError(f"No random set differs from the {len(heads)} heads, which are all there are. Give fewer.")
     measured = how.measure(task, [tuple(heads), *within, *over])
@@ -156,28 +162,35 @@ def control_sets(
 
 
 def random_sets(
-    shape: ModelShape, heads: Sequence[HeadRef], n: int, rng: np.random.Generator, *, same_layers: bool
+    shape: ModelShape,
+    heads: Sequence[HeadRef],
+    n: int,
+    rng: np.random.Generator,
+    *,
+    same_layers: bool,
+    last: int | None = None,
 ) -> list[tuple[HeadRef, ...]]:
     """Draws different random sets, `n` or as many as there are; see `random_set`."""
     sets: dict[tuple[HeadRef, ...], None] = {}
-    while len(sets) < min(n, count_sets(shape, heads, same_layers=same_layers)):
-        sets[random_set(shape, heads, rng, same_layers=same_layers)] = None
+    while len(sets) < min(n, count_sets(shape, heads, same_layers=same_layers, last=last)):
+        sets[random_set(shape, heads, rng, same_layers=same_layers, last=last)] = None
     return list(sets)
 
 
-def count_sets(shape: ModelShape, heads: Sequence[HeadRef], *, same_layers: bool) -> int:
+def count_sets(shape: ModelShape, heads: Sequence[HeadRef], *, same_layers: bool, last: int | None = None) -> int:
     """How many different sets `random_set` can draw, the given one not counted.
 
     Args:
         shape: of the model.
         heads: the set to be controlled for.
         same_layers: draw as many from each layer as the set has there.
+        last: as in `random_set`.
 
     Returns:
         The number; 0 where the set is all there is.
     """
     taken = list(Counter(h.layer for h in heads).values()) if same_layers else [len(heads)]
-    size = shape.n_heads if same_layers else len(shape.places)
+    size = shape.n_heads if same_layers else shape.n_heads * len(_layers_up_to(shape, heads, last))
     if all(n == size for n in taken):
         return 0
     # Where the others are fewer than the given heads, a set takes all of them and fills up with given ones.
@@ -185,7 +198,12 @@ def count_sets(shape: ModelShape, heads: Sequence[HeadRef], *, same_layers: bool
 
 
 def random_set(
-    shape: ModelShape, heads: Sequence[HeadRef], rng: np.random.Generator, *, same_layers: bool
+    shape: ModelShape,
+    heads: Sequence[HeadRef],
+    rng: np.random.Generator,
+    *,
+    same_layers: bool,
+    last: int | None = None,
 ) -> tuple[HeadRef, ...]:
     """Draws as many heads as given, none of them among the given ones as long as there are others.
 
@@ -194,18 +212,26 @@ def random_set(
         heads: the set to be controlled for.
         rng: source of chance.
         same_layers: draw as many from each layer as the set has there.
+        last: last layer to draw from, such as the readout's: a head above it has no effect by construction, so that a
+            set with such heads would be no control. None draws from all.
 
     Returns:
         Distinct heads, sorted.
     """
     drawn: list[HeadRef] = []
-    layers = [[h.layer] for h in heads] if same_layers else [list(shape.attention_layers)] * len(heads)
+    layers = [[h.layer] for h in heads] if same_layers else [_layers_up_to(shape, heads, last)] * len(heads)
     for choice in layers:
         pool = [HeadRef(layer=layer, head=i) for layer in choice for i in range(shape.n_heads)]
         free = [ref for ref in pool if ref not in drawn]
         others = [ref for ref in free if ref not in heads]
         drawn.append((others or free)[int(rng.integers(len(others or free)))])
     return tuple(sorted(drawn))
+
+
+def _layers_up_to(shape: ModelShape, heads: Sequence[HeadRef], last: int | None) -> list[int]:
+    """Layers to draw from: up to the last one that counts, or that the set itself has a head in."""
+    highest = max((head.layer for head in heads), default=0)
+    return [layer for layer in shape.attention_layers if last is None or layer <= max(last, highest)]
 
 
 def top_count(fraction: float, n_heads: int) -> int:

@@ -82,7 +82,7 @@ def cliff_section(run: StoredRun) -> Section:
     return Section(
         id="cliff",
         title="The cliff",
-        claim=run.finding("cliff"),
+        claim=run.finding("cliff", "witnesses"),
         lead=(
             "If the model loses its intention to refuse between thinking and answer, the refusal score stays high "
             "during the thinking and falls at the closing tokens. All transcripts in this section are held out: none "
@@ -114,7 +114,7 @@ def heads_section(run: StoredRun) -> Section:
     return Section(
         id="heads",
         title="The heads",
-        claim=run.finding("heads", "suppression"),
+        claim=run.finding("suppression", "heads"),
         lead=(
             f"Effect of the edit “{method}” over the scope “{scope}”: refusal logit at the final token, edited minus "
             "unedited, averaged over transcripts. A positive effect means that the head suppresses refusal."
@@ -138,7 +138,7 @@ def probe_section(run: StoredRun) -> Section:
     return Section(
         id="probe",
         title="Can the probe tell?",
-        claim=run.finding("probe"),
+        claim=run.finding("answer", "probe"),
         lead=(
             "A plateau is meaningful only where the probe separates refused from complied held-out transcripts at "
             f"that position. The probe reads layer {layer} and was fitted on positions “{positions}”. An AUROC of 0.5 "

@@ -43,14 +43,16 @@ from cliffscope.study.artefacts import REPORT
 LONGEST = 20_000
 """Most characters of any one text on the page."""
 VERDICTS = {
-    "cliff": "cliff",
-    "heads": "heads",
     "suppression": "heads",
+    "heads": "heads",
     "intervention": "intervention",
     "side effects": "intervention",
+    "answer": "probe",
+    "cliff": "cliff",
+    "probe": "probe",
+    "witnesses": "cliff",
     "selection": "selection",
     "repair": "repair",
-    "probe": "probe",
 }
 """Topics of findings in the order of the page, and the id of the section that argues each."""
 

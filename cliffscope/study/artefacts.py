@@ -173,8 +173,10 @@ HEADS = Table(
         ("effect", "float", "readout, edited minus unedited, logit; positive suppresses refusal"),
         ("effect_score", "float", "the same in score"),
         *_INTERVAL,
-        ("p", "float", "sign-flip permutation beyond the controls"),
-        ("q", "float", "Benjamini-Hochberg over heads"),
+        ("p", "float", "exact sign test over the decisive transcripts"),
+        ("q", "float", "Benjamini-Hochberg over heads that the readout can see"),
+        ("decisive", "int", "transcripts whose answer the head's effect could turn"),
+        ("kind", "text", "selective, broad or unknown"),
         ("effect_harmless", "float", "effect on harmless transcripts, logit"),
         ("effect_refused", "float", "effect on refused transcripts, logit"),
         ("n", "int", "transcripts"),
@@ -192,7 +194,10 @@ HEADS_FACTS = Document(
         "scope": "where they were edited",
         "path": "how the sweep was computed, and why not faster",
         "n": "transcripts",
+        "readout": "what was read: answer or probe",
+        "can_tell": "whether the readout can tell on held-out transcripts",
         "gap": "refused logit minus that of these transcripts",
+        "least_q": "smallest q that so few transcripts allow",
         "significant": "heads with q of at most 0.05",
     },
 )
@@ -205,6 +210,22 @@ SELECTED_HEADS = Table(
         ("rank", "int", "place by effect, from 1"),
     ),
 )
+CONFIRMATION = Table(
+    file="confirmed_heads.parquet",
+    meaning="significant heads measured again on test transcripts, one by one",
+    columns=_columns(
+        ("layer", "int", "layer index from 0"),
+        ("head", "int", "query head index from 0"),
+        ("effect", "float", "effect of the head alone, logit"),
+        *_INTERVAL,
+        ("added", "float", "what it adds to the heads confirmed before it, logit"),
+        ("decisive", "int", "transcripts whose answer the added effect could turn"),
+        ("p", "float", "exact sign test, adjusted for the number of candidates"),
+        ("confirmed", "bool", "whether p is at most 0.05"),
+        ("kind", "text", "selective, broad or unknown"),
+        ("n", "int", "transcripts"),
+    ),
+)
 SUPPRESSION = Document(
     file="suppression.json",
     meaning="the selected set against random sets, on test transcripts",
@@ -212,11 +233,15 @@ SUPPRESSION = Document(
         "top_fraction": "share of heads selected",
         "selected": "heads",
         "n": "transcripts",
+        "unedited": "mean readout of them, logit",
+        "refused": "mean readout of held-out refused transcripts, logit",
+        "restored": "share of the way from the one to the other that the edit goes",
         "effect": "mean joint effect, logit",
         "effect_low": "lower end of its 95% interval",
         "effect_high": "upper end of its 95% interval",
         "random_sets": "mean joint effect of each random set, logit",
-        "p": "share of sets with at least the effect, the selected set included",
+        "p": "share of sets with at least the effect, the selected set included; the larger of the two kinds",
+        "p_by_kind": "that share among sets of the same layers, and of all heads",
         "beats_random": "whether the set beats every random set and holds a significant head",
     },
 )
@@ -345,7 +370,7 @@ MANIFEST = Place(
 
 ARTEFACTS: tuple[Artefact, ...] = (
     *(MANIFEST, TRANSCRIPTS, TRANSCRIPT_TABLE, PROBE, PROBE_ARRAYS, PROBE_LAYERS, ANSWER),
-    *(TRACES, LAYER_TRACES, ALIGNED, CLIFFS, HEADS, HEADS_FACTS, SELECTED_HEADS, SUPPRESSION),
+    *(TRACES, LAYER_TRACES, ALIGNED, CLIFFS, HEADS, HEADS_FACTS, SELECTED_HEADS, CONFIRMATION, SUPPRESSION),
     *(EDITED_ALIGNED, EDITED_CLIFFS, HEAD_SOURCES, ARM_ANSWERS, ARM_LOGS, ARM_OMISSIONS),
     *(SAFETY, SAFETY_PAIRS, SAFETY_QUALITY, SIDE_EFFECTS, SELECTION, SELECTED, REPAIRED, REPAIR, OMITTED, REPORT),
 )

@@ -15,6 +15,7 @@ import pandas as pd
 
 from cliffscope.store import RunStore
 from cliffscope.study.artefacts import OMITTED
+from cliffscope.study.verdicts import TOPICS
 from cliffscope.transcripts.records import Omission
 
 LIBRARIES = ("torch", "transformers", "transformer-lens", "numpy", "scikit-learn")
@@ -97,13 +98,12 @@ class Manifest:
             for (stage, reason), part in table.groupby(["stage", "reason"], sort=False)
         ]
         facts = {name: value for record in ordered.values() for name, value in _objects_of(record, "facts").items()}
+        findings = {topic: text for r in ordered.values() for topic, text in _objects_of(r, "findings").items()}
         self.store.update(
             **facts,
             stages=ordered,
             begun={name: key for name, key in self.begun.items() if name not in ordered},
-            verdict={
-                topic: text for record in ordered.values() for topic, text in _objects_of(record, "findings").items()
-            },
+            verdict=dict(sorted(findings.items(), key=lambda item: TOPICS.index(item[0]))),
             notes=[
                 {"stage": name, "text": text} for name, record in ordered.items() for text in _list_of(record, "notes")
             ],

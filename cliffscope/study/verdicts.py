@@ -4,14 +4,17 @@ Each function turns one result into the sentence that heads the report. A claim 
 otherwise the sentence says which one fails. Numbers carry n and interval.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import pandas as pd
 
 from cliffscope.evaluation.arms import TOP, UNEDITED
 from cliffscope.evaluation.safety import SafetyReport
 from cliffscope.evaluation.side_effects import KL, SideEffects
+from cliffscope.heads.confirmation import Confirmation
 from cliffscope.heads.controls import SetControl
-from cliffscope.heads.ranking import HeadRanking
+from cliffscope.heads.statistics import ALPHA
 from cliffscope.readouts.answer import AnswerReadout
 from cliffscope.readouts.reports import ProbeReport
 from cliffscope.repairing.comparison import AFTER, BEFORE, RepairReport
@@ -21,6 +24,11 @@ from cliffscope.stats import least_p
 
 CLIFF = 0.1
 """Mean cliff below which nothing is called a cliff."""
+TOPICS = (
+    *("suppression", "heads", "intervention", "side effects", "answer", "cliff", "probe", "witnesses"),
+    *("selection", "repair"),
+)
+"""Topics of findings in the order in which they are told: behaviour first, then what the probe sees."""
 REASONS = 3
 """Reasons that a sentence names at most."""
 
@@ -96,26 +104,55 @@ def no_heads(ranked_on: int, held_out: int, fewest: int) -> str:
     )
 
 
-def of_heads(ranking: HeadRanking) -> str:
-    """Which heads suppress refusal; no claim where the readout cannot tell."""
-    significant = ranking.significant()
-    names = ", ".join(str(h) for h in significant[:6]) + (" ..." if len(significant) > 6 else "")
-    if not ranking.can_tell:
-        return "No head can be claimed to suppress refusal, since the probe cannot tell at the final token."
-    if not significant:
-        return f"No head's effect passes its controls (q <= 0.05, n = {len(ranking.clean)})."
-    subject = "1 head suppresses" if len(significant) == 1 else f"{len(significant)} heads suppress"
-    return f"{subject} refusal (q <= 0.05, n = {len(ranking.clean)}): {names}."
-
-
-def of_suppression(control: SetControl, n_heads: int) -> str:
-    """What editing the first heads together does, against random sets."""
-    low, high = control.interval
-    return (
-        f"Zeroing the first {len(control.heads)} of {n_heads} heads at the closing changes the refusal logit of "
-        f"{len(control.effects)} test transcripts by {control.effect:+.2f} [{low:+.2f}, {high:+.2f}]; size-matched "
-        f"random head sets by {control.random_effects.mean():+.2f} ({_random_p(control)})."
+def of_heads(confirmation: Confirmation, *, n_ranked: int, n_significant: int, least_q: float, can_tell: bool) -> str:
+    """Which heads suppress refusal: significant where they were ranked, confirmed on test transcripts."""
+    if not can_tell:
+        return "No head can be claimed to suppress refusal, since the readout cannot tell refused from complied."
+    if least_q > ALPHA:
+        return (
+            f"No head can be claimed to suppress refusal: {n_ranked} transcripts allow no q below {least_q:.2f}, so "
+            "more harmful prompts that are complied with are needed."
+        )
+    n = len(confirmation.effects)
+    if not n_significant:
+        return (
+            f"No single head changes the model's answer more often towards refusal than away from it (q > {ALPHA:g} "
+            f"for every head, n = {n_ranked})."
+        )
+    if not confirmation.confirmed:
+        return (
+            f"{n_significant} heads changed the answer where they were ranked (n = {n_ranked}), and none of them was "
+            f"confirmed on test transcripts (n = {n})."
+        )
+    named = ", ".join(f"{head} ({confirmation.kind_of(head)})" for head in confirmation.confirmed)
+    count = len(confirmation.confirmed)
+    subject = "1 head is" if count == 1 else f"{count} heads are"
+    rest = len(confirmation.heads) - count
+    more = (
+        f" {rest} further significant {'head adds' if rest == 1 else 'heads add'} nothing beyond them." if rest else ""
     )
+    return f"{subject} confirmed to suppress refusal on test transcripts (n = {n}): {named}.{more}"
+
+
+def of_suppression(control: SetControl, facts: Mapping[str, object], *, can_tell: bool) -> str:
+    """What editing the selected heads together does to the answer, against random sets."""
+    low, high = control.interval
+    restored = facts["restored"]
+    share = (
+        f", {restored:.0%} of the way to refused prompts"
+        if isinstance(restored, float) and restored == restored
+        else ""
+    )
+    sentence = (
+        f"Zeroing the {len(control.heads)} selected heads at the closing changes the log-odds of refusing by "
+        f"{control.effect:+.2f} [{low:+.2f}, {high:+.2f}] on {len(control.effects)} test transcripts that were "
+        f"complied with{share}; size-matched random head sets by {control.random_effects.mean():+.2f} ({_random_p(control)})."
+    )
+    if not can_tell:
+        return f"Nothing is claimed about suppression, since the readout cannot tell refused from complied. {sentence}"
+    if low > 0 and control.effect > control.random_effects.max():
+        return f"Refusal is suppressed, and the selected heads do it: {sentence[0].lower()}{sentence[1:]}"
+    return f"The selected heads are not shown to suppress refusal: {sentence[0].lower()}{sentence[1:]}"
 
 
 def _random_p(control: SetControl) -> str:

@@ -12,7 +12,7 @@ class HeadStage(Stage):
     """Ranks all heads on harmful transcripts that were complied with."""
 
     name = "heads"
-    version = 2
+    version = 3
     needs = ("transcripts", "readouts")
     makes = (HEADS, HEADS_FACTS)
     settings = ("readout", "method", "seed")
@@ -24,13 +24,8 @@ class HeadStage(Stage):
         suppressed = work.part(Split.FIT, Split.VALIDATE, harmful=True, outcome=Outcome.COMPLIED)
         held_out = work.part(Split.TEST, harmful=True, outcome=Outcome.COMPLIED)
         if len(suppressed) < FEWEST or len(held_out) < FEWEST:
-            return StageOutputs(
-                findings=(Finding(topic="heads", sentence=verdicts.no_heads(len(suppressed), len(held_out), FEWEST)),),
-                notes=(
-                    f"Heads were not ranked: {len(suppressed)} harmful transcripts of the fit and validate splits and "
-                    f"{len(held_out)} of the test split were complied with; {FEWEST} of each are needed.",
-                ),
-            )
+            sentence = verdicts.no_heads(len(suppressed), len(held_out), FEWEST)
+            return StageOutputs(findings=(Finding(topic="heads", sentence=sentence),), notes=(sentence,))
         ranking = rank_heads(
             work.model,
             work.readout,
@@ -41,7 +36,6 @@ class HeadStage(Stage):
             seed=work.config.seed,
             progress=work.counter(self.name, len(suppressed)),
         )
-        significant = ranking.significant()
         return StageOutputs(
             files={
                 HEADS: ranking.to_frame(),
@@ -50,10 +44,12 @@ class HeadStage(Stage):
                     "scope": str(ranking.scope),
                     "path": ranking.path,
                     "n": len(ranking.clean),
+                    "readout": ranking.readout,
+                    "can_tell": ranking.can_tell,
                     "gap": ranking.gap,
-                    "significant": [str(head) for head in significant],
+                    "least_q": ranking.least_q,
+                    "significant": [str(head) for head in ranking.significant()],
                 },
             },
-            findings=(Finding(topic="heads", sentence=verdicts.of_heads(ranking)),),
             omitted=ranking.omitted,
         )
