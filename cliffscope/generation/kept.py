@@ -52,7 +52,7 @@ class KeptAnswers:
         """The answers that are in an arm's log."""
         if name not in self.logs and not _log_path(self.store, name).is_file():
             return Transcripts()
-        found = self._log(name).found
+        found = self._log(name).transcripts
         if found:
             self.used.add(name)
         return found
