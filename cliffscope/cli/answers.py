@@ -82,7 +82,7 @@ def evaluate(
     """
     import cliffscope as cs
     from cliffscope.evaluation.arms import UNEDITED, arm_names
-    from cliffscope.generation.kept import open_answers
+    from cliffscope.generation.answers import open_answers
     from cliffscope.judging.lookup import find_judge
     from cliffscope.store import open_run
 

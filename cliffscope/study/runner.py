@@ -26,7 +26,7 @@ from cliffscope.errors import ProbeError, UnsupportedModelError
 from cliffscope.evaluation.arms import UNEDITED, arm_names, plan_arms
 from cliffscope.evaluation.safety import SafetyReport, evaluate_safety
 from cliffscope.evaluation.side_effects import SideEffects, measure_side_effects
-from cliffscope.generation.kept import KeptAnswers, open_answers
+from cliffscope.generation.answers import AnswerStore, open_answers
 from cliffscope.generation.rollout import check_left, roll_out
 from cliffscope.heads.controls import control_sets, count_sets
 from cliffscope.heads.edits import HeadEdit, HeadRef, zero
@@ -188,7 +188,7 @@ def _stage_transcripts(run: Run) -> None:
     )
 
 
-def _roll_out(run: Run, prompts: Transcripts, kept: KeptAnswers) -> Transcripts:
+def _roll_out(run: Run, prompts: Transcripts, kept: AnswerStore) -> Transcripts:
     config = run.config
     found = roll_out(
         run.model,

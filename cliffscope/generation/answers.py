@@ -1,10 +1,12 @@
-"""How does a killed generation go on where it stopped?
+"""How does an interrupted generation resume?
 
-1. Each finished batch of an arm goes to the arm's log (`arm-NAME.log`), flushed before the next one begins.
-2. A finished arm is judged and written whole (`arm-NAME.jsonl`), what it left out in `arms.json`; its log goes.
-3. A run started again reads both: finished arms are not run again, begun ones go on behind their last batch.
+1. Each finished batch of an arm is appended to the arm's log (`arm-NAME.log`) before the next one starts.
+2. A finished arm is judged and written completely (`arm-NAME.jsonl`), with its omissions in `arms.json`. Its log is
+   removed.
+3. A resumed run reads both: finished arms are not run again, and unfinished ones continue after their last batch.
 
-A batch that was being generated is generated again, with the same batch-mates and draws. Knows files and transcripts.
+A batch that was interrupted is generated again, with the same batch-mates and random numbers. This file knows files and
+transcripts only.
 """
 
 from collections.abc import Iterable, Iterator
@@ -16,62 +18,62 @@ from cliffscope.store import LOG, RunStore
 from cliffscope.transcripts.datasets import TranscriptLog, open_transcript_log, read_transcripts, write_transcripts
 from cliffscope.transcripts.records import Omission, Transcripts
 
-OMITTED = "arms.json"
+OMISSIONS_FILE = "arms.json"
 
 
 @dataclass(eq=False, kw_only=True)
-class KeptAnswers:
-    """Answers of the arms of one run; `open_answers` makes it."""
+class AnswerStore:
+    """The answers of the arms of one run; `open_answers` opens it."""
 
     store: RunStore
     """The run directory."""
     stack: ExitStack
-    """Closes the logs."""
+    """Closes the logs on exit."""
     logs: dict[str, TranscriptLog] = field(default_factory=dict)
-    """Open logs by arm."""
+    """Open logs, by arm."""
     used: set[str] = field(default_factory=set)
-    """Arms whose logs hold something."""
+    """Arms whose logs hold transcripts."""
 
     def finished(self, name: str) -> Transcripts | None:
-        """The judged answers of an arm, with what it left out; None if it is not finished."""
+        """The judged answers of an arm with its omissions; None if the arm is not finished."""
         if not self.store.has(arm_file(name)):
             return None
-        left_out = self._omitted().get(name, [])
-        omitted = [Omission(**row) for row in left_out] if isinstance(left_out, list) else []
+        rows = self._omissions().get(name, [])
+        omitted = [Omission(**row) for row in rows] if isinstance(rows, list) else []
         return Transcripts(read_transcripts(self.store.path / arm_file(name)), omitted=omitted)
 
     def finished_arms(self, names: Iterable[str]) -> dict[str, Transcripts]:
-        """Those arms that are finished."""
-        return {name: found for name in names if (found := self.finished(name)) is not None}
+        """The judged answers of each arm that is finished."""
+        return {name: answers for name in names if (answers := self.finished(name)) is not None}
 
     def begun_arms(self, names: Iterable[str]) -> dict[str, Transcripts]:
-        """What is in the logs of those that are not."""
+        """The logged answers of each arm that is not finished."""
         return {name: self.begun(name) for name in names if not self.store.has(arm_file(name))}
 
     def begun(self, name: str) -> Transcripts:
-        """The answers that are in an arm's log."""
+        """The answers in an arm's log."""
         if name not in self.logs and not _log_path(self.store, name).is_file():
             return Transcripts()
-        found = self._log(name).transcripts
-        if found:
+        logged = self._log(name).transcripts
+        if logged:
             self.used.add(name)
-        return found
+        return logged
 
     def keep_batch(self, name: str, answers: Transcripts) -> None:
-        """Adds a finished batch to an arm's log; on return it survives a crash."""
+        """Appends a finished batch to an arm's log; it survives a crash once this returns."""
         self._log(name).append(answers)
         self.used.add(name)
 
     def keep(self, name: str, answers: Transcripts) -> None:
-        """Writes a finished arm; its log goes."""
-        # Omissions first: an arm whose file is there is not run again.
-        rows = {**self._omitted(), name: [asdict(omission) for omission in answers.omitted]}
-        self.store.write_json(OMITTED, rows)
+        """Writes a finished arm and removes its log."""
+        # Omissions first: an arm whose file exists is not run again.
+        rows = {**self._omissions(), name: [asdict(omission) for omission in answers.omitted]}
+        self.store.write_json(OMISSIONS_FILE, rows)
         write_transcripts(answers, self.store.path / arm_file(name))
         self.drop_log(name)
 
     def drop_log(self, name: str) -> None:
-        """Removes an arm's log, once its answers are kept elsewhere."""
+        """Removes an arm's log, once its answers are stored elsewhere."""
         log = self.logs.pop(name, None)
         if log is not None:
             log.close()
@@ -84,31 +86,31 @@ class KeptAnswers:
             )
         return self.logs[name]
 
-    def _omitted(self) -> dict[str, object]:
-        return self.store.read_json(OMITTED) if self.store.has(OMITTED) else {}
+    def _omissions(self) -> dict[str, object]:
+        return self.store.read_json(OMISSIONS_FILE) if self.store.has(OMISSIONS_FILE) else {}
 
 
 @contextmanager
-def open_answers(store: RunStore) -> Iterator[KeptAnswers]:
-    """Opens the answers of a run directory; its logs are closed when the context is left.
+def open_answers(store: RunStore) -> Iterator[AnswerStore]:
+    """Opens the answers of a run directory, and closes the logs on exit.
 
     Args:
         store: the open run directory.
 
     Yields:
-        What is kept there.
+        The answers.
     """
     with ExitStack() as stack:
-        kept = KeptAnswers(store=store, stack=stack)
+        answers = AnswerStore(store=store, stack=stack)
         try:
-            yield kept
+            yield answers
         finally:
-            for name in set(kept.logs) - kept.used:
-                kept.drop_log(name)
+            for name in set(answers.logs) - answers.used:
+                answers.drop_log(name)
 
 
 def arm_file(name: str) -> str:
-    """Name of an arm's file."""
+    """File name of an arm's answers."""
     return f"arm-{name.replace(' ', '-')}.jsonl"
 
 

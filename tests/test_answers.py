@@ -4,7 +4,7 @@ import pytest
 from conftest import written
 
 from cliffscope.errors import StoreError
-from cliffscope.generation.kept import OMITTED, open_answers
+from cliffscope.generation.answers import OMISSIONS_FILE, open_answers
 from cliffscope.store import open_run
 from cliffscope.transcripts.records import Omission, Outcome, Transcripts
 
@@ -25,7 +25,9 @@ def test_batches_are_found_again_and_go_with_the_finished_arm(tmp_path: Path) ->
         assert kept.finished("top heads") is None
         kept.keep_batch("top heads", ANSWERS[3:])
         kept.keep("top heads", Transcripts(ANSWERS, omitted=[Omission(stage="roll_out", reason="long", id="x")]))
-    assert files_of(run) == {"manifest.json", "arm-top-heads.jsonl", OMITTED}, "an empty or finished log was left"
+    assert files_of(run) == {"manifest.json", "arm-top-heads.jsonl", OMISSIONS_FILE}, (
+        "an empty or finished log was left"
+    )
     with open_run(run, {"a": 1}) as store, open_answers(store) as kept:
         found = kept.finished_arms(["top heads", "random 1"])
         assert list(found) == ["top heads"]
