@@ -1,4 +1,4 @@
-"""Whole studies: from a model and prompts to a report."""
+"""Complete studies, from a model and prompts to a report."""
 
 import shlex
 import sys
@@ -38,27 +38,29 @@ def study(
         Path | None, typer.Option(help="File of harmful prompts (csv, json, jsonl, txt, parquet).")
     ] = None,
     harmless: Annotated[Path | None, typer.Option(help="File of harmless prompts.")] = None,
-    transcripts: Annotated[Path | None, typer.Option(help="JSONL of transcripts instead of prompts.")] = None,
+    transcripts: Annotated[Path | None, typer.Option(help="JSONL file of transcripts, instead of prompts.")] = None,
     template: TemplateOption = None,
     system: Annotated[str | None, typer.Option(help="System message before each prompt.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each file at most.")] = None,
-    max_thinking: Annotated[int, typer.Option(min=1, help="Tokens of thinking at most.")] = 1024,
-    max_answer: Annotated[int, typer.Option(min=1, help="Tokens of answer at most.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of prompts from each file.")] = None,
+    max_thinking: Annotated[int, typer.Option(min=1, help="Maximum tokens of thinking.")] = 1024,
+    max_answer: Annotated[int, typer.Option(min=1, help="Maximum tokens of answer.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 0.0,
     positions: Annotated[str, typer.Option(help="Probe positions: balanced or final.")] = "balanced",
     contrast: Annotated[str, typer.Option(help="Complied class of the probe: auto, harmless or harmful.")] = "auto",
-    plateau: Annotated[str, typer.Option(help="mean or max.")] = "mean",
-    top_fraction: Annotated[float, typer.Option(help="Share of heads that is edited.")] = 0.03,
-    controls: Annotated[int, typer.Option(min=1, help="Random sets of heads of each kind.")] = 20,
-    select_fraction: Annotated[float, typer.Option(help="Share of the pool that is selected.")] = 0.017,
-    repair: Annotated[bool, typer.Option("--repair", help="Repair the model on the selection, measure again.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows generated together at most.")] = 64,
+    plateau: Annotated[str, typer.Option(help="Plateau: mean or max.")] = "mean",
+    top_fraction: Annotated[float, typer.Option(help="Share of all heads to edit.")] = 0.03,
+    controls: Annotated[int, typer.Option(min=1, help="Number of size-matched random head sets of each kind.")] = 20,
+    select_fraction: Annotated[float, typer.Option(help="Share of the pool to select.")] = 0.017,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Repair the model on the selection and measure again.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Maximum number of prompts in a batch.")] = 64,
     device: Annotated[str | None, typer.Option(help="Torch device.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only estimate time and memory.")] = False,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Studies a model from prompts to report; run again, it goes on where it stopped.
+    """Studies a model from prompts to report. Rerun the command to resume.
 
     Example: cliffscope study --model ./my-model --harmful harmful.csv --harmless harmless.jsonl --out runs/mine
     """
@@ -96,11 +98,11 @@ def study(
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
-    other: Annotated[Path | None, typer.Argument(help="A second run directory, to compare with.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Where to write the page.")] = None,
+    other: Annotated[Path | None, typer.Argument(help="Second run directory, to compare with.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="HTML file to write.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Writes the HTML report of a run directory again, or a page that compares two runs.
+    """Rewrites the HTML report of a run directory, or writes a page that compares two runs.
 
     Example: cliffscope report runs/demo
 
@@ -121,10 +123,10 @@ def figures(
         list[str], typer.Option("--format", help="svg, png, pdf, webp, jpeg, html or json; may be repeated.")
     ] = ["svg"],
     only: Annotated[list[str] | None, typer.Option(help="Name of a figure, such as cliff; may be repeated.")] = None,
-    width: Annotated[int, typer.Option(min=100, help="Pixels.")] = 900,
+    width: Annotated[int, typer.Option(min=100, help="Width in pixels.")] = 900,
     as_json: JsonOption = False,
 ) -> None:
-    """Writes the figures of a run's report as images.
+    """Writes the figures of a report as images.
 
     Example: cliffscope figures runs/demo --out figures --format svg --format png
     """
@@ -137,16 +139,16 @@ def figures(
 def _estimate(config: "StudyConfig", *, as_json: bool) -> None:
     from cliffscope.study.preflight import estimate_study
 
-    found = estimate_study(config)
-    stages = found.stages.round({"seconds": 1})
+    estimate = estimate_study(config)
+    stages = estimate.stages.round({"seconds": 1})
     data = {
-        "seconds": round(found.seconds, 1),
-        "peak_bytes": found.peak_bytes,
-        "free_bytes": found.free_bytes,
+        "seconds": round(estimate.seconds, 1),
+        "peak_bytes": estimate.peak_bytes,
+        "free_bytes": estimate.free_bytes,
         "stages": stages.to_dict(orient="records"),
-        "advice": list(found.advice),
+        "advice": list(estimate.advice),
     }
-    say(as_json, data, "\n".join([stages.to_string(index=False), repr(found), *found.advice]))
+    say(as_json, data, "\n".join([stages.to_string(index=False), repr(estimate), *estimate.advice]))
 
 
 def _run_study(config: "StudyConfig", *, as_json: bool) -> None:
@@ -155,8 +157,8 @@ def _run_study(config: "StudyConfig", *, as_json: bool) -> None:
     started = time.perf_counter()
     command = "cliffscope " + shlex.join(sys.argv[1:])
     with show_progress() as progress:
-        found = run_study(config, command=command, progress=progress)
+        study_run = run_study(config, command=command, progress=progress)
     seconds = time.perf_counter() - started
-    data = {"report": str(found.report), "seconds": round(seconds, 1), "verdict": found.verdict}
-    text = "\n\n".join(found.verdict.values())
-    say(as_json, data, f"{text}\n\nReport: {found.report} ({seconds:.0f} s)")
+    data = {"report": str(study_run.report), "seconds": round(seconds, 1), "verdict": study_run.verdict}
+    text = "\n\n".join(study_run.verdict.values())
+    say(as_json, data, f"{text}\n\nReport: {study_run.report} ({seconds:.0f} s)")
