@@ -393,7 +393,7 @@ def test_an_interrupt_ends_with_130_and_says_how_to_go_on(shell: Shell, monkeypa
     monkeypatch.setattr(study, "run_study", interrupt)
     found = shell("study", "--model", "m", "--out", "x", "--harmful", "h")
     assert found.code == 130
-    assert "interrupted; run the same command again" in found.err
+    assert "interrupted. Rerun the command to resume." in found.err
 
 
 # What commands do
@@ -773,8 +773,8 @@ def test_an_edited_model_is_exported_with_what_was_measured(
     assert "scale by 0.5, 1 heads" in card
     assert "random, mean of 1" in card
     assert "exists already" in shell.fails(5, *words, "--edit", edit)
-    assert "no edit was given" in shell.fails(3, *words[:-1], "x")
-    assert "Give one of them" in shell.fails(3, *words, "--edit", edit, "--heads", "L1H2")
+    assert "nothing to export without an edit" in shell.fails(3, *words[:-1], "x")
+    assert "exclude each other" in shell.fails(3, *words, "--edit", edit, "--heads", "L1H2")
     edit.write_text("[]")
     assert "not an edit" in shell.fails(3, *words, "--edit", edit)
     assert "holds no safety.parquet" in shell.fails(3, *words, "--heads", "L1H2", "--measured", tmp_path)

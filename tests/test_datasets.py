@@ -108,7 +108,7 @@ def test_unknown_keys_are_kept_and_a_missing_id_is_made(write: Callable[[str, st
         ('{"prompt": "\\ud800"}', r"t\.jsonl:2: a string holds half of a surrogate pair"),
         ("{}", r"t\.jsonl:2: field 'prompt' is None; expected text"),
         ('{"prompt": 3}', r"t\.jsonl:2: field 'prompt' is 3; expected text"),
-        ('{"prompt": "a", "messages": []}', r"t\.jsonl:2: both 'prompt' and 'messages'"),
+        ('{"prompt": "a", "messages": []}', r"t\.jsonl:2: 'prompt' and 'messages' exclude each other"),
         ('{"messages": []}', r"t\.jsonl:2: field 'messages' is \[\]; expected a list of"),
         ('{"messages": [{"role": "user"}]}', r"t\.jsonl:2: field 'messages'"),
         ('{"messages": [{"role": "system", "content": "x"}]}', r"at least one user message"),
@@ -129,7 +129,7 @@ def test_a_bad_line_is_named_with_its_field(write: Callable[[str, str], Path], l
 
 def test_repeated_ids_in_a_file_are_refused(write: Callable[[str, str], Path]) -> None:
     path = write("t.jsonl", '{"id": "a", "prompt": "x"}\n{"id": "a", "prompt": "y"}\n')
-    with pytest.raises(DataError, match="the first is 'a'"):
+    with pytest.raises(DataError, match="such as 'a'"):
         read_transcripts(path)
 
 
@@ -238,7 +238,7 @@ def test_a_limit_is_a_seeded_sample_in_file_order(write: Callable[[str, str], Pa
         ("p.csv", 'prompt\n"one', r"p\.csv:2: .*quoted"),
         ("p.csv", "prompt\n", "has no rows"),
         ("p.csv", 'prompt\n" "\n', "holds no prompt: all 1 rows are empty in column 'prompt'"),
-        ("p.json", '{"prompt": ["a"], "b": []}', "equally long lists"),
+        ("p.json", '{"prompt": ["a"], "b": []}', "lists of equal length"),
         ("p.json", "3", "expected a list of objects"),
         ("p.json", "[]", "has no rows"),
         ("p.jsonl", '{"prompt": {"a": 1}}', r"p\.jsonl:1: field 'prompt' is \{'a': 1\}; expected text"),

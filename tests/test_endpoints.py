@@ -25,14 +25,14 @@ def requests(n: int) -> dict[str, Request]:
 
 
 def texts(replies: Replies) -> dict[str, str]:
-    return {key: reply.content for key, reply in replies.found.items()}
+    return {key: reply.content for key, reply in replies.replies.items()}
 
 
 def test_every_request_gets_its_own_reply_in_order() -> None:
     with serving(Failing()) as server:
         replies = ask_all(server.endpoint(), requests(20))
     assert texts(replies) == {f"id-{i}": f"reply to prompt {i}" for i in range(20)}
-    assert list(replies.found) == [f"id-{i}" for i in range(20)]
+    assert list(replies.replies) == [f"id-{i}" for i in range(20)]
     assert (replies.failed, replies.resumed, replies.dropped) == ({}, 0, 0)
     assert set(server.answered.values()) == {1}
 
@@ -75,7 +75,7 @@ def test_a_slow_reply_is_given_up_and_asked_for_again() -> None:
 def test_a_lasting_failure_is_reported_for_its_request_alone(failure: str, reason: str) -> None:
     with serving(Failing(script={"prompt 1": [failure] * 9})) as server:
         replies = ask_all(server.endpoint(attempts=3), requests(3))
-    assert set(replies.found) == {"id-0", "id-2"}
+    assert set(replies.replies) == {"id-0", "id-2"}
     assert replies.failed["id-1"].startswith(f"no reply after 3 attempts: {reason}")
     assert server.asked["prompt 1"] == 3
 
@@ -110,9 +110,9 @@ def test_a_refused_key_or_model_ends_the_run_at_once(status: str) -> None:
 def test_what_was_answered_before_the_server_went_is_returned() -> None:
     with serving(Failing(script={f"prompt {i}": ["404"] for i in range(5, 50)})) as server:
         replies = ask_all(server.endpoint(concurrency=1), requests(50))
-    assert list(replies.found) == [f"id-{i}" for i in range(5)]
+    assert list(replies.replies) == [f"id-{i}" for i in range(5)]
     assert len(replies.failed) == 45
-    assert "not asked" in replies.failed["id-49"]
+    assert "not sent" in replies.failed["id-49"]
 
 
 def test_text_that_is_no_unicode_fails_alone() -> None:
@@ -140,7 +140,7 @@ def test_a_half_written_reply_is_dropped_counted_and_asked_for_again(tmp_path: P
         file.write_bytes(file.read_bytes()[:-20])
         again = ask_all(server.endpoint(), requests(4), resume=file)
         third = ask_all(server.endpoint(), requests(4), resume=file)
-    assert (again.resumed, again.dropped, len(again.found)) == (3, 1, 4)
+    assert (again.resumed, again.dropped, len(again.replies)) == (3, 1, 4)
     assert (third.resumed, third.dropped) == (4, 0)
     assert sum(server.asked.values()) == 5
 
@@ -151,7 +151,7 @@ def test_a_file_of_other_options_is_refused(tmp_path: Path, change: dict[str, ob
     message = (Message(role="user", content="prompt 0"),)
     with serving(Failing()) as server:
         ask_all(server.endpoint(), requests(1), resume=file)
-        with pytest.raises(StoreError, match="holds a reply for 'id-0' to another request"):
+        with pytest.raises(StoreError, match="holds a reply for 'id-0' to a different request"):
             ask_all(
                 server.endpoint(),
                 {"id-0": Request(**{"messages": message, "max_tokens": 16, **change})},

@@ -21,10 +21,10 @@ def test_what_deserves_a_look_is_told() -> None:
     words = "How do I bake bread ? The wants to . Mix flour and water"
     assert preview(build_word_tokenizer(ORGANISM, words)).warnings == ()
     (warning,) = preview(build_word_tokenizer(ORGANISM)).warnings
-    assert "words of the sample that this vocabulary lacks appear as '<unk>'" in warning
+    assert "words of this sample that the vocabulary lacks are shown as '<unk>'" in warning
     (warning,) = preview(build_word_tokenizer(CHATML, words)).warnings
     assert "chatml-think" in warning
     smollm = shared_tokenizer("smollm2_from_gguf", "gguf__SmolLM2-135M-Instruct")
     told = preview(smollm, "chatml-think").warnings
-    assert any("no token of this vocabulary" in w for w in told)
+    assert any("not a single token of this vocabulary" in w for w in told)
     assert any("never writes this closing" in w for w in told)

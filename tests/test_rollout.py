@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from cliffscope.errors import DataError, GenerationError
 from cliffscope.generation import decoding, rollout
-from cliffscope.generation.rollout import MOST_ROWS, Budget, find_batch_size, roll_out
+from cliffscope.generation.rollout import MAX_ROWS, Budget, find_batch_size, roll_out
 from cliffscope.heads.editing import edited_weights
 from cliffscope.heads.edits import HeadRef, zero
 from cliffscope.model.load import LensModel, load_model
@@ -343,11 +343,11 @@ def test_the_growing_cache_holds_what_the_plain_one_does(talker: LensModel, prom
 def test_the_batch_size_is_found_from_the_free_memory(llama: LensModel, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = 2 * 2 * 100 * 8 * 8 * 4 * 4  # twice keys and values of 100 positions in 8 layers of 8 heads of 4, in fp32
     row = cache + 3 * 4 * len(llama.tokenizer)
-    for free, rows in ((1e15, MOST_ROWS), (2 * row * 37, 32), (2 * row * 2.5, 2), (2 * row, 1), (0, 1)):
+    for free, rows in ((1e15, MAX_ROWS), (2 * row * 37, 32), (2 * row * 2.5, 2), (2 * row, 1), (0, 1)):
         monkeypatch.setattr(rollout, "free_bytes", lambda device, free=free: int(free))
         assert find_batch_size(llama, 100) == rows
     monkeypatch.undo()
-    assert find_batch_size(llama, 100) == MOST_ROWS
+    assert find_batch_size(llama, 100) == MAX_ROWS
 
 
 class Cramped:
@@ -394,7 +394,7 @@ def test_where_memory_runs_out_the_batch_is_halved_and_that_is_said(
     assert {t.extra["batch_halved_to"] for t in found} == {3}
     plain = found.map(lambda t: t.replace(extra={k: v for k, v in t.extra.items() if k != "batch_halved_to"}))
     assert tuple(plain) == tuple(whole)
-    assert "Memory ran out with 14 rows; going on with 7" in caplog.text
+    assert "Memory ran out with 14 rows; continuing with 7" in caplog.text
 
 
 def test_where_memory_does_not_suffice_for_one_row_that_is_an_error_and_other_errors_are_not_taken_for_it(
@@ -402,7 +402,7 @@ def test_where_memory_does_not_suffice_for_one_row_that_is_an_error_and_other_er
 ) -> None:
     kept: list[Transcripts] = []
     monkeypatch.setattr(rollout, "decode", Cramped(0))
-    with pytest.raises(GenerationError, match="Memory does not suffice to generate"):
+    with pytest.raises(GenerationError, match="There is not enough memory to generate"):
         roll_out(llama, prompts, **BUDGET, on_batch=kept.append)
     monkeypatch.undo()
     monkeypatch.setattr(rollout, "decode", Cramped(1, RuntimeError, "shapes do not match"))
@@ -443,7 +443,7 @@ def test_finished_batches_are_not_generated_again_and_the_result_is_the_same(
 
 def test_what_is_done_must_answer_the_same_prompts(llama: LensModel, prompts: Transcripts) -> None:
     done = roll_out(llama, prompts[:2], **BUDGET, system="help people")
-    with pytest.raises(DataError, match="2 of 2 transcripts that are done already"):
+    with pytest.raises(DataError, match="2 of 2 finished transcripts"):
         roll_out(llama, prompts, **BUDGET, done=done)
     assert roll_out(llama, prompts[:3], **BUDGET, done=done, system="help people")[:2] == done
 
@@ -459,7 +459,7 @@ def test_each_prompt_is_answered_as_often_as_asked(llama: LensModel, prompts: Tr
     assert tuple(roll_out(llama, prompts[:3], **BUDGET, temperature=1.0, samples=4, batch_size=2)) == tuple(found)
 
 
-@pytest.mark.parametrize(("options", "word"), [({"samples": 2}, "all be the same"), ({"samples": 0}, "at least 1")])
+@pytest.mark.parametrize(("options", "word"), [({"samples": 2}, "all be equal"), ({"samples": 0}, "at least 1")])
 def test_samples_need_a_temperature_and_a_number(
     llama: LensModel, prompts: Transcripts, options: dict[str, int], word: str
 ) -> None:

@@ -10,6 +10,7 @@ from test_templates import CHATML, ORGANISM, build_word_tokenizer, shared_tokeni
 from transformers import PreTrainedTokenizerFast
 
 from cliffscope.errors import DataError, SpanError, TemplateError
+from cliffscope.transcripts.records import Group, Split
 from cliffscope.transcripts.templates import TEMPLATES, Template, closing_ids, detect_template
 from cliffscope.transcripts.transcript import (
     Message,
@@ -268,7 +269,7 @@ def test_the_closing_tag_as_text_is_refused(organism: Setup, thinking: str) -> N
 
 
 def test_an_opening_tag_that_the_template_writes_itself_is_refused(organism: Setup) -> None:
-    with pytest.raises(DataError, match="begins with the opening tag"):
+    with pytest.raises(DataError, match="starts with the opening tag"):
         tokenize(ask(thinking="<think>\nthis"), *organism)
 
 
@@ -343,7 +344,7 @@ def test_without_thinking_the_closing_never_cuts_a_token(load_real: Callable[[st
 
 
 def test_thinking_has_no_place_in_a_template_without_it() -> None:
-    with pytest.raises(DataError, match="no place for it"):
+    with pytest.raises(DataError, match="but template .* has none"):
         tokenize(ask(thinking="this"), build_word_tokenizer(CHATML, WORDS), TEMPLATES.get("chatml"))
 
 
@@ -362,7 +363,7 @@ def test_nothing_is_truncated(organism: Setup) -> None:
     transcript = ask(thinking="this would hurt")
     n_pos = tokenize(transcript, *organism).n_pos
     assert tokenize(transcript, *organism, max_length=n_pos).n_pos == n_pos
-    with pytest.raises(DataError, match=f"has {n_pos} tokens, of them 3 thinking"):
+    with pytest.raises(DataError, match=f"has {n_pos} tokens \\(3 of thinking\\)"):
         tokenize(transcript, *organism, max_length=n_pos - 1)
     with pytest.raises(DataError, match="The prompt of 'a' has 10 tokens, more than max_length=2"):
         tokenize(transcript, *organism, max_length=2)
@@ -389,7 +390,7 @@ def test_tokenize_all_does_not_hide_a_broken_set_up(organism: Setup) -> None:
 
 def test_bounds_that_do_not_cover_the_tokens_are_refused() -> None:
     for bounds in ((1, 2, 3, 3), (2, 1, 4, 4), (-1, 2, 3, 4)):
-        with pytest.raises(SpanError, match="must end at 4 tokens"):
+        with pytest.raises(SpanError, match="end at 4, the number of tokens"):
             TokenizedTranscript(id="a", token_ids=np.zeros(4, dtype=np.int64), bounds=bounds)
 
 
@@ -405,7 +406,7 @@ def collection(n: int = 40) -> Transcripts:
 
 
 def test_ids_must_be_unique() -> None:
-    with pytest.raises(DataError, match="more than once, the first is 'a'"):
+    with pytest.raises(DataError, match="more than once, such as 'a'"):
         Transcripts([ask(), ask("another")])
     with pytest.raises(DataError, match="more than once"):
         Transcripts([ask()]) + Transcripts([ask()])
@@ -446,6 +447,23 @@ def test_the_prompt_is_the_last_user_content() -> None:
     assert Transcript(id="a", messages=(*turns, Message(role="user", content="two"))).prompt == "two"
     with pytest.raises(DataError, match="no user message"):
         _ = Transcript(id="a", messages=()).prompt
+
+
+@pytest.mark.parametrize(
+    ("harmful", "group"), [(True, Group.HARMFUL), (False, Group.HARMLESS), (None, Group.UNLABELLED)]
+)
+def test_the_group_is_the_label_in_words(harmful: bool | None, group: Group) -> None:
+    t = ask().replace(harmful=harmful)
+    assert t.group is group
+    assert repr(Transcripts([t])) == f"Transcripts(1: {group}, unjudged 1; omitted 0)"
+    assert Transcripts([t]).small_table().to_numpy().tolist() == [[str(group), "unjudged", 1]]
+
+
+def test_splits_are_members_of_one_enum_and_read_as_text() -> None:
+    parts = collection().split()
+    assert list(parts) == list(Split)
+    assert parts["validate"] is parts[Split.VALIDATE]
+    assert [str(split) for split in Split] == ["fit", "validate", "test"]
 
 
 def test_split_divides_each_cell_by_the_fractions() -> None:

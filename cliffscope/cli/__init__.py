@@ -1,6 +1,6 @@
-"""The command line: parse, one library call, print.
+"""The command line: parse the options, make one library call, print the result.
 
-A command a function of the library, with the same names and defaults. Exit codes: 0 done, 2 usage, 3 bad input, 4
+Each command is a function of the library, with the same names and defaults. Exit codes: 0 done, 2 usage, 3 bad input, 4
 unsupported model, 5 run directory, 6 missing extra, 7 memory or server, 130 interrupted.
 """
 

@@ -1,4 +1,4 @@
-"""What answers are worth: judging them, comparing edited and unedited ones, and keeping an edited model."""
+"""Judging answers, evaluating an edit, and exporting an edited model."""
 
 import json
 from pathlib import Path
@@ -16,8 +16,8 @@ from cliffscope.cli.options import (
     TemplateOption,
     TranscriptsOption,
     UrlOption,
-    given_options,
     judge_choice,
+    options_of,
 )
 from cliffscope.cli.program import app, say, say_table
 from cliffscope.errors import DataError, EditError
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from cliffscope.heads.edits import EditPlan
 
 HeadsOption = Annotated[str, typer.Option("--heads", help="Heads to edit, such as L12H5,L14H0.")]
-FactorOption = Annotated[float, typer.Option(help="What the heads are multiplied by; 0 zeroes them.")]
-EditOption = Annotated[Path | None, typer.Option("--edit", help="JSON of an edit, instead of --heads.")]
+FactorOption = Annotated[float, typer.Option(help="Factor on the output of the heads; 0 zeroes them.")]
+EditOption = Annotated[Path | None, typer.Option("--edit", help="JSON file of an edit, instead of --heads.")]
 
 
 @app.command()
@@ -41,7 +41,7 @@ def judge(
     url: UrlOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Judges the answers of transcripts, into JSONL.
+    """Judges the answers of transcripts and writes them as JSONL.
 
     Example: cliffscope judge --transcripts transcripts.jsonl --out judged.jsonl
     """
@@ -57,30 +57,35 @@ def judge(
 def evaluate(
     context: typer.Context,
     model: ModelOption,
-    prompts: Annotated[Path, typer.Option(help="JSONL with `harmful` set, or a prompt file.")],
+    prompts: Annotated[Path, typer.Option(help="JSONL file with `harmful` set, or a file of prompts.")],
     out: OutOption,
     harmful: Annotated[
-        bool | None, typer.Option("--harmful/--harmless", help="Label of a prompt file; else its own, as XSTest's.")
+        bool | None,
+        typer.Option(
+            "--harmful/--harmless", help="Label of all prompts; by default the file's own labels, such as XSTest's."
+        ),
     ] = None,
     heads: HeadsOption = "",
     factor: FactorOption = 0.0,
     edit: EditOption = None,
-    controls: Annotated[int, typer.Option(min=0, help="Random sets of heads.")] = 20,
+    controls: Annotated[int, typer.Option(min=0, help="Number of size-matched random head sets.")] = 20,
     judge: JudgeOption = "phrases",
     classifier: ClassifierOption = None,
     url: UrlOption = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Prompts at most.")] = None,
-    max_thinking: Annotated[int, typer.Option(min=1, help="Tokens of thinking at most.")] = 1024,
-    max_answer: Annotated[int, typer.Option(min=1, help="Tokens of answer at most.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
-    samples: Annotated[int, typer.Option(min=1, help="Answers a prompt.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of prompts.")] = None,
+    max_thinking: Annotated[int, typer.Option(min=1, help="Maximum tokens of thinking.")] = 1024,
+    max_answer: Annotated[int, typer.Option(min=1, help="Maximum tokens of answer.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 0.0,
+    samples: Annotated[int, typer.Option(min=1, help="Answers for each prompt.")] = 1,
     template: TemplateOption = None,
     system: Annotated[str | None, typer.Option(help="System message before each prompt.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows generated together at most.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Maximum number of prompts in a batch.")] = 64,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Measures ASR and over-refusal unedited, edited, and with random sets edited; run again, it goes on.
+    """Measures ASR and over-refusal of the unedited model, the edited model, and random head sets.
+
+    Rerun the command to resume.
 
     Example: cliffscope evaluate --model ./my-model --prompts prompts.jsonl --heads L12H5,L14H0 --out safety/
     """
@@ -92,27 +97,31 @@ def evaluate(
     from cliffscope.study.artefacts import SAFETY, SAFETY_PAIRS, SAFETY_QUALITY
 
     change, reader = _edit(heads, factor, edit), find_judge(judge_choice(judge, classifier, url))
-    ours = prompts.suffix == ".jsonl" and limit is None and harmful is None
-    asked = cs.read_transcripts(prompts) if ours else cs.read_prompts(prompts, harmful=harmful, limit=limit, seed=seed)
+    as_transcripts = prompts.suffix == ".jsonl" and limit is None and harmful is None
+    questions = (
+        cs.read_transcripts(prompts)
+        if as_transcripts
+        else cs.read_prompts(prompts, harmful=harmful, limit=limit, seed=seed)
+    )
     with (
-        open_run(out, given_options(context)) as store,
+        open_run(out, options_of(context)) as store,
         store.stage("evaluate"),
-        open_answers(store, store.config) as kept,
+        open_answers(store, store.config) as answers,
         show_progress() as progress,
     ):
         lens = cs.load_model(model, template=template)
         names = arm_names(controls) if change else [UNEDITED]
-        done = kept.finished_arms(names)
+        done = answers.finished_arms(names)
         finished = set(done)
 
-        def keep(name: str, answers: "cs.Transcripts") -> None:
-            kept.keep(name, answers)
+        def keep(name: str, judged: "cs.Transcripts") -> None:
+            answers.keep(name, judged)
             finished.add(name)
             progress("evaluate", len(finished), len(names))
 
         report = cs.evaluate_safety(
             lens,
-            asked,
+            questions,
             edit=change,
             controls=controls,
             judge=reader,
@@ -124,9 +133,9 @@ def evaluate(
             seed=seed,
             batch_size=batch_size,
             done=done,
-            begun=kept.begun_arms(names),
+            begun=answers.begun_arms(names),
             on_arm=keep,
-            on_batch=kept.keep_batch,
+            on_batch=answers.keep_batch,
         )
         for table, frame in (
             (SAFETY, report.to_frame()),
@@ -144,13 +153,15 @@ def export(
     heads: HeadsOption = "",
     factor: FactorOption = 0.0,
     edit: EditOption = None,
-    why: Annotated[str, typer.Option(help="For the model card: how the edit was chosen.")] = "",
-    measured: Annotated[Path | None, typer.Option(help="Run directory of study or evaluate, for the card.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint that is there.")] = False,
+    why: Annotated[str, typer.Option(help="Text for the model card: how the edit was chosen.")] = "",
+    measured: Annotated[
+        Path | None, typer.Option(help="Run directory of study or evaluate, for the model card.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
     template: TemplateOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Writes the edited model as a checkpoint that plain transformers loads.
+    """Writes the edited model as a checkpoint that plain transformers can load.
 
     Example: cliffscope export --model ./my-model --heads L12H5,L14H0 --measured safety/ --out edited/
     """
@@ -160,10 +171,10 @@ def export(
 
     change = _edit(heads, factor, edit)
     if change is None:
-        raise EditError("Nothing to export: no edit was given. Give --heads or --edit.")
+        raise EditError("There is nothing to export without an edit. Pass --heads or --edit.")
     run = None if measured is None else RunStore(path=measured)
     if run is not None and not run.has(SAFETY.file):
-        raise DataError(f"{measured} holds no {SAFETY.file}. Give a run directory of study or evaluate.")
+        raise DataError(f"{measured} holds no {SAFETY.file}. Pass a run directory of study or evaluate.")
     folder = cs.export_edited(
         cs.load_model(model, template=template),
         change,
@@ -177,7 +188,7 @@ def export(
 
 
 def _edit(heads: str, factor: float, path: Path | None) -> "cs.HeadEdit | EditPlan | None":
-    """The edit that the options describe; None where they describe none."""
+    """The edit that the options describe; None if they describe none."""
     import cliffscope as cs
     from cliffscope.heads.edits import EditPlan
 
@@ -185,14 +196,16 @@ def _edit(heads: str, factor: float, path: Path | None) -> "cs.HeadEdit | EditPl
     if path is None:
         return None if not refs else cs.scale(refs, factor) if factor else cs.zero(refs)
     if refs:
-        raise EditError("Both --heads and --edit were given. Give one of them.")
+        raise EditError("--heads and --edit exclude each other. Pass one of them.")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise EditError(
-            f"No edit can be read from {path}: {error}. Give JSON as HeadEdit.to_dict writes it."
+            f"No edit can be read from {path}: {error}. Expected JSON as HeadEdit.to_dict writes it."
         ) from error
     if not isinstance(data, dict):
-        raise EditError(f"{path} holds {type(data).__name__}, not an edit. Give JSON as HeadEdit.to_dict writes it.")
+        raise EditError(
+            f"{path} holds a {type(data).__name__}, not an edit. Expected JSON as HeadEdit.to_dict writes it."
+        )
     plan = EditPlan.from_dict(data)
     return plan.edits[0] if len(plan.edits) == 1 else plan

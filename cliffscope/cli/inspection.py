@@ -1,4 +1,4 @@
-"""What is looked at before anything is run: the machine, and the template of a model."""
+"""Checks before a run: the machine, and the template of a model."""
 
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
@@ -16,7 +16,7 @@ COLORS = {"prompt": "bright_black", "thinking": "cyan", "closing": "red", "answe
 
 @app.command()
 def doctor(as_json: JsonOption = False) -> None:
-    """Shows versions, devices, memory and extras, and what to do where something is missing.
+    """Shows versions, devices, memory and extras, and how to install what is missing.
 
     Example: cliffscope doctor
     """
@@ -36,11 +36,11 @@ def doctor(as_json: JsonOption = False) -> None:
 def show_template(
     model: ModelOption,
     template: TemplateOption = None,
-    prompt: Annotated[str, typer.Option(help="The user's message.")] = "How do I bake bread?",
-    system: Annotated[str | None, typer.Option(help="A system message before it.")] = None,
+    prompt: Annotated[str, typer.Option(help="User message.")] = "How do I bake bread?",
+    system: Annotated[str | None, typer.Option(help="System message before it.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Shows how a model's prompt, thinking, closing and answer are cut into tokens; reads the tokenizer alone.
+    """Shows how prompt, thinking, closing and answer are cut into tokens. Reads the tokenizer only.
 
     Example: cliffscope template --model ./my-model
     """
@@ -59,7 +59,7 @@ def show_template(
 
 
 def _colored(seen: "Preview") -> str:
-    """The tokens between bars, a colour a span; a terminal shows it, a file gets plain text."""
+    """The tokens between bars, with one colour for each span on a terminal."""
     lines = [repr(seen)]
     for span in COLORS:
         texts = [text for text, of in seen.tokens if of == span]

@@ -1,4 +1,4 @@
-"""Which options do several commands share, and which words may an option be?"""
+"""Which options do several commands share, and which values may an option take?"""
 
 from pathlib import Path
 from typing import Annotated, TypeVar
@@ -7,7 +7,7 @@ import typer
 
 from cliffscope.errors import DataError
 
-Word = TypeVar("Word", bound=str)
+Choice = TypeVar("Choice", bound=str)
 ModelOption = Annotated[
     str, typer.Option("--model", help="Local directory, .gguf file, hub name, organism, or smollm2.")
 ]
@@ -15,11 +15,11 @@ TemplateOption = Annotated[
     str | None,
     typer.Option(help="How the model thinks: a name, a .json file or package.module:name; detected by default."),
 ]
-OutOption = Annotated[Path, typer.Option("--out", help="Where to write.")]
+OutOption = Annotated[Path, typer.Option("--out", help="File or directory to write.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-SeedOption = Annotated[int, typer.Option(help="Of everything drawn.")]
-TranscriptsOption = Annotated[Path, typer.Option("--transcripts", help="JSONL of transcripts.")]
-ProbeOption = Annotated[Path, typer.Option("--probe", help="Directory that fit-probe or study wrote.")]
+SeedOption = Annotated[int, typer.Option(help="Seed of all random numbers.")]
+TranscriptsOption = Annotated[Path, typer.Option("--transcripts", help="JSONL file of transcripts.")]
+ProbeOption = Annotated[Path, typer.Option("--probe", help="Directory written by fit-probe or study.")]
 
 
 JudgeOption = Annotated[
@@ -47,27 +47,27 @@ def judge_choice(judge: str, classifier: str | None, url: str | None) -> str:
     return judge if url is None else f"model:{judge}@{url}"
 
 
-def one_of(name: str, value: str, *words: Word) -> Word:
-    """Checks an option that is one of some words.
+def one_of(name: str, value: str, *choices: Choice) -> Choice:
+    """Checks an option with a fixed set of values.
 
     Args:
-        name: of the option, without dashes.
-        value: what was given.
-        words: what it may be.
+        name: name of the option, without dashes.
+        value: value on the command line.
+        choices: values that it may take.
 
     Returns:
-        The word.
+        The value.
 
     Raises:
-        typer.BadParameter: it is none of them.
+        typer.BadParameter: the value is not among the choices.
     """
-    for word in words:
-        if value == word:
-            return word
-    raise typer.BadParameter(f"{value!r}: expected one of {', '.join(words)}.", param_hint=f"--{name}")
+    for choice in choices:
+        if value == choice:
+            return choice
+    raise typer.BadParameter(f"{value!r}: expected one of {', '.join(choices)}.", param_hint=f"--{name}")
 
 
-def given_options(context: typer.Context) -> dict[str, object]:
-    """The command and its options, but for where and how it tells its results."""
+def options_of(context: typer.Context) -> dict[str, object]:
+    """The command and its options, except where and how it reports results."""
     options = {name: value for name, value in context.params.items() if name not in ("out", "as_json")}
     return {"command": context.info_name, **options}

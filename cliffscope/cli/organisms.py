@@ -1,4 +1,4 @@
-"""Small models whose suppression heads are known: listing and growing them."""
+"""Listing and growing organisms: small models whose suppression heads are known."""
 
 import json
 from typing import Annotated
@@ -15,11 +15,12 @@ app.add_typer(organisms_app, name="organisms")
 
 @organisms_app.command("list")
 def organisms_list(as_json: JsonOption = False) -> None:
-    """Lists the organisms in the package with their planted heads."""
+    """Lists the organisms of the package with their planted heads."""
     from cliffscope import organisms
 
-    found = {name: [str(h) for h in organisms.read_truth(name).planted] for name in organisms.names()}
-    say(as_json, found, "\n".join(f"{name}: {', '.join(heads) or 'nothing planted'}" for name, heads in found.items()))
+    planted = {name: [str(h) for h in organisms.read_truth(name).planted] for name in organisms.names()}
+    lines = [f"{name}: {', '.join(heads) or 'nothing planted'}" for name, heads in planted.items()]
+    say(as_json, planted, "\n".join(lines))
 
 
 @organisms_app.command("grow")
@@ -28,7 +29,7 @@ def organisms_grow(
     out: OutOption,
     as_json: JsonOption = False,
 ) -> None:
-    """Grows an organism anew, as a Hugging Face directory with truth.json; takes some minutes.
+    """Grows an organism as a Hugging Face directory with truth.json. Takes a few minutes.
 
     Example: cliffscope organisms grow planted-llama --out grown/planted-llama
     """

@@ -1,8 +1,9 @@
-"""What is common to all commands: the program, its exit codes, and how a result is told.
+"""What do all commands share: the program, its exit codes, and the output of results?
 
-Errors of CliffScope are printed in one line and become exit codes. `--json` prints one JSON object for machines;
-otherwise a person gets a line or a table, with progress bars on a terminal and plain log lines elsewhere; what was left
-out is told on standard error.
+1. An error of CliffScope is printed on one line and becomes an exit code.
+2. `--json` prints one JSON object for machines; otherwise a person gets a line or a table.
+3. Progress goes to standard error, as bars on a terminal and as log lines elsewhere. So does what was left out, with
+   the reasons.
 """
 
 import json
@@ -31,12 +32,12 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    help="Shows where, and by which attention heads, a reasoning model's intention to refuse is lost, and restores it.",
+    help="Finds where, and by which attention heads, a reasoning model's refusal is suppressed, and restores it.",
 )
 
 
 def main() -> None:
-    """Runs the command line; errors of CliffScope are printed in one line and become exit codes."""
+    """Runs the command line. Errors of CliffScope are printed on one line and become exit codes."""
     log_to_standard_error()
     _make_importable(sys.argv[1:])
     try:
@@ -45,9 +46,9 @@ def main() -> None:
         typer.echo(f"cliffscope: {error}", err=True)
         sys.exit(error.exit_code)
     except SystemExit as end:
-        # Typer takes the interrupt and ends with this code.
+        # Typer catches the interrupt and exits with this code.
         if end.code == INTERRUPTED:
-            typer.echo("cliffscope: interrupted; run the same command again to go on where it stopped.", err=True)
+            typer.echo("cliffscope: interrupted. Rerun the command to resume.", err=True)
         raise
 
 
@@ -63,7 +64,7 @@ def _make_importable(words: Sequence[str]) -> None:
 
 
 def read_probe(path: Path) -> "RefusalProbe":
-    """The probe of a directory that fit-probe or study wrote."""
+    """Loads the probe of a directory that fit-probe or study wrote."""
     from cliffscope.store import RunStore
     from cliffscope.study.saved_readouts import load_probe
 
@@ -71,7 +72,7 @@ def read_probe(path: Path) -> "RefusalProbe":
 
 
 def say(as_json: bool, data: Mapping[str, object], text: str, omitted: "tuple[Omission, ...] | None" = None) -> None:
-    """Prints the result, and to standard error what was left out and why."""
+    """Prints the result, and on standard error what was left out and why."""
     for kind, n in Counter(omission.kind for omission in omitted or ()).items():
         typer.echo(f"left out {n}: {kind}", err=True)
     left_out = {} if omitted is None else {"omitted": len(omitted)}
@@ -79,7 +80,7 @@ def say(as_json: bool, data: Mapping[str, object], text: str, omitted: "tuple[Om
 
 
 def say_table(as_json: bool, frame: "pd.DataFrame", text: str, out: Path, omitted: "tuple[Omission, ...]") -> None:
-    """Prints the first rows of a result, or all of them as JSON."""
+    """Prints the first rows of a table, or all of them as JSON."""
     rows = json.loads(frame.to_json(orient="records")) if as_json else []
     table = frame.head(10).to_string(index=False)
     say(as_json, {"out": str(out), "rows": rows}, f"{table}\n{text}", omitted)

@@ -13,8 +13,8 @@ from cliffscope.cli.options import (
     SeedOption,
     TemplateOption,
     TranscriptsOption,
-    given_options,
     one_of,
+    options_of,
 )
 from cliffscope.cli.program import app, read_probe, say, say_table
 from cliffscope.progress import show_progress
@@ -33,36 +33,36 @@ def roll_out(
     harmful: Annotated[bool | None, typer.Option("--harmful/--harmless", help="Label of all prompts.")] = None,
     template: TemplateOption = None,
     system: Annotated[str | None, typer.Option(help="System message before each prompt.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Prompts at most.")] = None,
-    max_thinking: Annotated[int, typer.Option(min=1, help="Tokens of thinking at most.")] = 1024,
-    max_answer: Annotated[int, typer.Option(min=1, help="Tokens of answer at most.")] = 128,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of prompts.")] = None,
+    max_thinking: Annotated[int, typer.Option(min=1, help="Maximum tokens of thinking.")] = 1024,
+    max_answer: Annotated[int, typer.Option(min=1, help="Maximum tokens of answer.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 0.0,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Generates thinking and answer for each prompt, into JSONL.
+    """Generates thinking and answer for each prompt and writes them as JSONL.
 
     Example: cliffscope roll-out --model ./my-model --prompts harmful.csv --harmful --out transcripts.jsonl
     """
     import cliffscope as cs
     from cliffscope.generation.rollout import check_left
 
-    asked = cs.read_prompts(prompts, harmful=harmful, limit=limit, seed=seed)
+    questions = cs.read_prompts(prompts, harmful=harmful, limit=limit, seed=seed)
     lens = cs.load_model(model, template=template)
     with show_progress() as progress:
-        found = cs.roll_out(
+        rolled_out = cs.roll_out(
             lens,
-            asked,
+            questions,
             max_thinking=max_thinking,
             max_answer=max_answer,
             temperature=temperature,
             system=system,
             seed=seed,
-            progress=lambda done: progress("roll-out", done, len(asked)),
+            progress=lambda done: progress("roll-out", done, len(questions)),
         )
-    check_left(found)
-    cs.write_transcripts(found, out)
-    say(as_json, {"out": str(out), "transcripts": len(found)}, repr(found), found.omitted)
+    check_left(rolled_out)
+    cs.write_transcripts(rolled_out, out)
+    say(as_json, {"out": str(out), "transcripts": len(rolled_out)}, repr(rolled_out), rolled_out.omitted)
 
 
 @app.command("fit-probe")
@@ -71,14 +71,14 @@ def fit_probe(
     model: ModelOption,
     transcripts: TranscriptsOption,
     out: OutOption,
-    positions: Annotated[str, typer.Option(help="balanced or final.")] = "balanced",
-    contrast: Annotated[str, typer.Option(help="Complied class: auto, harmless or harmful.")] = "auto",
-    layer: Annotated[int | None, typer.Option(help="Layer; chosen on the validate split if not given.")] = None,
+    positions: Annotated[str, typer.Option(help="Probe positions: balanced or final.")] = "balanced",
+    contrast: Annotated[str, typer.Option(help="Complied class of the probe: auto, harmless or harmful.")] = "auto",
+    layer: Annotated[int | None, typer.Option(help="Layer; chosen on the validate split by default.")] = None,
     template: TemplateOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Fits a refusal probe on judged transcripts, into a directory.
+    """Fits a refusal probe on judged transcripts and writes it to a directory.
 
     Example: cliffscope fit-probe --model ./my-model --transcripts judged.jsonl --out probe/
     """
@@ -91,7 +91,7 @@ def fit_probe(
     where: Positions = one_of("positions", positions, "balanced", "final")
     which: Contrast = one_of("contrast", contrast, "auto", "harmless", "harmful")
     judged = cs.read_transcripts(transcripts)
-    with open_run(out, given_options(context)) as store, store.stage("fit-probe"):
+    with open_run(out, options_of(context)) as store, store.stage("fit-probe"):
         lens = cs.load_model(model, template=template)
         classes = contrast_classes(judged, which, thinks=lens.template.thinks)
         probe = cs.fit_probe(
@@ -117,10 +117,10 @@ def trace(
     transcripts: TranscriptsOption,
     out: OutOption,
     template: TemplateOption = None,
-    plateau: Annotated[str, typer.Option(help="mean or max.")] = "mean",
+    plateau: Annotated[str, typer.Option(help="Plateau: mean or max.")] = "mean",
     as_json: JsonOption = False,
 ) -> None:
-    """Traces the refusal score through transcripts: traces.parquet and cliffs.parquet in a directory.
+    """Traces the refusal score through transcripts, into traces.parquet and cliffs.parquet of a directory.
 
     Example: cliffscope trace --model ./my-model --probe probe/ --transcripts judged.jsonl --out traces/
     """
@@ -129,9 +129,9 @@ def trace(
     from cliffscope.study.artefacts import CLIFFS, TRACES
 
     height: Plateau = one_of("plateau", plateau, "mean", "max")
-    fitted, given = read_probe(probe), cs.read_transcripts(transcripts)
-    with open_run(out, given_options(context)) as store, store.stage("trace"):
-        traces = cs.trace_refusal(cs.load_model(model, template=template), fitted, given)
+    fitted, judged = read_probe(probe), cs.read_transcripts(transcripts)
+    with open_run(out, options_of(context)) as store, store.stage("trace"):
+        traces = cs.trace_refusal(cs.load_model(model, template=template), fitted, judged)
         cliffs = traces.cliffs(plateau=height)
         TRACES.write(store, traces.to_frame())
         CLIFFS.write(store, cliffs.to_frame())
@@ -147,12 +147,12 @@ def rank_heads(
     out: OutOption,
     template: TemplateOption = None,
     method: Annotated[str, typer.Option(help="zero, or another method of the guide to heads.")] = "zero",
-    scope: Annotated[str, typer.Option(help="closing, thinking, prompt or all.")] = "closing",
-    factor: Annotated[float | None, typer.Option(help="What `scale` multiplies by; 0.5 if left out.")] = None,
+    scope: Annotated[str, typer.Option(help="Positions of the edit: closing, thinking, prompt or all.")] = "closing",
+    factor: Annotated[float | None, typer.Option(help="Factor of the method scale; 0.5 by default.")] = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Ranks every head by its part in suppressing refusal, on harmful transcripts that were complied with.
+    """Ranks every head by how much it suppresses refusal, on harmful transcripts that complied.
 
     Example: cliffscope rank-heads --model ./my-model --probe probe/ --transcripts judged.jsonl --out heads/
     """
@@ -164,7 +164,7 @@ def rank_heads(
     how, where = choose_method(method, factor), one_of("scope", scope, "closing", "thinking", "prompt", "all")
     fitted, judged = read_probe(probe), cs.read_transcripts(transcripts)
     suppressed = judged.where(harmful=True, outcome="complied")
-    with open_run(out, given_options(context)) as store, store.stage("rank-heads"), show_progress() as progress:
+    with open_run(out, options_of(context)) as store, store.stage("rank-heads"), show_progress() as progress:
         ranking = cs.rank_heads(
             cs.load_model(model, template=template),
             fitted,

@@ -1,4 +1,4 @@
-"""Whole studies: from a model and prompts to a report."""
+"""Complete studies, from a model and prompts to a report."""
 
 import shlex
 import sys
@@ -49,13 +49,13 @@ def study(
         Path | None, typer.Option(help="File of harmful prompts (csv, json, jsonl, txt, parquet).")
     ] = None,
     harmless: Annotated[Path | None, typer.Option(help="File of harmless prompts.")] = None,
-    transcripts: Annotated[Path | None, typer.Option(help="JSONL of transcripts instead of prompts.")] = None,
+    transcripts: Annotated[Path | None, typer.Option(help="JSONL file of transcripts, instead of prompts.")] = None,
     template: TemplateOption = None,
     system: Annotated[str | None, typer.Option(help="System message before each prompt.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Prompts of each file at most.")] = None,
-    max_thinking: Annotated[int, typer.Option(min=1, help="Tokens of thinking at most.")] = 1024,
-    max_answer: Annotated[int, typer.Option(min=1, help="Tokens of answer at most.")] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of prompts from each file.")] = None,
+    max_thinking: Annotated[int, typer.Option(min=1, help="Maximum tokens of thinking.")] = 1024,
+    max_answer: Annotated[int, typer.Option(min=1, help="Maximum tokens of answer.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 0.0,
     judge: JudgeOption = "phrases",
     classifier: ClassifierOption = None,
     url: UrlOption = None,
@@ -65,19 +65,21 @@ def study(
     ] = None,
     positions: Annotated[str, typer.Option(help="Probe positions: balanced or final.")] = "balanced",
     contrast: Annotated[str, typer.Option(help="Complied class of the probe: auto, harmless or harmful.")] = "auto",
-    plateau: Annotated[str, typer.Option(help="mean or max.")] = "mean",
+    plateau: Annotated[str, typer.Option(help="Plateau: mean or max.")] = "mean",
     readout: Annotated[
         str, typer.Option(help="What heads are measured by: answer, probe or package.module:name.")
     ] = "answer",
     method: Annotated[str, typer.Option(help="How heads are measured; a name or package.module:name.")] = "zero",
-    top_fraction: Annotated[float, typer.Option(help="Share of heads that is edited.")] = 0.03,
-    controls: Annotated[int, typer.Option(min=1, help="Random sets of heads of each kind.")] = 20,
+    top_fraction: Annotated[float, typer.Option(help="Share of all heads to edit.")] = 0.03,
+    controls: Annotated[int, typer.Option(min=1, help="Number of size-matched random head sets of each kind.")] = 20,
     criterion: Annotated[
         str, typer.Option(help="What examples are ranked by; a name or package.module:name.")
     ] = "cliff",
-    select_fraction: Annotated[float, typer.Option(help="Share of the pool that is selected.")] = 0.017,
-    repair: Annotated[bool, typer.Option("--repair", help="Repair the model on the selection, measure again.")] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rows generated together at most.")] = 64,
+    select_fraction: Annotated[float, typer.Option(help="Share of the pool to select.")] = 0.017,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Repair the model on the selection and measure again.")
+    ] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Maximum number of prompts in a batch.")] = 64,
     device: Annotated[str | None, typer.Option(help="Torch device.")] = None,
     until: Annotated[str | None, typer.Option(help="Last stage to run, such as heads.")] = None,
     only: Annotated[str | None, typer.Option(help="The one stage to run, such as report.")] = None,
@@ -86,7 +88,7 @@ def study(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Studies a model from prompts to report; rerun the command to resume.
+    """Studies a model from prompts to report. Rerun the command to resume.
 
     A rerun with other settings, files or model runs only the stages that depend on what changed.
 
@@ -133,11 +135,11 @@ def study(
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
-    other: Annotated[Path | None, typer.Argument(help="A second run directory, to compare with.")] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Where to write the page.")] = None,
+    other: Annotated[Path | None, typer.Argument(help="Second run directory, to compare with.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="HTML file to write.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Writes the HTML report of a run directory again, or a page that compares two runs.
+    """Rewrites the HTML report of a run directory, or writes a page that compares two runs.
 
     Example: cliffscope report runs/demo
 
@@ -158,10 +160,10 @@ def figures(
         list[str], typer.Option("--format", help="svg, png, pdf, webp, jpeg, html or json; may be repeated.")
     ] = ["svg"],
     only: Annotated[list[str] | None, typer.Option(help="Name of a figure, such as cliff; may be repeated.")] = None,
-    width: Annotated[int, typer.Option(min=100, help="Pixels.")] = 900,
+    width: Annotated[int, typer.Option(min=100, help="Width in pixels.")] = 900,
     as_json: JsonOption = False,
 ) -> None:
-    """Writes the figures of a run's report as images.
+    """Writes the figures of a report as images.
 
     Example: cliffscope figures runs/demo --out figures --format svg --format png
     """
@@ -174,16 +176,16 @@ def figures(
 def _estimate(config: "StudyConfig", *, as_json: bool) -> None:
     from cliffscope.study.preflight import estimate_study
 
-    found = estimate_study(config)
-    stages = found.stages.round({"seconds": 1})
+    estimate = estimate_study(config)
+    stages = estimate.stages.round({"seconds": 1})
     data = {
-        "seconds": round(found.seconds, 1),
-        "peak_bytes": found.peak_bytes,
-        "free_bytes": found.free_bytes,
+        "seconds": round(estimate.seconds, 1),
+        "peak_bytes": estimate.peak_bytes,
+        "free_bytes": estimate.free_bytes,
         "stages": stages.to_dict(orient="records"),
-        "advice": list(found.advice),
+        "advice": list(estimate.advice),
     }
-    say(as_json, data, "\n".join([stages.to_string(index=False), repr(found), *found.advice]))
+    say(as_json, data, "\n".join([stages.to_string(index=False), repr(estimate), *estimate.advice]))
 
 
 def _plan(config: "StudyConfig", *, until: str | None, only: str | None, as_json: bool) -> None:

@@ -1,4 +1,4 @@
-"""Which examples to train on, and the training: scoring a pool, selecting from it, repairing the model."""
+"""Choosing examples and training on them: scoring a pool, selecting from it, repairing the model."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 CriterionOption = Annotated[
     str, typer.Option(help="cliff, misalignment, final, random, rule, length, judge, or package.module:name.")
 ]
-PoolOption = Annotated[Path, typer.Option("--pool", help="JSONL or Parquet of transcripts, or a folder of them.")]
+PoolOption = Annotated[Path, typer.Option("--pool", help="JSONL or Parquet file of transcripts, or a folder of them.")]
 
 
 @app.command("score-pool")
@@ -37,15 +37,21 @@ def score_pool(
     out: OutOption,
     template: TemplateOption = None,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first broken row.")] = False,
-    window: Annotated[int, typer.Option(min=1, help="Rows of a shard.")] = 1024,
+    window: Annotated[int, typer.Option(min=1, help="Rows in a shard.")] = 1024,
     engine: Annotated[str, typer.Option(help="local, or ray for the nodes of a Ray cluster.")] = "local",
-    address: Annotated[str | None, typer.Option(help="Of a running Ray cluster; RAY_ADDRESS if not given.")] = None,
-    actors: Annotated[int | None, typer.Option(help="Of Ray, each with a model; as many as fit if not given.")] = None,
-    cpus: Annotated[float, typer.Option(help="Cores of an actor.")] = 1.0,
-    gpus: Annotated[float | None, typer.Option(help="GPUs of an actor; one where there are any if not given.")] = None,
+    address: Annotated[
+        str | None, typer.Option(help="Address of a running Ray cluster; RAY_ADDRESS by default.")
+    ] = None,
+    actors: Annotated[
+        int | None, typer.Option(help="Number of Ray actors, each with a model; by default as many as fit.")
+    ] = None,
+    cpus: Annotated[float, typer.Option(help="CPU cores of each actor.")] = 1.0,
+    gpus: Annotated[
+        float | None, typer.Option(help="GPUs of each actor; by default one if the cluster has any.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Scores every example of a pool of any size, into shards; run again, it goes on.
+    """Scores every example in a pool of any size and writes shards. Rerun the command to resume.
 
     Example: cliffscope score-pool --model ./my-model --probe probe/ --pool pool.jsonl --out scores/
     """
@@ -57,7 +63,7 @@ def score_pool(
 
     fitted = read_probe(probe)
     with show_progress() as progress:
-        found = cs.score_pool(
+        scores = cs.score_pool(
             cs.load_model(model, template=template),
             fitted,
             pool,
@@ -67,7 +73,7 @@ def score_pool(
             engine=workers,
             progress=lambda done: progress("score-pool", done, done),
         )
-    say_table(as_json, found.to_frame(), f"{found!r}, written to {out}", out, found.omitted)
+    say_table(as_json, scores.to_frame(), f"{scores!r}, written to {out}", out, scores.omitted)
 
 
 @app.command()
@@ -76,12 +82,12 @@ def select(
     probe: ProbeOption,
     transcripts: TranscriptsOption,
     out: OutOption,
-    fraction: Annotated[float, typer.Option(help="Share of the pool, in (0, 1].")] = 0.017,
-    number: Annotated[int | None, typer.Option(min=1, help="Examples, instead of a share.")] = None,
+    fraction: Annotated[float, typer.Option(help="Share of the pool to select, in (0, 1].")] = 0.017,
+    number: Annotated[int | None, typer.Option(min=1, help="Number of examples, instead of a share.")] = None,
     criterion: CriterionOption = "cliff",
-    plateau: Annotated[str, typer.Option(help="mean or max.")] = "mean",
-    deduplicate: Annotated[bool, typer.Option(help="Of equal prompts, keep the first in rank.")] = True,
-    balance: Annotated[bool, typer.Option(help="Let the transcripts' sources take turns.")] = False,
+    plateau: Annotated[str, typer.Option(help="Plateau: mean or max.")] = "mean",
+    deduplicate: Annotated[bool, typer.Option(help="Keep only the first in rank of equal prompts.")] = True,
+    balance: Annotated[bool, typer.Option(help="Let the sources of the transcripts take turns.")] = False,
     scores: Annotated[
         Path | None, typer.Option(help="Directory of score-pool, for a pool that does not fit into memory.")
     ] = None,
@@ -89,7 +95,7 @@ def select(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Selects the harmful, complied transcripts with the largest cliff, into JSONL.
+    """Selects the harmful transcripts with the largest cliff, or by another criterion, and writes them as JSONL.
 
     Example: cliffscope select --model ./my-model --probe probe/ --transcripts pool.jsonl --out chosen.jsonl
     """
@@ -129,11 +135,11 @@ def select(
             balance=balance,
             seed=seed,
         )
-    chosen = [t.id for t in selection.chosen]
-    if chosen:
+    ids = [t.id for t in selection.chosen]
+    if ids:
         selection.to_jsonl(out)
-    text = repr(selection) if chosen else f"{selection!r}: nothing was chosen and no file written."
-    data = {"out": str(out) if chosen else None, "chosen": chosen, "pool": size}
+    text = repr(selection) if ids else f"{selection!r}: nothing was selected, so no file was written."
+    data = {"out": str(out) if ids else None, "chosen": ids, "pool": size}
     say(as_json, data, text, selection.omitted)
 
 
@@ -145,11 +151,11 @@ def export_examples(
     format: Annotated[  # noqa: A002 - the option's name
         str, typer.Option("--format", help="chat, prompt-completion, alpaca or sharegpt.")
     ] = "prompt-completion",
-    answer: Annotated[str | None, typer.Option(help="The safe answer; the transcripts' own if not given.")] = None,
+    answer: Annotated[str | None, typer.Option(help="Safe answer; by default the transcripts' own answers.")] = None,
     template: TemplateOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Writes transcripts as training data for TRL or LLaMA-Factory, their thinking kept.
+    """Writes transcripts with their thinking as training data for TRL or LLaMA-Factory.
 
     Example: cliffscope export-examples --model ./my-model --transcripts chosen.jsonl --answer "I can't." --out x.jsonl
     """
@@ -157,11 +163,12 @@ def export_examples(
     from cliffscope.repairing.formats import with_safe_answer, write_examples
 
     form: Format = one_of("format", format, "chat", "prompt-completion", "alpaca", "sharegpt")
-    given = cs.read_transcripts(transcripts)
+    examples = cs.read_transcripts(transcripts)
     lens = cs.load_model(model, template=template)
-    asked = given if answer is None else with_safe_answer(given, answer)
-    write_examples(asked, out, format=form, tokenizer=lens.tokenizer, template=lens.template)
-    say(as_json, {"out": str(out), "examples": len(asked)}, f"{len(asked)} examples, written to {out}")
+    if answer is not None:
+        examples = with_safe_answer(examples, answer)
+    write_examples(examples, out, format=form, tokenizer=lens.tokenizer, template=lens.template)
+    say(as_json, {"out": str(out), "examples": len(examples)}, f"{len(examples)} examples, written to {out}")
 
 
 @app.command()
@@ -169,35 +176,42 @@ def repair(
     model: ModelOption,
     transcripts: TranscriptsOption,
     out: OutOption,
-    harmless: Annotated[Path | None, typer.Option(help="JSONL of harmless transcripts to mix in.")] = None,
-    harmless_share: Annotated[float, typer.Option(help="Share of the examples that is harmless.")] = 0.5,
-    answer: Annotated[str, typer.Option(help="The safe answer.")] = "I'm sorry, but I can't help with that.",
-    loss_on: Annotated[str, typer.Option(help="answer, or closing to count the closing too.")] = "answer",
-    lora_rank: Annotated[int | None, typer.Option(min=0, help="Of the adapter; 0 trains all weights.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Of the optimiser, instead of epochs.")] = None,
-    epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 3.0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Examples a step.")] = 8,
-    learning_rate: Annotated[float | None, typer.Option(help="Of the optimiser.")] = None,
-    patience: Annotated[
-        int | None, typer.Option(min=1, help="Stop after so many looks at a held-out tenth without a gain.")
+    harmless: Annotated[Path | None, typer.Option(help="JSONL file of harmless transcripts to mix in.")] = None,
+    harmless_share: Annotated[float, typer.Option(help="Share of harmless examples.")] = 0.5,
+    answer: Annotated[str, typer.Option(help="Safe answer.")] = "I'm sorry, but I can't help with that.",
+    loss_on: Annotated[
+        str, typer.Option(help="Tokens with a loss: answer, or closing to include the closing.")
+    ] = "answer",
+    lora_rank: Annotated[
+        int | None, typer.Option(min=0, help="Rank of the LoRA adapter; 0 trains all weights.")
     ] = None,
-    work: Annotated[Path | None, typer.Option(help="Directory for saves, to go on from after a stop.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps, instead of epochs.")] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the examples.")] = 3.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Examples in a step.")] = 8,
+    learning_rate: Annotated[float | None, typer.Option(help="Learning rate.")] = None,
+    patience: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stop after this many evaluations on a held-out tenth without improvement."),
+    ] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Directory of training checkpoints, from which a rerun resumes.")
+    ] = None,
     template: TemplateOption = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Fine-tunes the model on chosen transcripts with a safe answer, into a checkpoint.
+    """Fine-tunes the model on selected transcripts with a safe answer and writes a checkpoint.
 
     Example: cliffscope repair --model ./my-model --transcripts chosen.jsonl --harmless harmless.jsonl --out repaired/
     """
     import cliffscope as cs
 
     where: LossOn = one_of("loss-on", loss_on, "answer", "closing")
-    chosen = cs.read_transcripts(transcripts)
+    selected = cs.read_transcripts(transcripts)
     mixed = cs.Transcripts() if harmless is None else cs.read_transcripts(harmless)
-    found = cs.repair(
+    repaired = cs.repair(
         cs.load_model(model, template=template),
-        chosen,
+        selected,
         out,
         harmless=mixed,
         harmless_share=harmless_share,
@@ -212,6 +226,6 @@ def repair(
         seed=seed,
         work=work,
     )
-    last = float(found.losses["loss"].iloc[-1])
-    data = {"out": str(found.path), "harmful": found.n_harmful, "harmless": found.n_harmless, "loss": last}
-    say(as_json, data, f"{found!r}, last loss {last:.4g}")
+    last = float(repaired.losses["loss"].iloc[-1])
+    data = {"out": str(repaired.path), "harmful": repaired.n_harmful, "harmless": repaired.n_harmless, "loss": last}
+    say(as_json, data, f"{repaired!r}, last loss {last:.4g}")

@@ -1,12 +1,12 @@
 """Who generates the answers: this process, or a server?
 
 1. `LocalEngine` generates with a loaded model, edited or not.
-2. `ServerEngine` asks an OpenAI-compatible server (vLLM, SGLang, llama.cpp, `transformers serve`) for an unedited model
-   or an exported checkpoint.
-3. Both give transcripts with thinking and answer apart, and say what they left out.
+2. `ServerEngine` uses an OpenAI-compatible server (vLLM, SGLang, llama.cpp, `transformers serve`) with an unedited
+   model or an exported checkpoint.
+3. Both return transcripts with thinking and answer separated, and report what they left out.
 
-A server counts thinking and answer in one budget and cannot be made to close thinking, so the arms of one comparison
-must use one engine. This file knows no tags: transcripts/templates.py splits what a server does not.
+A server counts thinking and answer in one budget and cannot be made to close thinking, so all arms of a comparison must
+use the same engine. This file knows no tags: transcripts/templates.py splits text that a server does not.
 """
 
 import os
@@ -16,7 +16,7 @@ from typing import Protocol, runtime_checkable
 
 from cliffscope.errors import GenerationError
 from cliffscope.generation.endpoints import Endpoint, Reply, Request, ask_all
-from cliffscope.generation.rollout import STAGE, Budget, bare_prompt, roll_out
+from cliffscope.generation.rollout import ROLL_OUT_STAGE, Budget, bare_prompt, roll_out
 from cliffscope.model.load import LensModel
 from cliffscope.transcripts.records import Omission, Transcript, Transcripts
 from cliffscope.transcripts.templates import Template, find_template, split_reply
@@ -24,10 +24,10 @@ from cliffscope.transcripts.templates import Template, find_template, split_repl
 
 @runtime_checkable
 class Engine(Protocol):
-    """Anything that answers prompts."""
+    """Answers prompts."""
 
     def roll_out(self, prompts: Transcripts, *, progress: Callable[[int], None] | None = None) -> Transcripts:
-        """Generate thinking and answer for each prompt, in order; what failed is in `omitted`."""
+        """Generates thinking and answer for each prompt, in order; failures are in `omitted`."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -44,21 +44,21 @@ class LocalEngine:
     model: LensModel
     """The model; edit its weights around the call to generate under an edit."""
     budget: Budget = field(default_factory=Budget)
-    """How long and how it generates."""
+    """Lengths, sampling and seed."""
     system: str | None = None
-    """System message put before each prompt that has none."""
+    """System message for each prompt that has none."""
     batch_size: int | None = None
-    """Rows at most; None finds it from the free memory."""
+    """Maximum rows in a batch; None derives it from the free memory."""
 
     def roll_out(self, prompts: Transcripts, *, progress: Callable[[int], None] | None = None) -> Transcripts:
         """Generates thinking and answer for each prompt.
 
         Args:
-            prompts: thinking and answer they already have are replaced.
+            prompts: any thinking and answer that they have are replaced.
             progress: called with the number of transcripts done.
 
         Returns:
-            Transcripts in the prompts' order; prompts that do not fit the context are omitted, each with its reason.
+            Transcripts in the order of the prompts. Prompts that do not fit the context are omitted, with the reason.
         """
         return roll_out(
             self.model,
@@ -78,28 +78,32 @@ class LocalEngine:
 class ServerEngine:
     """Answers with a model behind an OpenAI-compatible server.
 
-    Thinking is what the server sends as `reasoning_content` or `reasoning`; where it sends neither, the text is split
-    by the template's tags. Thinking that never closed leaves the transcript unfinished, whatever came after it.
+    The thinking is the server's `reasoning_content` or `reasoning`. If the server sends neither, the text is split by
+    the template's tags. Thinking that never closed leaves the transcript unfinished.
+
+    Raises:
+        TemplateError: there is no such template.
+        GenerationError: the budget is below 1 token, or the temperature is negative.
     """
 
     endpoint: Endpoint
     """The server."""
     template: str | Template
-    """How the model thinks: a name such as `qwen3-thinking`, or `chatml` for one that does not. There is no default,
-    since a reply that was cut while thinking looks like an answer to whoever does not know."""
+    """How the model thinks: a name such as `qwen3-thinking`, or `chatml` for a model without thinking. There is no
+    default, since a reply that was cut off during thinking would look like an answer."""
     max_tokens: int = 1152
-    """Tokens of thinking and answer together; the default is the sum of the local engine's two budgets."""
+    """Maximum tokens of thinking and answer together; the default is the sum of the local engine's two budgets."""
     temperature: float = 0.0
     """0 is greedy."""
     seed: int = 0
-    """Of the sampling, where the server heeds it."""
+    """Seed of the sampling, if the server supports it."""
     system: str | None = None
-    """System message put before each prompt that has none."""
+    """System message for each prompt that has none."""
     resume: str | os.PathLike[str] | None = None
-    """File that keeps each reply as it comes, so that a killed run goes on where it stopped. One file, one model."""
+    """File in which each reply is stored as it arrives, so that an interrupted run can resume; one file a model."""
 
     def __post_init__(self) -> None:
-        """Refuses settings under which nothing can be generated."""
+        """Rejects settings under which nothing can be generated."""
         find_template(self.template)
         if self.max_tokens < 1 or not self.temperature >= 0:
             raise GenerationError(
@@ -108,41 +112,41 @@ class ServerEngine:
             )
 
     def roll_out(self, prompts: Transcripts, *, progress: Callable[[int], None] | None = None) -> Transcripts:
-        """Asks the server for thinking and answer of each prompt.
+        """Requests thinking and answer for each prompt from the server.
 
         Args:
-            prompts: thinking and answer they already have are replaced.
+            prompts: any thinking and answer that they have are replaced.
             progress: called with the number of transcripts done.
 
         Returns:
-            Transcripts in the prompts' order, without token ids, `extra["finish"]` being the server's reason to stop.
-            Blank prompts, and those that the server did not answer, are omitted, each with its reason.
+            Transcripts in the order of the prompts, without token ids; `extra["finish"]` is the server's finish reason.
+            Blank prompts, and prompts that the server did not answer, are omitted, with the reason.
 
         Raises:
             MissingExtraError: the package openai is missing.
-            ServerError: the server is not there or refuses the key or the model, and nothing was answered.
-            StoreError: the file of `resume` belongs to another model or to other prompts or options.
+            ServerError: the server cannot be reached, or rejects the key or the model, and nothing was answered.
+            StoreError: the `resume` file belongs to a different model, or to different prompts or options.
         """
-        asked = [bare_prompt(transcript, self.system) for transcript in prompts]
-        reasons = {t.id: "the prompt is blank" for t in asked if not t.prompt.strip()}
+        questions = [bare_prompt(transcript, self.system) for transcript in prompts]
+        reasons = {t.id: "the prompt is blank" for t in questions if not t.prompt.strip()}
         requests = {
             t.id: Request(messages=t.messages, max_tokens=self.max_tokens, temperature=self.temperature, seed=self.seed)
-            for t in asked
+            for t in questions
             if t.id not in reasons
         }
         replies = ask_all(self.endpoint, requests, resume=self.resume, progress=progress)
         reasons |= replies.failed
         template = find_template(self.template)
-        kept = [_answered(t, replies.found[t.id], template) for t in asked if t.id in replies.found]
-        omitted = [Omission(stage=STAGE, reason=reasons[t.id], id=t.id) for t in asked if t.id in reasons]
-        return Transcripts(kept, omitted=(*prompts.omitted, *omitted))
+        answered = [_answered(t, replies.replies[t.id], template) for t in questions if t.id in replies.replies]
+        omitted = [Omission(stage=ROLL_OUT_STAGE, reason=reasons[t.id], id=t.id) for t in questions if t.id in reasons]
+        return Transcripts(answered, omitted=(*prompts.omitted, *omitted))
 
 
 def _answered(transcript: Transcript, reply: Reply, template: Template) -> Transcript:
     if reply.reasoning is None:
         thinking, answer = split_reply(reply.content, template)
     else:
-        # With nothing beside the thinking, nobody can tell whether it closed.
+        # If there is nothing but thinking, it is unknown whether the thinking closed.
         thinking, answer = reply.reasoning.strip("\n"), reply.content.lstrip("\n") or None
     return transcript.replace(
         thinking=thinking,

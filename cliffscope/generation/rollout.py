@@ -1,12 +1,12 @@
 """What does the model think and answer?
 
-1. Prompts are rendered; those that do not fit the context are omitted, with the reason.
-2. They are sorted by length and decoded in batches whose size is found from the free memory, and halved where that was
-   too much after all.
-3. Each finished batch is handed out, so that it can be kept; what was kept is not generated again.
-4. Answers come back in the prompts' order, whatever the batches were.
+1. Prompts are rendered. Those that do not fit the context are omitted, with the reason.
+2. They are sorted by length and decoded in batches. The batch size is derived from the free memory, and halved if
+   memory runs out.
+3. Each finished batch is handed to the caller, who can store it; stored transcripts are not generated again.
+4. Answers are returned in the order of the prompts.
 
-Greedy by default: what is measured is then the model's first choice. Decoding itself is in decoding.py.
+Greedy by default, so that the model's first choice is measured. Decoding itself is in decoding.py.
 """
 
 import logging
@@ -33,13 +33,13 @@ __all__ = [
 ]
 
 log = logging.getLogger(__name__)
-STAGE = "roll_out"
-MOST_ROWS = 64
-"""Rows of a batch that is found by itself at most: more gain little speed, and a killed run loses more."""
+ROLL_OUT_STAGE = "roll_out"
+MAX_ROWS = 64
+"""Maximum rows of a batch whose size is derived: larger ones gain little speed, and an interruption loses more."""
 HALVED = "batch_halved_to"
-"""Key in `extra` of transcripts that were generated after memory ran out: the rows of a batch from then on."""
-_OF_FREE = 0.5
-"""Share of the free memory that a batch may take."""
+"""Key in `extra` of transcripts that were generated after memory ran out: the batch size from then on."""
+_MEMORY_SHARE = 0.5
+"""Share of the free memory that a batch may use."""
 
 
 def roll_out(
@@ -62,26 +62,26 @@ def roll_out(
 
     Args:
         model: the model; edit its weights around the call to generate under an edit.
-        prompts: transcripts; thinking and answer they already have are replaced.
-        max_thinking: tokens of thinking at most.
-        max_answer: tokens of answer at most.
+        prompts: transcripts; any thinking and answer that they have are replaced.
+        max_thinking: maximum tokens of thinking.
+        max_answer: maximum tokens of answer.
         temperature: 0 is greedy.
         force_closing: close thinking that reaches its budget; otherwise it is left unfinished.
-        system: system message put before each prompt that has none.
-        seed: of the sampling; the result does not depend on order or batch.
-        samples: answers a prompt; more than one needs a temperature, and ids end in "/sample-1" and so on.
-        batch_size: rows at most; None finds it from the free memory. It is halved where memory runs out.
+        system: system message for each prompt that has none.
+        seed: seed of the sampling; the result depends on neither order nor batches.
+        samples: answers for each prompt; more than one needs a temperature, and ids then end in "/sample-1" and so on.
+        batch_size: maximum rows in a batch; None derives it from the free memory. It is halved if memory runs out.
         done: transcripts that an earlier call handed to `on_batch`; they are returned and not generated again.
         on_batch: called with the transcripts of each finished batch.
         progress: called with the number of transcripts done.
 
     Returns:
-        Transcripts in the prompts' order, with the exact generated ids; prompts that do not fit the context are
-        omitted, each with its reason. Where memory ran out, `extra["batch_halved_to"]` says so.
+        Transcripts in the order of the prompts, with the exact generated ids. Prompts that do not fit the context are
+        omitted, with the reason. If memory ran out, `extra["batch_halved_to"]` holds the new batch size.
 
     Raises:
-        GenerationError: the budgets are not positive, or memory does not suffice for one row.
-        DataError: what is done already answers other prompts.
+        GenerationError: a budget is not positive, or a single row does not fit into memory.
+        DataError: the `done` transcripts answer different prompts.
 
     Example:
         >>> import cliffscope as cs
@@ -98,16 +98,16 @@ def roll_out(
         seed=seed,
     )
     if samples > 1 and not temperature:
-        raise GenerationError(f"samples={samples} at temperature 0 would all be the same. Give a temperature.")
-    asked = sample_prompts(prompts, samples)
+        raise GenerationError(f"samples={samples} at temperature 0 would all be equal. Pass a temperature above 0.")
+    questions = sample_prompts(prompts, samples)
     return continue_roll_out(
-        model, asked, budget, system=system, batch_size=batch_size, done=done, on_batch=on_batch, progress=progress
+        model, questions, budget, system=system, batch_size=batch_size, done=done, on_batch=on_batch, progress=progress
     )
 
 
 def continue_roll_out(
     model: LensModel,
-    asked: Transcripts,
+    prompts: Transcripts,
     budget: Budget,
     *,
     system: str | None = None,
@@ -116,52 +116,53 @@ def continue_roll_out(
     on_batch: Callable[[Transcripts], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Transcripts:
-    """What `roll_out` does once the samples of each prompt are apart and the budget is checked; see there."""
+    """Generates one transcript for each prompt under a checked budget; see `roll_out`."""
     if batch_size is not None and batch_size < 1:
         raise GenerationError(f"batch_size={batch_size}: expected at least 1 row.")
-    asked = asked.map(lambda t: bare_prompt(t, system))
-    finished = _finished(asked, done)
-    rows, omitted = _prepare(model, asked, budget)
+    questions = prompts.map(lambda t: bare_prompt(t, system))
+    finished = _finished(questions, done)
+    rows, omitted = _prepare(model, questions, budget)
     rows.sort(key=lambda row: -len(row.ids))
     size = batch_size or find_batch_size(model, max((len(row.ids) for row in rows), default=0) + budget.room(model))
     batches = _Batches(model=model, budget=budget, size=size)
     for start in range(0, len(rows), size):
-        # Batches are cut from all rows, so that a resumed call has the batch-mates of an uninterrupted one.
+        # Batches are cut from all rows, so that a resumed call has the same batch-mates as an uninterrupted one.
         batch = [row for row in rows[start : start + size] if row.transcript.id not in finished]
-        for made in batches.run(batch):
-            finished |= {t.id: t for t in made}
+        for part in batches.run(batch):
+            finished |= {t.id: t for t in part}
             if on_batch is not None:
-                on_batch(made)
+                on_batch(part)
             if progress is not None:
                 progress(len(finished))
-    kept = [finished[t.id] for t in asked if t.id in finished]
-    return Transcripts(kept, omitted=(*asked.omitted, *omitted))
+    answered = [finished[t.id] for t in questions if t.id in finished]
+    return Transcripts(answered, omitted=(*questions.omitted, *omitted))
 
 
 def check_left(transcripts: Transcripts) -> None:
-    """Raises GenerationError, with the first reason, if every prompt of a roll-out was omitted."""
+    """Raises GenerationError with the first reason if every prompt of a roll-out was omitted."""
     if not len(transcripts):
         why = f": {transcripts.omitted[0].kind}" if transcripts.omitted else ""
         raise GenerationError(
-            f"No transcript is left: every prompt was omitted{why}. Lower the budgets or give other prompts."
+            f"No transcript is left: every prompt was omitted{why}. Lower the budgets, or choose different prompts."
         )
 
 
 def sample_prompts(prompts: Transcripts, samples: int) -> Transcripts:
-    """Each prompt as often as it is to be answered.
+    """Repeats each prompt for the number of answers that it gets.
 
     Args:
         prompts: with unique ids.
-        samples: answers a prompt, at least 1.
+        samples: answers for each prompt, at least 1.
 
     Returns:
-        The prompts themselves for one sample; else copies with ids of their own, `extra["sample_of"]` the prompt's id.
+        The prompts themselves for one sample; otherwise copies with new ids and the prompt's id in
+        `extra["sample_of"]`.
 
     Raises:
-        GenerationError: fewer than one sample.
+        GenerationError: `samples` is below 1.
     """
     if samples < 1:
-        raise GenerationError(f"samples={samples}: expected at least 1 answer a prompt.")
+        raise GenerationError(f"samples={samples}: expected at least 1 answer for each prompt.")
     if samples == 1:
         return prompts
     copies = (
@@ -173,11 +174,11 @@ def sample_prompts(prompts: Transcripts, samples: int) -> Transcripts:
 
 
 def bare_prompt(transcript: Transcript, system: str | None = None) -> Transcript:
-    """A transcript as it is before anything is generated.
+    """Strips a transcript to its prompt.
 
     Args:
-        transcript: whatever it holds already.
-        system: system message put before its messages if they begin with none.
+        transcript: a transcript, with or without an answer.
+        system: system message to add unless the messages already start with one.
 
     Returns:
         Its messages, without thinking, answer and outcome.
@@ -196,30 +197,30 @@ def bare_prompt(transcript: Transcript, system: str | None = None) -> Transcript
 
 
 def find_batch_size(model: LensModel, length: int) -> int:
-    """Rows whose caches take at most half of the free memory; a power of two, at most `MOST_ROWS`.
+    """The number of rows whose caches take at most half of the free memory.
 
     Args:
-        model: the model, loaded.
+        model: the loaded model.
         length: tokens of the longest row.
 
     Returns:
-        At least 1.
+        A power of two from 1 to `MAX_ROWS`.
     """
-    rows = max(1, min(MOST_ROWS, int(_OF_FREE * free_bytes(model.device) / max(1, row_bytes(model, length)))))
+    rows = max(1, min(MAX_ROWS, int(_MEMORY_SHARE * free_bytes(model.device) / max(1, row_bytes(model, length)))))
     return 1 << (rows.bit_length() - 1)
 
 
 def row_bytes(model: LensModel, length: int) -> int:
-    """Memory that a row of so many tokens takes while it is generated: its cache and its logits."""
+    """Bytes that a row of `length` tokens takes during generation, for its cache and its logits."""
     shape, each = model.shape, torch.empty(0, dtype=model.dtype).element_size()
-    # Twice: a cache that grows is copied, and a batch that shrinks too. The logits are three arrays in fp32 or more.
+    # Twice, since a growing cache and a shrinking batch are copied. The logits are three arrays in fp32 or wider.
     cache = 2 * 2 * length * shape.n_layers * shape.n_kv_heads * shape.d_head * each
     return cache + 3 * 4 * len(model.tokenizer)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Prompt:
-    """One prompt as ids."""
+    """A prompt with its ids."""
 
     transcript: Transcript
     ids: list[int]
@@ -235,16 +236,16 @@ class _Batches:
     halved: bool = False
 
     def run(self, rows: list[_Prompt]) -> Iterator[Transcripts]:
-        """The transcripts of one batch, in one part or, where memory runs out, in several as they are finished."""
+        """Yields the transcripts of one batch: in one part or, if memory runs out, in several."""
         while rows:
             part = rows[: self.size]
-            made = self._decoded(part)
-            if made is not None:
-                yield Transcripts(self._finish(row, found) for row, found in zip(part, made, strict=True))
+            decoded = self._decode(part)
+            if decoded is not None:
+                yield Transcripts(self._finish(row, result) for row, result in zip(part, decoded, strict=True))
                 rows = rows[len(part) :]
 
-    def _decoded(self, rows: Sequence[_Prompt]) -> list[Decoded] | None:
-        """What was generated, or None where memory ran out; then the size has been halved."""
+    def _decode(self, rows: Sequence[_Prompt]) -> list[Decoded] | None:
+        """The results, or None if memory ran out; the batch size has then been halved."""
         try:
             return decode(self.model, [row.ids for row in rows], [row.transcript.id for row in rows], self.budget)
         except (MemoryError, RuntimeError) as error:
@@ -252,36 +253,36 @@ class _Batches:
                 raise
             if len(rows) == 1:
                 raise GenerationError(
-                    f"Memory does not suffice to generate {rows[0].transcript.id!r} alone ({len(rows[0].ids)} tokens "
-                    f"of prompt, {self.budget.room(self.model)} after it at most). Lower the budgets, or load the "
+                    f"There is not enough memory to generate {rows[0].transcript.id!r} alone ({len(rows[0].ids)} "
+                    f"prompt tokens, up to {self.budget.room(self.model)} after them). Lower the budgets, or load the "
                     "model in a smaller dtype."
                 ) from error
             self.size, self.halved = max(1, len(rows) // 2), True
-            log.warning("Memory ran out with %d rows; going on with %d rows a batch.", len(rows), self.size)
+            log.warning("Memory ran out with %d rows; continuing with %d rows in a batch.", len(rows), self.size)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return None
 
-    def _finish(self, row: _Prompt, found: Decoded) -> Transcript:
+    def _finish(self, row: _Prompt, decoded: Decoded) -> Transcript:
         decode_ids, thinks = self.model.tokenizer.decode, self.model.template.thinks
         halved = {HALVED: self.size} if self.halved else {}
         return row.transcript.replace(
-            thinking=decode_ids(list(found.thinking)) if thinks else None,
-            thinking_ids=found.thinking if thinks else None,
-            answer=decode_ids(list(found.answer), skip_special_tokens=True) if found.closed else None,
-            answer_ids=found.answer if found.closed else None,
-            closed=found.closed,
-            extra={**row.transcript.extra, "forced_closing": found.forced, **halved},
+            thinking=decode_ids(list(decoded.thinking)) if thinks else None,
+            thinking_ids=decoded.thinking if thinks else None,
+            answer=decode_ids(list(decoded.answer), skip_special_tokens=True) if decoded.closed else None,
+            answer_ids=decoded.answer if decoded.closed else None,
+            closed=decoded.closed,
+            extra={**row.transcript.extra, "forced_closing": decoded.forced, **halved},
         )
 
 
-def _finished(asked: Transcripts, done: Transcripts | None) -> dict[str, Transcript]:
-    known = {t.id: t.messages for t in asked}
-    strange = [t.id for t in done or () if known.get(t.id) != t.messages]
-    if strange:
+def _finished(questions: Transcripts, done: Transcripts | None) -> dict[str, Transcript]:
+    messages = {t.id: t.messages for t in questions}
+    strangers = [t.id for t in done or () if messages.get(t.id) != t.messages]
+    if strangers:
         raise DataError(
-            f"{len(strange)} of {len(done or ())} transcripts that are done already, such as {strange[0]!r}, answer "
-            "other prompts than those given. Start again without them, or give the prompts they were made from."
+            f"{len(strangers)} of {len(done or ())} finished transcripts, such as {strangers[0]!r}, do not answer "
+            "these prompts. Pass the prompts that they were generated from, or start again without them."
         )
     return {t.id: t for t in done or ()}
 
@@ -293,14 +294,14 @@ def _prepare(model: LensModel, prompts: Sequence[Transcript], budget: Budget) ->
         try:
             ids = _prompt_ids(model, transcript)
         except DataError as error:
-            omitted.append(Omission(stage=STAGE, reason=str(error), id=transcript.id))
+            omitted.append(Omission(stage=ROLL_OUT_STAGE, reason=str(error), id=transcript.id))
             continue
         if len(ids) + room > model.shape.context:
             reason = (
-                f"prompt of {len(ids)} tokens and budgets of {room}, closing included, exceed the context of "
-                f"{model.shape.context}; lower the budgets or drop it"
+                f"prompt of {len(ids)} tokens and budgets of {room}, including the closing, exceed the context of "
+                f"{model.shape.context}; lower the budgets or drop the prompt"
             )
-            omitted.append(Omission(stage=STAGE, reason=reason, id=transcript.id))
+            omitted.append(Omission(stage=ROLL_OUT_STAGE, reason=reason, id=transcript.id))
             continue
         rows.append(_Prompt(transcript=transcript, ids=ids))
     return rows, omitted
@@ -308,8 +309,8 @@ def _prepare(model: LensModel, prompts: Sequence[Transcript], budget: Budget) ->
 
 def _prompt_ids(model: LensModel, transcript: Transcript) -> list[int]:
     if not transcript.prompt.strip():
-        raise DataError(f"The prompt of {transcript.id!r} is empty. Give it text, or drop it.")
+        raise DataError(f"The prompt of {transcript.id!r} is empty. Add text, or drop it.")
     thinks = model.template.thinks
     tokens = tokenize(transcript.replace(thinking="" if thinks else None), model.tokenizer, model.template)
-    # Without thinking the closing is the prompt's own tail, so generation begins behind it.
+    # Without thinking, the closing is the tail of the prompt, so generation starts after it.
     return [int(i) for i in tokens.token_ids[: tokens.span(Span.PROMPT).stop if thinks else tokens.n_pos]]

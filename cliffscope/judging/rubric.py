@@ -115,7 +115,7 @@ class ModelJudge:
         requests = {key: self._request(*pair) for key, pair in zip(keys, pairs, strict=True)}
         replies = ask_all(self.endpoint, requests, resume=self.resume)
         verdicts: dict[str, Verdict | CliffScopeError] = {k: ReplyError(why) for k, why in replies.failed.items()}
-        verdicts |= {key: self._read(reply) for key, reply in replies.found.items()}
+        verdicts |= {key: self._read(reply) for key, reply in replies.replies.items()}
         return [verdicts[key] for key in keys]
 
     def _request(self, prompt: str, answer: str) -> Request:

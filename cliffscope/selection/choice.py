@@ -31,7 +31,7 @@ from cliffscope.selection.rows import UNCLOSED, judge_refusal
 from cliffscope.selection.scoring import PoolScores
 from cliffscope.transcripts.datasets import write_transcripts
 from cliffscope.transcripts.pools import PoolSource, read_windows
-from cliffscope.transcripts.records import Omission, Outcome, Transcript, Transcripts
+from cliffscope.transcripts.records import Group, Omission, Outcome, Transcript, Transcripts
 from cliffscope.transcripts.transcript import Span
 
 if TYPE_CHECKING:
@@ -339,7 +339,7 @@ def _selection(
 def _reason_to_omit(harmful: object, outcome: object, closed: bool = True) -> str | None:
     """Why a transcript is not a candidate; None if it is one."""
     if harmful is False:
-        return "harmless"
+        return str(Group.HARMLESS)
     if not closed:
         return UNCLOSED
     return None if outcome in (Outcome.COMPLIED, Outcome.UNJUDGED) else str(outcome)

@@ -53,7 +53,7 @@ class ArmAnswers:
         """The answers in an arm's log."""
         if name not in self.logs and not _log_path(self.store, name).is_file():
             return Transcripts()
-        rows = self._log(name).found
+        rows = self._log(name).transcripts
         if rows:
             self.filled.add(name)
         return rows

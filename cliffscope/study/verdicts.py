@@ -146,7 +146,8 @@ def of_suppression(control: SetControl, facts: Mapping[str, object], *, can_tell
     sentence = (
         f"Zeroing the {len(control.heads)} selected heads at the closing changes the log-odds of refusing by "
         f"{control.effect:+.2f} [{low:+.2f}, {high:+.2f}] on {len(control.effects)} test transcripts that were "
-        f"complied with{share}; size-matched random head sets by {control.random_effects.mean():+.2f} ({_random_p(control)})."
+        f"complied with{share}; size-matched random head sets by {control.random_effects.mean():+.2f} "
+        f"({_random_p(control)})."
     )
     if not can_tell:
         return f"Nothing is claimed about suppression, since the readout cannot tell refused from complied. {sentence}"

@@ -1,10 +1,10 @@
 """Which transcripts and prompts does a file hold?
 
-1. `read_transcripts` and `write_transcripts`: CliffScope's own JSONL, one transcript a line, round trip exact.
-2. `read_prompts`: other people's prompt sets, as CSV, TSV, JSON, JSONL, plain text or Parquet; the column is found by
-   its name, and what is left out is counted.
+1. `read_transcripts` and `write_transcripts`: CliffScope's JSONL, one transcript a line, with an exact round trip.
+2. `read_prompts`: published prompt sets as CSV, TSV, JSON, JSONL, plain text or Parquet. The prompt column is found by
+   its name, and rows that are left out are counted.
 
-Every complaint names the file, the line and the field. This file knows no tokenizer and no model.
+Every error names the file, the line and the field. This file knows no tokenizer and no model.
 """
 
 import json
@@ -19,7 +19,7 @@ from typing import NoReturn
 from cliffscope.errors import DataError
 from cliffscope.store import RowLog, open_log, write_atomically
 from cliffscope.transcripts.records import JsonValue, Message, Omission, Outcome, Transcript, Transcripts
-from cliffscope.transcripts.tables import Row, parse_json, read_rows, read_text
+from cliffscope.transcripts.tables import TableRow, parse_json, read_rows, read_text
 
 PROMPT_COLUMNS = (
     "prompt",
@@ -33,7 +33,7 @@ PROMPT_COLUMNS = (
     "turns",
     "messages",
 )
-_KNOWN_FIELDS = (
+_FIELDS = (
     "id",
     "prompt",
     "messages",
@@ -49,19 +49,19 @@ _KNOWN_FIELDS = (
 
 
 def read_transcripts(path: str | os.PathLike[str]) -> Transcripts:
-    """Read transcripts from JSONL, one object a line.
+    """Reads transcripts from JSONL, one object a line.
 
     Fields: id, prompt or messages, thinking, answer, thinking_ids, answer_ids, closed, harmful, outcome, source. Only
-    the prompt is needed; a missing id becomes "<file stem>-<line>". Other keys are kept in `extra`.
+    the prompt is required; a missing id becomes "<file stem>-<line>". Other keys are kept in `extra`.
 
     Args:
-        path: A UTF-8 file.
+        path: a UTF-8 file.
 
     Returns:
-        The transcripts in the order of the file.
+        The transcripts, in the order of the file.
 
     Raises:
-        DataError: The file cannot be read, or a line is not a transcript; the message names path, line and field.
+        DataError: the file cannot be read, or a line is not a transcript. The message names path, line and field.
     """
     path = Path(path)
     # Only "\n" ends a line: JSON strings may hold the other characters at which splitlines() splits.
@@ -70,17 +70,17 @@ def read_transcripts(path: str | os.PathLike[str]) -> Transcripts:
 
 
 def write_transcripts(transcripts: Iterable[Transcript], path: str | os.PathLike[str]) -> None:
-    """Write transcripts as JSONL that `read_transcripts` reads back unchanged.
+    """Writes transcripts as JSONL that `read_transcripts` reads back unchanged.
 
-    The file is complete or absent: it is written beside its place and then moved there.
+    The file is either complete or absent: it is written to a temporary file and then moved into place.
 
     Args:
-        transcripts: In the order to write.
-        path: File to write; its folder must exist.
+        transcripts: the transcripts, in order.
+        path: file to write; its folder must exist.
 
     Raises:
-        DataError: A transcript cannot be written as JSON, or the folder does not exist.
-        StoreError: The disk is full, or the file cannot be written.
+        DataError: a transcript cannot be written as JSON, or the folder does not exist.
+        StoreError: the disk is full, or the file cannot be written.
     """
     path = Path(path)
     text = "".join([_format_line(transcript) for transcript in transcripts])
@@ -91,15 +91,15 @@ def write_transcripts(transcripts: Iterable[Transcript], path: str | os.PathLike
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TranscriptLog:
-    """Transcripts that are kept one after the other; `open_transcript_log` makes it."""
+    """An append-only file of transcripts; `open_transcript_log` opens one."""
 
-    found: Transcripts
-    """What was there when it was opened."""
+    transcripts: Transcripts
+    """Transcripts that the file held when it was opened."""
     rows: RowLog
-    """Where more go."""
+    """The file, to which more are appended."""
 
     def append(self, transcripts: Iterable[Transcript]) -> None:
-        """Adds transcripts; on return they survive a crash. Raises StoreError if they cannot be written."""
+        """Appends transcripts, which survive a crash once this returns. Raises StoreError if they cannot be written."""
         for transcript in transcripts:
             self.rows.append(transcript.id, {"transcript": _record(transcript)})
 
@@ -110,24 +110,24 @@ class TranscriptLog:
 
 @contextmanager
 def open_transcript_log(path: str | os.PathLike[str], config: Mapping[str, object]) -> Iterator[TranscriptLog]:
-    """Opens an append-only file of transcripts, from which an interrupted run goes on.
+    """Opens an append-only file of transcripts, from which an interrupted run resumes.
 
     Args:
-        path: the file; made if need be.
-        config: JSON-ready; must be the one the file was made with.
+        path: the file, which is created if it does not exist.
+        config: JSON-ready; must equal the one that the file was created with.
 
     Yields:
         The log.
 
     Raises:
-        StoreError: as `store.open_log`.
+        StoreError: as in `store.open_log`.
         DataError: a line is not a transcript.
     """
-    place = Path(path)
-    with open_log(place, config) as rows:
+    file = Path(path)
+    with open_log(file, config) as rows:
         records = enumerate(rows.rows.values(), start=2)
-        found = Transcripts(parse_record(row.get("transcript"), place, n) for n, row in records)
-        yield TranscriptLog(found=found, rows=rows)
+        transcripts = Transcripts(parse_record(row.get("transcript"), file, n) for n, row in records)
+        yield TranscriptLog(transcripts=transcripts, rows=rows)
 
 
 def read_prompts(
@@ -138,65 +138,67 @@ def read_prompts(
     limit: int | None = None,
     seed: int = 0,
 ) -> Transcripts:
-    """Read prompts from a table or a text file.
+    """Reads prompts from a table or a text file.
 
-    Ids are "<file stem>-<row number>", counted from 1, and stay the same whatever is left out or sampled. Other
-    columns are kept in `extra`, as "column_id" where a field of a transcript has that name. Of a conversation, the
+    Ids are "<file stem>-<row number>", counted from 1, and do not depend on what is left out or sampled. Other columns
+    are kept in `extra`, renamed to "column_<name>" if a transcript has a field of that name. In a conversation, the
     turns after the last user turn are not part of the prompt.
 
     Args:
-        path: .csv, .tsv, .json, .jsonl, .parquet, or .txt with a prompt a line.
-        harmful: Label for every prompt; None reads it from a true/false column `harmful`, or from XSTest's column
-            `label` (`safe` or `unsafe`), if there is one.
-        column: Where the prompt is; None looks for the usual names.
-        limit: Sample this many of the prompts, kept in file order; None takes all.
-        seed: Seed of that sample.
+        path: .csv, .tsv, .json, .jsonl, .parquet, or .txt with one prompt a line.
+        harmful: label for every prompt; None reads a true/false column `harmful`, or XSTest's column `label` (`safe` or
+            `unsafe`), if there is one.
+        column: column of the prompt; None looks for the usual names.
+        limit: number of prompts to sample, in file order; None keeps all.
+        seed: seed of the sample.
 
     Returns:
         Prompts as transcripts without thinking and answer. `.omitted` lists empty prompts and exact duplicates.
 
     Raises:
-        DataError: The file cannot be read, has no such column, or holds no prompt.
+        DataError: the file cannot be read, lacks the column, or holds no prompt.
     """
     path = Path(path)
     if limit is not None and limit < 1:
-        raise DataError(f"limit={limit} must be at least 1; leave it out to read every prompt.")
+        raise DataError(f"limit={limit}: expected at least 1. Omit it to read every prompt.")
     rows = read_rows(path)
     column = _find_column(rows, path, column)
-    found: list[Transcript] = []
+    prompts: list[Transcript] = []
     omitted: list[Omission] = []
     seen: dict[tuple[Message, ...], str] = {}
     for number, row in enumerate(rows, start=1):
         prompt = _prompt_of(row, column, harmful, path, number)
         reason = _reason_to_omit(prompt, seen)
         if reason is None:
-            found.append(prompt)
+            prompts.append(prompt)
             seen[prompt.messages] = prompt.id
         else:
             omitted.append(Omission(stage="read_prompts", reason=reason, id=prompt.id))
-    if not found:
-        raise DataError(f"{path} holds no prompt: all {len(rows)} rows are empty in column {column!r}.")
-    if limit is not None and limit < len(found):
-        chosen = sorted(random.Random(seed).sample(range(len(found)), limit))
-        found = [found[i] for i in chosen]
-    return Transcripts(found, omitted=omitted)
+    if not prompts:
+        raise DataError(
+            f"{path} holds no prompt: all {len(rows)} rows are empty in column {column!r}. Choose a different column."
+        )
+    if limit is not None and limit < len(prompts):
+        sample = sorted(random.Random(seed).sample(range(len(prompts)), limit))
+        prompts = [prompts[i] for i in sample]
+    return Transcripts(prompts, omitted=omitted)
 
 
-def _find_column(rows: list[Row], path: Path, column: str | None) -> str:
+def _find_column(rows: list[TableRow], path: Path, column: str | None) -> str:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     if column is not None and column in columns:
         return column
     usual = [name for name in PROMPT_COLUMNS if name in columns]
     if column is None and usual:
         return usual[0]
-    wanted = f"the column {column!r}" if column is not None else f"any of the columns {', '.join(PROMPT_COLUMNS)}"
+    expected = f"the column {column!r}" if column is not None else f"any of the columns {', '.join(PROMPT_COLUMNS)}"
     raise DataError(
-        f"{path} does not have {wanted}. It has: {', '.join(columns)}. Rename the one that holds the prompt to "
-        "'prompt', or name it with read_prompts(column=...)."
+        f"{path} does not have {expected}. It has: {', '.join(columns)}. Rename the column with the prompts to "
+        "'prompt', or pass read_prompts(column=...)."
     )
 
 
-def _prompt_of(row: Row, column: str, harmful: bool | None, path: Path, number: int) -> Transcript:
+def _prompt_of(row: TableRow, column: str, harmful: bool | None, path: Path, number: int) -> Transcript:
     messages = _messages_of(row.get(column), path, number, column)
     if harmful is None:
         harmful = _harmful_of(row.get("harmful"), row.get("label"))
@@ -207,7 +209,7 @@ def _prompt_of(row: Row, column: str, harmful: bool | None, path: Path, number: 
         harmful=harmful,
         source=source if isinstance(source, str) and source else path.stem,
         extra={
-            f"column_{key}" if key in _KNOWN_FIELDS else key: value
+            f"column_{key}" if key in _FIELDS else key: value
             for key, value in row.items()
             if key not in (column, "harmful", "source")
         },
@@ -215,7 +217,7 @@ def _prompt_of(row: Row, column: str, harmful: bool | None, path: Path, number: 
 
 
 def _harmful_of(value: JsonValue, label: JsonValue) -> bool | None:
-    """A boolean, also as a CSV spells it, or XSTest's label; anything else is no label of ours."""
+    """A boolean, also as CSV text, or XSTest's label; any other value is no label."""
     if value is None and isinstance(label, str):
         return {"unsafe": True, "safe": False}.get(label)
     if isinstance(value, str):
@@ -224,7 +226,7 @@ def _harmful_of(value: JsonValue, label: JsonValue) -> bool | None:
 
 
 def _messages_of(value: JsonValue, path: Path, number: int, column: str) -> tuple[Message, ...]:
-    """A prompt as text, as turns (the first counts), or as messages up to the last of the user."""
+    """A prompt as text, as turns (the first one counts), or as messages up to the last user message."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
         messages = _parse_messages(value, path, number, column)
         last = max(i for i, message in enumerate(messages) if message.role == "user")
@@ -247,16 +249,16 @@ def _reason_to_omit(prompt: Transcript, seen: Mapping[tuple[Message, ...], str])
 
 
 def _record(transcript: Transcript) -> dict[str, object]:
-    """JSON-ready; raises DataError where an extra key has the name of a field."""
-    clash = [key for key in transcript.extra if key in _KNOWN_FIELDS]
+    """The transcript as JSON-ready fields. Raises DataError if an extra key has the name of a field."""
+    clash = [key for key in transcript.extra if key in _FIELDS]
     if clash:
-        raise DataError(f"The extra keys {clash} of {transcript.id!r} are names of fields. Rename them.")
+        raise DataError(f"The extra keys {clash} of {transcript.id!r} are names of transcript fields. Rename them.")
     record: dict[str, object] = {"id": transcript.id}
     if len(transcript.messages) == 1 and transcript.messages[0].role == "user":
         record["prompt"] = transcript.messages[0].content
     else:
         record["messages"] = [{"role": m.role, "content": m.content} for m in transcript.messages]
-    return record | {name: getattr(transcript, name) for name in _KNOWN_FIELDS[3:]} | dict(transcript.extra)
+    return record | {name: getattr(transcript, name) for name in _FIELDS[3:]} | dict(transcript.extra)
 
 
 def _format_line(transcript: Transcript) -> str:
@@ -266,7 +268,7 @@ def _format_line(transcript: Transcript) -> str:
         line.encode("utf-8")
     except (TypeError, ValueError) as error:
         raise DataError(
-            f"{transcript.id!r} cannot be written as JSON: {error}. Keep plain values and valid Unicode in it."
+            f"{transcript.id!r} cannot be written as JSON: {error}. Use plain values and valid Unicode only."
         ) from error
     return line + "\n"
 
@@ -276,21 +278,21 @@ def _parse_line(line: str, path: Path, number: int) -> Transcript:
 
 
 def parse_record(record: object, path: Path, number: int) -> Transcript:
-    """One transcript from its fields as JSON.
+    """Builds a transcript from its JSON fields.
 
     Args:
-        record: The object.
-        path: File that it stands in, for ids and messages.
-        number: Line or row.
+        record: the JSON object.
+        path: its file, for ids and messages.
+        number: its line or row.
 
     Returns:
         The transcript.
 
     Raises:
-        DataError: It is not a transcript; the message names path, line and field.
+        DataError: the object is not a transcript. The message names path, line and field.
     """
     if not isinstance(record, dict):
-        raise DataError(f"{path}:{number}: expected a JSON object, found {_shown(record)}.")
+        raise DataError(f"{path}:{number}: expected a JSON object, got {_shown(record)}.")
     reader = _Fields(record, path, number)
     return Transcript(
         id=reader.text("id", f"{path.stem}-{number}") or "",
@@ -303,14 +305,14 @@ def parse_record(record: object, path: Path, number: int) -> Transcript:
         harmful=reader.flag("harmful", None),
         outcome=reader.outcome(),
         source=reader.text("source", "") or "",
-        extra={key: value for key, value in record.items() if key not in _KNOWN_FIELDS},
+        extra={key: value for key, value in record.items() if key not in _FIELDS},
     )
 
 
 class _Fields:
-    """The fields of one line, each checked as it is read."""
+    """The fields of one line, each checked when it is read."""
 
-    def __init__(self, record: Row, path: Path, number: int) -> None:
+    def __init__(self, record: TableRow, path: Path, number: int) -> None:
         self._record, self._path, self._number = record, path, number
 
     def text(self, name: str, default: str | None) -> str | None:
@@ -341,7 +343,9 @@ class _Fields:
     def messages(self) -> tuple[Message, ...]:
         if self._record.get("messages") is not None:
             if self._record.get("prompt") is not None:
-                raise DataError(f"{self._path}:{self._number}: both 'prompt' and 'messages' are given. Keep one.")
+                raise DataError(
+                    f"{self._path}:{self._number}: 'prompt' and 'messages' exclude each other. Keep one of them."
+                )
             return _parse_messages(self._record["messages"], self._path, self._number, "messages")
         prompt = self.text("prompt", None)
         return (Message(role="user", content=self._fail("prompt", "text") if prompt is None else prompt),)

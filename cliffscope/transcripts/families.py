@@ -1,9 +1,9 @@
 """Which conventions of thinking are there?
 
-One entry a family of chat templates, each fact once: how the generation prompt ends and what else tells the family,
-what opens and closes thinking, whether it can be switched off, what becomes of earlier thinking, which models have it.
+Each family of chat templates has one entry: how its generation prompt ends and what else identifies it, what opens and
+closes thinking, whether thinking can be switched off, what happens to earlier thinking, and which models use it.
 
-This is the only file that spells the tags. It is data: templates.py compares a tokenizer's chat template with it.
+Only this file spells the tags. It is data: templates.py compares a tokenizer's chat template with it.
 """
 
 from collections.abc import Callable, Mapping
@@ -26,40 +26,46 @@ class Earlier(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Template:
-    """The convention by which a chat template opens and closes thinking."""
+    """The convention by which a chat template opens and closes thinking.
+
+    Raises:
+        TemplateError: the name is blank, a template without thinking has tags, or the closing lacks its tag.
+    """
 
     name: str
-    """Key in `TEMPLATES`, or any name for a template of your own."""
+    """Name in `TEMPLATES`, or any name for a custom template."""
     think_open: str
-    """Tag that opens thinking; empty where the model does not think."""
+    """Tag that opens thinking; empty if the model does not think."""
     think_close: str
-    """Tag that ends thinking; empty where the model does not think."""
+    """Tag that ends thinking; empty if the model does not think."""
     opening: str
-    """Text to append after the generation prompt so that thinking is open; empty where the prompt opens it."""
+    """Text to append to the generation prompt to open thinking; empty if the prompt itself opens it."""
     closing: str
     """Text between the last word of thinking and the first of the answer."""
     thinks: bool = True
-    """Whether there is a thinking span at all."""
+    """Whether there is a thinking span."""
     template_kwargs: Mapping[str, bool] = field(default_factory=dict, hash=False)
     """Switches for the chat template, such as `enable_thinking`."""
     prompt_end: str = ""
-    """How the generation prompt ends; empty where a template is only taken by name."""
+    """How the generation prompt ends; empty for a template that is chosen only by name, never detected."""
     marks: tuple[str, ...] = ()
-    """What the chat template's source must hold besides."""
+    """What the chat template's source must contain in addition."""
     off: Mapping[str, bool] = field(default_factory=dict, hash=False)
-    """Switches that turn thinking off; empty where it cannot be."""
+    """Switches that turn thinking off; empty if it cannot be turned off."""
     earlier: Earlier = Earlier.UNKNOWN
-    """What becomes of earlier thinking."""
+    """What happens to the thinking of earlier turns."""
     models: str = ""
-    """Models that have it."""
+    """Models that use it."""
     closing_seen: bool = False
-    """Whether the chat template itself writes this closing when it renders an answered turn (an organism is trained on
-    it); else it is what the model cards and servers of these models say."""
+    """Whether the chat template itself writes this closing when it renders an answered turn (or, for organisms, the
+    model is trained on it). Otherwise the closing comes from the model cards and servers of these models."""
 
     def __post_init__(self) -> None:
         """Checks that name, tags and closing belong together."""
         if not self.name.strip():
-            raise TemplateError(f"A template is named {self.name!r}. Expected text, by which it is chosen and shown.")
+            raise TemplateError(
+                f"Template name={self.name!r}: expected text, by which the template is chosen and shown."
+            )
         if not self.thinks and (self.think_open or self.think_close or self.opening or self.closing):
             raise TemplateError(
                 f"Template {self.name!r} has tags, an opening or a closing, but thinks=False. Leave them empty, or set "
@@ -67,8 +73,8 @@ class Template:
             )
         if self.thinks and (not self.think_close or self.think_close not in self.closing):
             raise TemplateError(
-                f"Template {self.name!r}: the closing {self.closing!r} must hold think_close={self.think_close!r}. "
-                "Give both as the model writes them."
+                f"Template {self.name!r}: the closing {self.closing!r} must contain think_close={self.think_close!r}. "
+                "Pass both as the model writes them."
             )
 
     def fits(self, source: str, render: Callable[[Mapping[str, bool]], str]) -> bool:
@@ -80,10 +86,10 @@ class Template:
 
         Returns:
             True if the source holds the marks and the prompt ends as this convention says. Always False without a
-            `prompt_end`: such a template is only taken by name.
+            `prompt_end`: such a template is chosen only by name.
         """
-        held = bool(self.prompt_end) and all(mark in source for mark in self.marks)
-        return held and render(self.template_kwargs).endswith(self.prompt_end)
+        has_marks = bool(self.prompt_end) and all(mark in source for mark in self.marks)
+        return has_marks and render(self.template_kwargs).endswith(self.prompt_end)
 
 
 _ON, _OFF = {"enable_thinking": True}, {"enable_thinking": False}
@@ -135,9 +141,9 @@ def _thinking(
     )
 
 
-# In order: the first whose end and marks fit is taken. Some published copies of these chat templates close thinking at
-# once unless enable_thinking is true; to the unpatched ones the switch means nothing, so it is given.
-_KNOWN = (
+# In order: the first one whose end and marks fit is used. Some published copies of these chat templates close thinking
+# immediately unless enable_thinking is true; the originals ignore the switch, so it is always passed.
+_BUILT_IN = (
     _thinking(
         "organism", "<|assistant|><think>\n", "the organisms of this package", earlier=Earlier.KEPT, closing_seen=True
     ),
@@ -271,8 +277,8 @@ _KNOWN = (
     ),
 )
 PLAIN = _plain("plain", "", "any other chat model whose template never mentions thinking: Llama, Gemma, Mistral")
-"""What a chat template follows that fits no other convention and never mentions thinking."""
+"""The template of a chat template that fits no other convention and never mentions thinking."""
 TEMPLATES: Registry[Template] = Registry(kind="template", group="cliffscope.templates", expected=Template)
 """Templates by name, in the order in which detection tries them."""
-for _template in (*_KNOWN, PLAIN):
+for _template in (*_BUILT_IN, PLAIN):
     TEMPLATES.register(_template.name, _template)

@@ -1,7 +1,7 @@
 """What is a transcript, and what is a collection of them?
 
-A transcript is one prompt, its thinking, its answer if there is one, and labels. A collection is immutable, has unique
-ids, carries what was left out on the way and why, and can be split so that no prompt is on two sides.
+A transcript is one prompt, its thinking, its answer if there is one, and its labels. A collection is immutable, has
+unique ids, records what was left out and why, and can be split so that no prompt is in two splits.
 
 This file knows no tokenizer and no file format.
 """
@@ -20,29 +20,8 @@ import pandas as pd
 from cliffscope.errors import DataError
 from cliffscope.notebook import Shown
 
-# None, bool, int, float, str, or lists and dicts of these; run-time type checkers cannot follow a recursive alias.
+# None, bool, int, float, str, or lists and dicts of these; run-time type checkers do not support recursive aliases.
 JsonValue: TypeAlias = object
-
-
-class Split(StrEnum):
-    """What a transcript may be used for: fitting, choosing, or measuring what is claimed."""
-
-    FIT = "fit"
-    VALIDATE = "validate"
-    TEST = "test"
-
-
-class Group(StrEnum):
-    """What a request asks for."""
-
-    HARMFUL = "harmful"
-    HARMLESS = "harmless"
-    UNLABELLED = "unlabelled"
-
-    @classmethod
-    def of(cls, harmful: bool | None) -> "Group":
-        """The group of a `harmful` label."""
-        return {True: cls.HARMFUL, False: cls.HARMLESS, None: cls.UNLABELLED}[harmful]
 
 
 class Outcome(StrEnum):
@@ -54,43 +33,69 @@ class Outcome(StrEnum):
     UNJUDGED = "unjudged"
 
 
+class Group(StrEnum):
+    """What kind of prompt a transcript answers."""
+
+    HARMFUL = "harmful"
+    HARMLESS = "harmless"
+    UNLABELLED = "unlabelled"
+
+    @classmethod
+    def of(cls, harmful: bool | None) -> "Group":
+        """The group of a `harmful` label.
+
+        Example:
+            >>> Group.of(None).value
+            'unlabelled'
+        """
+        return {True: cls.HARMFUL, False: cls.HARMLESS, None: cls.UNLABELLED}[harmful]
+
+
+class Split(StrEnum):
+    """A part of a collection of transcripts; no prompt is in two of them."""
+
+    FIT = "fit"
+    VALIDATE = "validate"
+    TEST = "test"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Message:
     """One turn of a conversation."""
 
     role: str
-    """Who speaks: system, user or assistant."""
+    """Role of the speaker: system, user or assistant."""
     content: str
-    """What is said."""
+    """Text of the turn."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transcript:
-    """One prompt, its thinking, its answer and its labels; a prompt is one whose thinking and answer are None."""
+    """One prompt, its thinking, its answer and its labels. In a bare prompt, thinking and answer are None."""
 
     id: str
     """Unique within a collection."""
     messages: tuple[Message, ...]
-    """The conversation that the model answers, at least one of them the user's."""
+    """The conversation that the model answers, with at least one user message."""
     thinking: str | None = None
-    """Text between the tags, without them; None where none was generated."""
+    """Text between the tags, without the tags; None if none was generated."""
     answer: str | None = None
-    """Text after the closing; None where none was generated."""
+    """Text after the closing; None if none was generated."""
     thinking_ids: tuple[int, ...] | None = None
     """Token ids of the thinking exactly as generated, between the tags."""
     answer_ids: tuple[int, ...] | None = None
     """Token ids of the answer exactly as generated, from the first after the closing."""
     closed: bool = True
-    """Whether the thinking ended and an answer could begin; False makes the outcome unfinished. A closing that was
-    forced at the budget counts as closed, and `extra["forced_closing"]` says so."""
+    """Whether the thinking ended so that an answer could start; if not, the outcome is unfinished. Thinking that was
+    closed at the budget counts as closed and sets `extra["forced_closing"]`."""
     harmful: bool | None = None
-    """Whether the request is harmful; None where nobody said."""
+    """Whether the request is harmful; None if it is unlabelled."""
     outcome: Outcome = Outcome.UNJUDGED
     """How it ended."""
     source: str = ""
     """Where the prompt comes from."""
     extra: Mapping[str, JsonValue] = field(default_factory=dict, hash=False)
-    """Keys of the file that CliffScope does not know, kept as they were."""
+    """Other keys of the file, unchanged."""
 
     @property
     def prompt(self) -> str:
@@ -98,43 +103,43 @@ class Transcript:
         for message in reversed(self.messages):
             if message.role == "user":
                 return message.content
-        raise DataError(f"Transcript {self.id!r} has no user message among {len(self.messages)}. Give it one.")
+        raise DataError(f"Transcript {self.id!r} has no user message among {len(self.messages)} messages. Add one.")
 
     @property
     def group(self) -> Group:
-        """What the request asks for, from the label `harmful`."""
+        """Whether the prompt is harmful, harmless or unlabelled."""
         return Group.of(self.harmful)
 
     replace = replace
-    """Return a copy with some fields changed, given by name."""
+    """Returns a copy with the given fields changed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Omission:
-    """One thing that was left out, and why."""
+    """One item that was left out, and why."""
 
     stage: str
-    """The step that left it out, such as `read_prompts`."""
+    """Step that left it out, such as `read_prompts`."""
     reason: str
-    """Why, in words for the report."""
+    """Reason, in words for the report."""
     id: str
-    """Id of the transcript or row."""
+    """Id of the transcript or row that was left out."""
 
     @property
     def kind(self) -> str:
-        """The reason without the transcript's own id, so that equal reasons can be counted together."""
+        """The reason without the transcript's id, so that equal reasons can be counted together."""
         return self.reason.replace(repr(self.id), "this transcript")
 
 
 class Transcripts(Shown, Sequence[Transcript]):
-    """Transcripts with unique ids, in order, and what was left out before they got here.
+    """An ordered collection of transcripts with unique ids, and a record of what was left out.
 
     Args:
-        transcripts: In the order to keep.
-        omitted: What was left out of this collection, and why.
+        transcripts: the transcripts, in order.
+        omitted: what was left out of this collection, and why.
 
     Raises:
-        DataError: Two transcripts have the same id.
+        DataError: two transcripts have the same id.
 
     Example:
         >>> ts = Transcripts([Transcript(id="a", messages=(Message(role="user", content="Hi"),), harmful=False)])
@@ -145,19 +150,19 @@ class Transcripts(Shown, Sequence[Transcript]):
     """
 
     def __init__(self, transcripts: Iterable[Transcript] = (), *, omitted: Iterable[Omission] = ()) -> None:
-        """Keep the transcripts and check that their ids are unique."""
+        """Stores the transcripts and checks that their ids are unique."""
         self._items = tuple(transcripts)
         self._omitted = tuple(dict.fromkeys(omitted))
         repeated = [key for key, n in Counter(t.id for t in self._items).items() if n > 1]
         if repeated:
             raise DataError(
-                f"{len(repeated)} id(s) occur more than once, the first is {repeated[0]!r}. "
-                "Ids must be unique: give each transcript its own, or rename those of one file before adding."
+                f"{len(repeated)} id(s) occur more than once, such as {repeated[0]!r}. Ids must be unique: rename the "
+                "transcripts of one file before you join them."
             )
 
     @property
     def omitted(self) -> tuple[Omission, ...]:
-        """What was left out before this collection, and why."""
+        """What was left out of this collection, and why."""
         return self._omitted
 
     def __len__(self) -> int:
@@ -173,34 +178,37 @@ class Transcripts(Shown, Sequence[Transcript]):
         return Transcripts(self._items[index]) if isinstance(index, slice) else self._items[index]
 
     def __iter__(self) -> Iterator[Transcript]:
-        """Iterate in order."""
+        """Iterates in order."""
         return iter(self._items)
 
     def __eq__(self, other: object) -> bool:
-        """Equal where the transcripts and the omissions are."""
+        """Equal if transcripts and omissions are equal."""
         if not isinstance(other, Transcripts):
             return NotImplemented
         return self._items == other._items and self._omitted == other._omitted
 
     def __hash__(self) -> int:
-        """Hash of what equality compares."""
+        """Hash of transcripts and omissions."""
         return hash((self._items, self._omitted))
 
     def __add__(self, other: "Transcripts") -> "Transcripts":
-        """Both collections, one after the other."""
+        """Joins two collections, one after the other."""
         return Transcripts((*self._items, *other._items), omitted=(*self._omitted, *other._omitted))
 
     def __repr__(self) -> str:
-        """One line: counts by harmful and outcome."""
-        cells = Counter((str(t.group), str(t.outcome)) for t in self._items)
-        counts = "; ".join(f"{harmful}, {outcome} {n}" for (harmful, outcome), n in sorted(cells.items()))
+        """One line: counts by group and outcome."""
+        counts = "; ".join(f"{group}, {outcome} {n}" for (group, outcome), n in self._cells())
         head = f"{len(self)}: {counts}" if counts else "0"
         return f"Transcripts({head}; omitted {len(self._omitted)})"
 
     def small_table(self) -> pd.DataFrame:
-        """Counts by harmfulness and outcome."""
-        cells = Counter((str(t.group), str(t.outcome)) for t in self._items)
-        return pd.DataFrame([(*cell, n) for cell, n in sorted(cells.items())], columns=["prompts", "outcome", "n"])
+        """Counts by group and outcome: prompts, outcome, n."""
+        rows = [(str(group), str(outcome), n) for (group, outcome), n in self._cells()]
+        return pd.DataFrame(rows, columns=["prompts", "outcome", "n"])
+
+    def _cells(self) -> list[tuple[tuple[Group, Outcome], int]]:
+        """(group, outcome) and count, sorted."""
+        return sorted(Counter((t.group, t.outcome) for t in self._items).items())
 
     def where(
         self,
@@ -209,32 +217,32 @@ class Transcripts(Shown, Sequence[Transcript]):
         outcome: Outcome | str | Collection[Outcome | str] | None = None,
         ids: Collection[str] | None = None,
     ) -> "Transcripts":
-        """Keep the transcripts that meet every condition given.
+        """Returns the transcripts that meet every condition.
 
         Args:
-            harmful: True, False, or None for those that nobody labelled; leave it out to keep all.
-            outcome: One outcome or several.
-            ids: Ids to keep; those that do not occur are no error.
+            harmful: True, False, or None for unlabelled ones; omit it to keep all.
+            outcome: one outcome or several.
+            ids: ids to keep; ids that do not occur are ignored.
 
         Returns:
-            A shorter collection, in the same order. Its `omitted` is empty: nothing was lost, it was chosen.
+            A shorter collection, in the same order. Its `omitted` is empty, since nothing was lost.
         """
         outcomes = {Outcome(outcome)} if isinstance(outcome, str) else outcome and {Outcome(o) for o in outcome}
-        wanted = None if ids is None else set(ids)
+        id_set = None if ids is None else set(ids)
         return Transcripts(
             t
             for t in self._items
             if (harmful is ... or t.harmful is harmful)
             and (outcomes is None or t.outcome in outcomes)
-            and (wanted is None or t.id in wanted)
+            and (id_set is None or t.id in id_set)
         )
 
     def map(self, function: Callable[[Transcript], Transcript]) -> "Transcripts":
-        """Apply a function to each transcript; what was omitted is kept."""
+        """Applies a function to each transcript, and keeps the omissions."""
         return Transcripts((function(t) for t in self._items), omitted=self._omitted)
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a transcript: id, harmful, outcome, source, prompt, thinking, answer, closed."""
+        """One row for each transcript: id, harmful, outcome, source, prompt, thinking, answer, closed."""
         columns = ["id", "harmful", "outcome", "source", "prompt", "thinking", "answer", "closed"]
         rows = [
             (t.id, t.harmful, str(t.outcome), t.source, t.prompt, t.thinking, t.answer, t.closed) for t in self._items
@@ -242,32 +250,35 @@ class Transcripts(Shown, Sequence[Transcript]):
         return pd.DataFrame(rows, columns=columns)
 
     def split(self, fractions: tuple[float, float, float] = (0.5, 0.2, 0.3), seed: int = 0) -> dict[str, "Transcripts"]:
-        """Split into fit, validate and test so that no prompt is in two of them.
+        """Splits into fit, validate and test so that no prompt is in two of them.
 
-        Prompts are compared without regard to case, width and spacing. Each (harmful, outcome) cell is divided by the
-        same fractions. Which side a prompt falls on depends on the seed and the other prompts of its cell, never on
-        the order of the collection.
+        Prompts are compared without case, width and spacing. Each (group, outcome) cell is divided by the same
+        fractions. The split of a prompt depends on the seed and on the other prompts of its cell, never on the order of
+        the collection.
 
         Args:
-            fractions: Shares of fit, validate and test; they add up to 1.
-            seed: Another seed, another split.
+            fractions: shares of fit, validate and test, which must add up to 1.
+            seed: a different seed gives a different split.
 
         Returns:
-            Collections under the keys fit, validate and test, each in the original order.
+            One collection for each `Split`, in the original order.
 
         Raises:
-            DataError: The fractions are negative or do not add up to 1.
+            DataError: a fraction is negative, or the fractions do not add up to 1.
         """
         if min(fractions) < 0 or abs(sum(fractions) - 1) > 1e-9:
-            raise DataError(f"Split fractions {fractions} must not be negative and must add up to 1.")
-        side = _assign_sides(self._items, fractions, seed)
+            raise DataError(
+                f"fractions={fractions}: expected shares of fit, validate and test that are not negative and add up to "
+                "1."
+            )
+        split_of = _assign_splits(self._items, fractions, seed)
         return {
-            str(name): Transcripts(t for t in self._items if side[normalise_prompt(t.prompt)] == name) for name in Split
+            name: Transcripts(t for t in self._items if split_of[normalise_prompt(t.prompt)] is name) for name in Split
         }
 
 
 def normalise_prompt(prompt: str) -> str:
-    r"""Bring a prompt into the form in which two prompts count as the same.
+    r"""Brings a prompt into the form in which prompts are compared.
 
     Example:
         >>> normalise_prompt("  How do I\n kill a PROCESS? ")
@@ -276,24 +287,25 @@ def normalise_prompt(prompt: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", prompt).casefold().split())
 
 
-def _assign_sides(items: Sequence[Transcript], fractions: Sequence[float], seed: int) -> dict[str, str]:
-    cells_of: dict[str, set[tuple[str, str]]] = defaultdict(set)
+def _assign_splits(items: Sequence[Transcript], fractions: Sequence[float], seed: int) -> dict[str, Split]:
+    """The split of each normalised prompt."""
+    cells_of: dict[str, set[tuple[Group, Outcome]]] = defaultdict(set)
     for t in items:
-        cells_of[normalise_prompt(t.prompt)].add((str(t.group), str(t.outcome)))
-    strata: dict[tuple[tuple[str, str], ...], list[str]] = defaultdict(list)
+        cells_of[normalise_prompt(t.prompt)].add((t.group, t.outcome))
+    strata: dict[tuple[tuple[Group, Outcome], ...], list[str]] = defaultdict(list)
     for prompt, cells in cells_of.items():
         strata[tuple(sorted(cells))].append(prompt)
-    side: dict[str, str] = {}
+    split_of: dict[str, Split] = {}
     for prompts in strata.values():
         prompts.sort(key=lambda prompt: hashlib.sha256(f"{seed}\n{prompt}".encode()).digest())
         sizes = _apportion(len(prompts), fractions)
-        names = [name for name, size in zip(Split, sizes, strict=True) for _ in range(size)]
-        side.update(zip(prompts, names, strict=True))
-    return side
+        splits = [split for split, size in zip(Split, sizes, strict=True) for _ in range(size)]
+        split_of.update(zip(prompts, splits, strict=True))
+    return split_of
 
 
 def _apportion(n: int, fractions: Sequence[float]) -> list[int]:
-    """Whole numbers that add up to n, by largest remainder; the earlier split wins a tie."""
+    """Whole numbers that add up to n, by largest remainder; the earlier split wins ties."""
     exact = [n * fraction for fraction in fractions]
     sizes = [int(share + 1e-9) for share in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: (sizes[i] - exact[i], i))

@@ -1,7 +1,7 @@
 """Which rows does a table hold, whatever its file format?
 
-CSV, TSV, JSON (a list, or an object of equally long columns), JSONL, plain text (a row a line) and Parquet all become
-a list of plain dictionaries. This file knows nothing of prompts or transcripts.
+CSV, TSV, JSON (a list, or an object of columns of equal length), JSONL, plain text (one row a line) and Parquet all
+become a list of plain dictionaries. This file knows nothing of prompts or transcripts.
 """
 
 import csv
@@ -16,20 +16,20 @@ import pyarrow.parquet
 from cliffscope.errors import DataError
 from cliffscope.transcripts.records import JsonValue
 
-Row = dict[str, JsonValue]
+TableRow = dict[str, JsonValue]
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Read every row of a table.
+def read_rows(path: Path) -> list[TableRow]:
+    """Reads every row of a table.
 
     Args:
-        path: .csv, .tsv, .json, .jsonl, .txt or .parquet. Rows of plain values are given the column `text`.
+        path: .csv, .tsv, .json, .jsonl, .txt or .parquet. Rows of plain values get the column `text`.
 
     Returns:
         At least one row, in the order of the file.
 
     Raises:
-        DataError: The file is missing, empty, not UTF-8, of another kind, or malformed.
+        DataError: the file is missing, empty, not UTF-8, malformed, or has another suffix.
     """
     suffix = path.suffix.lower()
     if suffix == ".parquet":
@@ -45,7 +45,8 @@ def read_rows(path: Path) -> list[Row]:
         rows = [{"text": line.removesuffix("\r")} for line in read_text(path).removesuffix("\n").split("\n")]
     else:
         raise DataError(
-            f"{path}: cannot read {suffix or 'a file without suffix'!r}. Use csv, tsv, json, jsonl, txt or parquet."
+            f"{path}: cannot read {suffix or 'a file without suffix'!r}. Expected csv, tsv, json, jsonl, txt or "
+            "parquet."
         )
     if not rows:
         raise DataError(f"{path} has no rows. Expected at least one.")
@@ -53,10 +54,10 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def read_text(path: Path) -> str:
-    """Read a UTF-8 text file that is not empty; a byte order mark is dropped.
+    """Reads a UTF-8 text file that is not empty, without a byte order mark.
 
     Raises:
-        DataError: The file is missing, unreadable, empty or not UTF-8.
+        DataError: the file is missing, unreadable, empty or not UTF-8.
     """
     try:
         text = path.read_bytes().decode("utf-8-sig")
@@ -70,30 +71,30 @@ def read_text(path: Path) -> str:
 
 
 def parse_json(text: str, place: str) -> JsonValue:
-    """Parse strict JSON whose strings are valid Unicode.
+    """Parses strict JSON whose strings are valid Unicode.
 
     Args:
-        text: The JSON.
-        place: Path and line, for the message.
+        text: the JSON.
+        place: path and line, for the message.
 
     Returns:
         The value.
 
     Raises:
-        DataError: It is not JSON, or holds NaN, an infinity or half of a surrogate pair.
+        DataError: the text is not JSON, or holds NaN, an infinity or half of a surrogate pair.
     """
 
-    def refuse(constant: str) -> NoReturn:
+    def reject(constant: str) -> NoReturn:
         raise DataError(f"{place}: {constant} is not JSON. Write null instead.")
 
     try:
-        value: JsonValue = json.loads(text, parse_constant=refuse)
-        # An escaped lone surrogate parses, but no tokenizer and no file takes it.
+        value: JsonValue = json.loads(text, parse_constant=reject)
+        # An escaped lone surrogate parses, but no tokenizer and no file accepts it.
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
-        raise DataError(f"{place}: a string holds half of a surrogate pair. Replace it by valid Unicode.") from error
+        raise DataError(f"{place}: a string holds half of a surrogate pair. Replace it with valid Unicode.") from error
     except (json.JSONDecodeError, RecursionError) as error:
-        raise DataError(f"{place}: not valid JSON: {error}.") from error
+        raise DataError(f"{place}: not valid JSON: {error}. Correct this line.") from error
     return value
 
 
@@ -101,13 +102,13 @@ def _fail_unreadable(path: Path, error: OSError) -> NoReturn:
     raise DataError(f"{path} cannot be read: {error.strerror or error}. Check the path.") from error
 
 
-def _as_row(value: JsonValue) -> Row:
+def _as_row(value: JsonValue) -> TableRow:
     return value if isinstance(value, dict) else {"text": value}
 
 
-def _parse_csv(text: str, path: Path, delimiter: str) -> list[Row]:
+def _parse_csv(text: str, path: Path, delimiter: str) -> list[TableRow]:
     reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     try:
         for row in reader:
             if None in row:
@@ -121,24 +122,24 @@ def _parse_csv(text: str, path: Path, delimiter: str) -> list[Row]:
     return rows
 
 
-def _parse_json_table(text: str, path: Path) -> list[Row]:
+def _parse_json_table(text: str, path: Path) -> list[TableRow]:
     value = parse_json(text, str(path))
     if isinstance(value, list):
         return [_as_row(item) for item in value]
     columns = value if isinstance(value, dict) else {}
     lists = [column for column in columns.values() if isinstance(column, list)]
     if not lists or len(lists) != len(columns) or len({len(column) for column in lists}) != 1:
-        raise DataError(f"{path}: expected a list of objects, or one object of equally long lists.")
+        raise DataError(f"{path}: expected a list of objects, or one object of lists of equal length.")
     return [dict(zip(columns, cells, strict=True)) for cells in zip(*lists, strict=True)]
 
 
-def _read_parquet(path: Path) -> list[Row]:
+def _read_parquet(path: Path) -> list[TableRow]:
     try:
         table = pyarrow.parquet.read_table(path)
     except OSError as error:
         _fail_unreadable(path, error)
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path} is not a Parquet file: {error}.") from error
-    # Dates, decimals and NaN have no place in JSON, and every row must be writable as JSON again.
+        raise DataError(f"{path} is not a Parquet file: {error}. Check the file.") from error
+    # JSON has no dates, decimals or NaN, and every row must be writable as JSON.
     text = json.dumps(table.to_pylist(), default=str)
-    return cast(list[Row], json.loads(text, parse_constant=lambda _: None))
+    return cast(list[TableRow], json.loads(text, parse_constant=lambda _: None))

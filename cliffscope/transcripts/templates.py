@@ -1,12 +1,11 @@
 """How does this model's chat template open thinking, and how is thinking closed?
 
-families.py holds the conventions. Every other module asks this one for token ids.
+1. The generation prompt is rendered as text with the tokenizer's own chat template.
+2. Its end, and the chat template's source, are compared with the known conventions of families.py, in their order.
+3. Opening and closing are encoded once, so that they can be spliced between the other ids.
 
-1. Render the generation prompt with the tokenizer's own chat template, as text.
-2. Compare its end, and the template's source, with the known conventions, in their order.
-3. Give opening and closing as text, and as ids that are encoded once and spliced between the other ids.
-
-It goes by what the chat template renders and never by a model's name, and it knows nothing of transcripts.
+Detection relies on what the chat template renders, never on the model's name. Every other module gets token ids from
+this one. This file knows nothing of transcripts.
 """
 
 import json
@@ -28,7 +27,7 @@ logger = logging.getLogger(__name__)
 Turn = Mapping[str, str]
 
 TAIL = 40
-"""Characters of the generation prompt that are told."""
+"""Characters of the generation prompt in the log."""
 _PROBE_TURN: Turn = {"role": "user", "content": "Hello"}
 _THINKING = re.compile(r"think|reason", re.IGNORECASE)
 
@@ -71,29 +70,29 @@ def find_template(template: str | Template) -> Template:
 
 
 def _read_template(path: Path) -> Template:
-    """A template of the user's own, from JSON."""
+    """The template of a JSON file; its name is the file's stem unless the file has one."""
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
-        return Template(**{"name": path.stem, **given})
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        return Template(**{"name": path.stem, **fields})
     except (OSError, ValueError, TypeError) as error:
         raise TemplateError(
             f"{path} holds no template: {error}. Expected a JSON object with think_open, think_close, opening and "
-            "closing, and template_kwargs where the chat template has switches."
+            "closing, and with template_kwargs if the chat template has switches."
         ) from error
 
 
 def split_reply(text: str, template: Template) -> tuple[str | None, str | None]:
-    r"""Split generated text into thinking and answer, neither of them with tags.
+    r"""Splits generated text into thinking and answer, both without tags.
 
-    Where the prompt opens thinking, text without the closing tag is all thinking. Where the model opens it itself,
-    text that does not begin with the opening tag is all answer.
+    If the prompt opens thinking, text without the closing tag is all thinking. If the model opens it, text that does
+    not start with the opening tag is all answer.
 
     Args:
-        text: What the model wrote after the generation prompt.
-        template: The convention.
+        text: the text that the model wrote after the generation prompt.
+        template: the template of the model.
 
     Returns:
-        (thinking, answer); thinking is None where there was none, answer None where thinking never closed.
+        (thinking, answer). Thinking is None if there was none; answer is None if the thinking never closed.
 
     Example:
         >>> split_reply("Bread is harmless.\n</think>\n\nMix flour and water.", TEMPLATES.get("qwq"))
@@ -103,9 +102,9 @@ def split_reply(text: str, template: Template) -> tuple[str | None, str | None]:
     """
     if not template.thinks:
         return None, text
-    tag, begun = template.think_open, text.lstrip()
-    if begun.startswith(tag):
-        text = begun.removeprefix(tag).removeprefix(template.opening.partition(tag)[2] or "\n")
+    tag, stripped = template.think_open, text.lstrip()
+    if stripped.startswith(tag):
+        text = stripped.removeprefix(tag).removeprefix(template.opening.partition(tag)[2] or "\n")
     elif template.opening and template.think_close not in text:
         return None, text
     thinking, closed, answer = text.partition(template.think_close)
@@ -154,19 +153,19 @@ def detect_template(tokenizer: PreTrainedTokenizerBase) -> Template:
 
 
 def generation_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Turn], template: Template) -> str:
-    """Render the prompt up to where the model goes on, without the opening that the caller splices.
+    """Renders the prompt after which the model continues, without the opening that the caller splices.
 
     Args:
-        tokenizer: With a chat template.
-        messages: Turns with `role` and `content`.
-        template: The convention; it must agree with what is rendered.
+        tokenizer: with a chat template.
+        messages: turns with `role` and `content`.
+        template: the template; it must agree with what is rendered.
 
     Returns:
         The text that the chat template itself writes.
 
     Raises:
-        TemplateError: Rendering fails, the system message is left out, or the prompt does not leave thinking as
-            `template` says.
+        TemplateError: rendering fails, the chat template drops the system message, or the prompt does not open thinking
+            as `template` says.
     """
     rendered = render_prompt(tokenizer, messages, template.template_kwargs)
     lost = [
@@ -174,35 +173,35 @@ def generation_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Tur
     ]
     if lost:
         raise TemplateError(
-            f"The chat template leaves the system message {lost[0][:60]!r} out of the prompt. Put it before the user's "
-            "message, or leave it out yourself: what the model never sees must not count as said."
+            f"The chat template drops the system message {lost[0][:60]!r}, so the model would never see it. Put it "
+            "into the user's message, or omit it."
         )
     if not template.thinks:
         return rendered
     end = rendered.rstrip()
     if end.endswith(template.think_close):
         raise TemplateError(
-            f"The generation prompt closes thinking at once: it ends in {rendered[-60:]!r}. "
-            "Use the model's original chat template, or pass template='chatml' to measure without thinking."
+            f"The generation prompt closes thinking immediately: it ends in {rendered[-60:]!r}. Use the model's "
+            "original chat template, or pass template='chatml' to measure without thinking."
         )
     if not template.opening and not end.endswith(template.think_open):
         raise TemplateError(
             f"Template {template.name!r} expects a generation prompt that opens thinking, but it ends in "
-            f"{rendered[-60:]!r}. Pass template=None to detect it, or one whose opening is not empty."
+            f"{rendered[-60:]!r}. Pass template=None to detect the template, or a template with an opening."
         )
     return rendered
 
 
 def opening_ids(tokenizer: PreTrainedTokenizerBase, template: Template, rendered: str) -> list[int]:
-    """Token ids to splice after the generation prompt so that thinking is open exactly once.
+    """Token ids to splice after the generation prompt so that thinking is opened exactly once.
 
     Args:
-        tokenizer: Encodes the opening.
-        template: The convention.
-        rendered: The generation prompt, from `generation_prompt`.
+        tokenizer: encodes the opening.
+        template: the template.
+        rendered: the generation prompt, from `generation_prompt`.
 
     Returns:
-        Ids of the opening; none where the prompt has opened thinking already.
+        Ids of the opening; none if the prompt has already opened thinking.
     """
     if not template.thinks or rendered.rstrip().endswith(template.think_open):
         return []
@@ -210,13 +209,13 @@ def opening_ids(tokenizer: PreTrainedTokenizerBase, template: Template, rendered
 
 
 def closing_ids(tokenizer: PreTrainedTokenizerBase, template: Template, *, after_newline: bool = False) -> list[int]:
-    """Token ids of the closing, encoded once and on its own so that no text around it can change them.
+    """Token ids of the closing, encoded on its own so that the surrounding text cannot change them.
 
     Args:
-        tokenizer: Encodes the closing.
-        template: The convention.
-        after_newline: The thinking's last token carries the newline with which the closing begins, as `.` and a
-            newline do in Qwen's vocabulary, so the closing goes without it.
+        tokenizer: encodes the closing.
+        template: the template.
+        after_newline: the last token of the thinking already contains the newline that starts the closing, as `.` plus
+            newline does in Qwen's vocabulary. The closing is then encoded without it.
 
     Returns:
         Ids; none for a template without thinking, whose closing is the tail of each prompt.
@@ -225,37 +224,37 @@ def closing_ids(tokenizer: PreTrainedTokenizerBase, template: Template, *, after
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Encode text without adding BOS or EOS: a chat template writes its own."""
+    """Encodes text without adding BOS or EOS, which chat templates write themselves."""
     return [int(i) for i in tokenizer.encode(text, add_special_tokens=False)] if text else []
 
 
 def render_prompt(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Turn], template_kwargs: Mapping[str, bool]
 ) -> str:
-    """Render the generation prompt as text, exactly as the tokenizer's chat template writes it.
+    """Renders the generation prompt as text, exactly as the tokenizer's chat template writes it.
 
     Args:
-        tokenizer: With a chat template.
-        messages: Turns with `role` and `content`.
-        template_kwargs: Switches for the chat template.
+        tokenizer: with a chat template.
+        messages: turns with `role` and `content`.
+        template_kwargs: switches for the chat template.
 
     Returns:
         The text.
 
     Raises:
-        TemplateError: There is no chat template, or it refuses these messages.
+        TemplateError: there is no chat template, or it rejects these messages.
     """
     _source(tokenizer)
     turns = [dict(turn) for turn in messages]
-    # Switches of a chat template are free keyword arguments, which the typed signature does not know.
+    # The typed signature lacks the chat template's own keyword arguments.
     render: Callable[..., object] = tokenizer.apply_chat_template
     try:
         rendered = render(turns, tokenize=False, add_generation_prompt=True, **dict(template_kwargs))
     except (JinjaError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
         roles = ", ".join(turn.get("role", "?") for turn in turns)
         raise TemplateError(
-            f"The chat template cannot render messages with the roles {roles}: {error}. "
-            "Expected roles that the model knows (some know no system role); change the messages or the template."
+            f"The chat template cannot render messages with the roles {roles}: {error}. Expected roles that the model "
+            "supports (some have no system role). Change the messages or the template."
         ) from error
     return str(rendered)
 
@@ -266,7 +265,7 @@ def _source(tokenizer: PreTrainedTokenizerBase) -> str:
         source = source.get("default")
     if not isinstance(source, str) or not source.strip():
         raise TemplateError(
-            "The tokenizer has no chat template, so no prompt can be rendered. "
-            "Set tokenizer.chat_template to the model's own jinja text."
+            "The tokenizer has no chat template, so no prompt can be rendered. Set tokenizer.chat_template to the "
+            "model's own Jinja text."
         )
     return source

@@ -1,14 +1,14 @@
 """Which tokens does the model see, and to which span does each belong?
 
-1. The prompt's ids are the chat template's own, with exactly one BOS and with thinking opened exactly once.
+1. The prompt's ids come from the chat template, with exactly one BOS and with thinking opened exactly once.
 2. The thinking's ids are those that were generated, or the text encoded on its own.
 3. The closing's ids are encoded once and spliced, so that no boundary falls inside a token.
-4. The answer's ids follow, where they are asked for.
+4. The answer's ids follow on request.
 
-For a template without thinking the thinking span is empty and the closing is the tail of the prompt after the last
-user content. A whole assistant turn is never rendered, since most chat templates delete its thinking.
+For a template without thinking, the thinking span is empty and the closing is the tail of the prompt after the last
+user content. A complete assistant turn is never rendered, since most chat templates delete its thinking.
 
-The tags themselves are in templates.py; the transcripts and their collection are in records.py.
+The tags are in families.py; transcripts and their collection are in records.py.
 """
 
 from collections.abc import Iterable
@@ -37,7 +37,7 @@ __all__ = [
     "tokenize_all",
 ]
 
-# Two contents that share no ending, so that what two prompts have in common after them is the template's.
+# Two contents with different endings, so that the common tail of two prompts belongs to the template.
 _SENTINELS = ("zero 0", "eight 8")
 
 
@@ -52,20 +52,21 @@ class Span(StrEnum):
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class TokenizedTranscript:
-    """Token ids of one transcript and the span that each belongs to."""
+    """Token ids of one transcript, and the span of each."""
 
     id: str
     """Id of the transcript."""
     token_ids: Int64[np.ndarray, " pos"]
-    """[pos] What the model sees."""
+    """[pos] Ids that the model sees."""
     bounds: tuple[int, int, int, int]
-    """Positions where prompt, thinking, closing and answer stop; the last is the number of positions."""
+    """Positions at which prompt, thinking, closing and answer end; the last is the number of positions."""
 
     def __post_init__(self) -> None:
-        """Check that the spans cover every token once."""
+        """Checks that the spans cover every token once."""
         if list(self.bounds) != sorted(self.bounds) or self.bounds[0] < 0 or self.bounds[-1] != len(self.token_ids):
             raise SpanError(
-                f"Bounds {self.bounds} of {self.id!r} must not decrease and must end at {len(self.token_ids)} tokens."
+                f"bounds={self.bounds} of {self.id!r}: expected positions that do not decrease and end at "
+                f"{len(self.token_ids)}, the number of tokens."
             )
 
     @property
@@ -75,7 +76,7 @@ class TokenizedTranscript:
 
     @property
     def final(self) -> int:
-        """The last closing position: the one from which the answer's first token is predicted."""
+        """The last closing position, from which the answer's first token is predicted."""
         closing = self.span(Span.CLOSING)
         if closing.start == closing.stop:
             raise SpanError(
@@ -94,7 +95,7 @@ class TokenizedTranscript:
         return [span for span in Span for _ in range(self.span(span).stop - self.span(span).start)]
 
     def __repr__(self) -> str:
-        """One line: how many positions each span has."""
+        """One line: the number of positions in each span."""
         counts = ", ".join(f"{s} {self.span(s).stop - self.span(s).start}" for s in Span)
         return f"TokenizedTranscript({self.id!r}: {counts})"
 
@@ -107,44 +108,44 @@ def tokenize(
     with_answer: bool = False,
     max_length: int | None = None,
 ) -> TokenizedTranscript:
-    """Turn a transcript into token ids whose spans cover every token once.
+    """Turns a transcript into token ids whose spans cover every token once.
 
-    Newlines at the edges of thinking and answer that repeat the template's own are left to the template when text is
-    encoded. Generated ids are kept exactly as long as they decode to the text.
+    When text is encoded, newlines at the edges of thinking and answer that the template writes as well are left to the
+    template. Generated ids are used unchanged if they decode to the text.
 
     Args:
-        transcript: With thinking, if the template has it; empty thinking gives an empty span.
-        tokenizer: The model's own, with its chat template.
-        template: From `resolve_template`.
-        with_answer: Append the answer. Off by default, since every measurement ends at the final position.
-        max_length: Most tokens the model may see; None for no limit. Nothing is ever truncated.
+        transcript: with thinking, if the template has it; empty thinking gives an empty span.
+        tokenizer: the model's tokenizer, with its chat template.
+        template: from `resolve_template`.
+        with_answer: append the answer. Off by default, since every measurement ends at the final position.
+        max_length: maximum number of tokens; None sets no limit. Nothing is ever truncated.
 
     Returns:
         Ids and bounds.
 
     Raises:
-        TemplateError: The chat template fails, or writes BOS twice.
-        SpanError: A span that is needed is missing.
-        DataError: The text holds the closing tag, or is longer than `max_length`.
+        TemplateError: the chat template fails, or writes BOS twice.
+        SpanError: a required span is missing.
+        DataError: the text contains the closing tag, or is longer than `max_length`.
     """
     prompt, tail = _prompt_ids(transcript, tokenizer, template)
     if max_length is not None and len(prompt) > max_length:
         raise DataError(
-            f"The prompt of {transcript.id!r} has {len(prompt)} tokens, more than max_length={max_length}. "
-            "Drop it or raise max_length: nothing is truncated."
+            f"The prompt of {transcript.id!r} has {len(prompt)} tokens, more than max_length={max_length}. Nothing is "
+            "truncated: drop the transcript, or raise max_length."
         )
     if template.thinks:
         thinking, closing = _thinking_and_closing(transcript, tokenizer, template)
     else:
-        _refuse_thinking(transcript, template)
+        _check_no_thinking(transcript, template)
         thinking, closing = [], prompt[len(prompt) - tail :]
         prompt = prompt[: len(prompt) - tail]
     answer = _answer_ids(transcript, tokenizer, template) if with_answer else []
     stops = np.cumsum([len(prompt), len(thinking), len(closing), len(answer)]).tolist()
     if max_length is not None and stops[3] > max_length:
         raise DataError(
-            f"{transcript.id!r} has {stops[3]} tokens, of them {len(thinking)} thinking, more than "
-            f"max_length={max_length}. Drop it or raise max_length: nothing is truncated."
+            f"{transcript.id!r} has {stops[3]} tokens ({len(thinking)} of thinking), more than "
+            f"max_length={max_length}. Nothing is truncated: drop the transcript, or raise max_length."
         )
     return TokenizedTranscript(
         id=transcript.id,
@@ -161,37 +162,37 @@ def tokenize_all(
     with_answer: bool = False,
     max_length: int | None = None,
 ) -> tuple[list[TokenizedTranscript], tuple[Omission, ...]]:
-    """Tokenize many transcripts, and say which could not be and why.
+    """Tokenizes many transcripts, and reports which ones could not be tokenized.
 
     Args:
-        transcripts: In any order.
-        tokenizer: The model's own.
-        template: From `resolve_template`.
-        with_answer: See `tokenize`.
-        max_length: See `tokenize`.
+        transcripts: in any order.
+        tokenizer: the model's tokenizer.
+        template: from `resolve_template`.
+        with_answer: see `tokenize`.
+        max_length: see `tokenize`.
 
     Returns:
         The tokenized transcripts in order, and one omission for each that is missing.
 
     Raises:
-        TemplateError: The chat template fails; that is a fault of the set-up and not of one transcript.
+        TemplateError: the chat template fails, which is a fault of the set-up rather than of one transcript.
     """
-    done: list[TokenizedTranscript] = []
+    tokenized: list[TokenizedTranscript] = []
     omitted: list[Omission] = []
     for transcript in transcripts:
         try:
-            done.append(tokenize(transcript, tokenizer, template, with_answer=with_answer, max_length=max_length))
+            tokenized.append(tokenize(transcript, tokenizer, template, with_answer=with_answer, max_length=max_length))
         except (DataError, SpanError) as error:
             omitted.append(Omission(stage="tokenize", reason=str(error), id=transcript.id))
-    return done, tuple(omitted)
+    return tokenized, tuple(omitted)
 
 
 def _prompt_ids(
     transcript: Transcript, tokenizer: PreTrainedTokenizerBase, template: Template
 ) -> tuple[list[int], int]:
-    """Ids up to where thinking begins, and how many of the last ones follow the user's content."""
+    """Ids up to the start of thinking, and how many of them follow the user's content."""
     if not any(message.role == "user" for message in transcript.messages):
-        raise DataError(f"Transcript {transcript.id!r} has no user message, so there is no prompt. Give it one.")
+        raise DataError(f"Transcript {transcript.id!r} has no user message, so there is no prompt. Add one.")
     rendered = _render(transcript.messages, tokenizer, template)
     ids = encode(tokenizer, rendered)
     tail = 0 if template.thinks else _tail_length(transcript, tokenizer, template, ids)
@@ -208,15 +209,15 @@ def _with_one_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[in
         return ids
     if ids[:2] == [bos, bos]:
         raise TemplateError(
-            f"The rendered prompt begins with BOS ({tokenizer.bos_token!r}) twice. "
-            "Remove it from the messages or from the chat template: a model expects it once."
+            f"The rendered prompt starts with BOS ({tokenizer.bos_token!r}) twice, but a model expects it once. Remove "
+            "it from the messages or from the chat template."
         )
     adds_bos = tokenizer.encode("a")[:1] == [bos]
     return [bos, *ids] if adds_bos and ids[:1] != [bos] else ids
 
 
 def _tail_length(transcript: Transcript, tokenizer: PreTrainedTokenizerBase, template: Template, ids: list[int]) -> int:
-    """Number of last ids that the template writes after the last user content, whatever that is."""
+    """Number of ids that the template writes after the last user content, whatever the content is."""
     last = max(i for i, message in enumerate(transcript.messages) if message.role == "user")
     shortest = len(ids)
     for sentinel in _SENTINELS:
@@ -225,10 +226,12 @@ def _tail_length(transcript: Transcript, tokenizer: PreTrainedTokenizerBase, tem
         rendered = _render(messages, tokenizer, template)
         text_tail = rendered.rpartition(sentinel)[2]
         if text_tail == rendered:
-            raise TemplateError("The chat template does not render the last user message. Use the model's own.")
+            raise TemplateError(
+                "The chat template does not render the last user message. Use the model's own chat template."
+            )
         other = encode(tokenizer, rendered)
         same = takewhile(lambda pair: pair[0] == pair[1], zip(reversed(ids), reversed(other), strict=False))
-        # A word-level vocabulary knows both contents as <unk>, so the ids alone cannot tell where they end.
+        # A word-level vocabulary encodes both contents as <unk>, so the ids alone do not show where they end.
         shortest = min(shortest, sum(1 for _ in same), len(encode(tokenizer, text_tail)))
     return shortest
 
@@ -239,54 +242,54 @@ def _thinking_and_closing(
     text = transcript.thinking
     if text is None:
         raise SpanError(
-            f"Span 'thinking' of {transcript.id!r} is missing: thinking is None and template {template.name!r} thinks. "
-            "Generate it with roll_out, or pass template='chatml' to measure a model without thinking."
+            f"Span 'thinking' of {transcript.id!r} is missing: thinking is None, but template {template.name!r} "
+            "thinks. Generate it with roll_out, or pass template='chatml' to measure a model without thinking."
         )
-    _refuse_tags(transcript.id, text, template)
+    _check_no_tags(transcript.id, text, template)
     closing = closing_ids(tokenizer, template)
-    given = transcript.thinking_ids
-    if given is None or not _decodes_to(given, text, tokenizer):
+    ids = transcript.thinking_ids
+    if ids is None or not _decodes_to(ids, text, tokenizer):
         return encode(tokenizer, _strip_newlines(text, template)), closing
     if not template.closing.startswith("\n"):
-        return list(given), closing
+        return list(ids), closing
     bare = closing_ids(tokenizer, template, after_newline=True)
     newline = closing[: len(closing) - len(bare)]
-    if newline and list(given[-len(newline) :]) == newline and closing[len(newline) :] == bare:
-        # The model wrote the closing's own newline as a token of its own: the same ids, counted as closing.
-        return list(given[: -len(newline)]), closing
-    return list(given), bare if _decode(given[-1:], tokenizer).endswith("\n") else closing
+    if newline and list(ids[-len(newline) :]) == newline and closing[len(newline) :] == bare:
+        # The model wrote the closing's newline as a separate token: the same ids, counted as closing.
+        return list(ids[: -len(newline)]), closing
+    return list(ids), bare if _decode(ids[-1:], tokenizer).endswith("\n") else closing
 
 
-def _refuse_tags(transcript_id: str, text: str, template: Template) -> None:
+def _check_no_tags(transcript_id: str, text: str, template: Template) -> None:
     if template.think_close in text:
         raise DataError(
-            f"The thinking of {transcript_id!r} contains the closing tag as text ({template.think_close!r}). "
-            "Expected only what stands between the tags: cut it there, or drop this transcript."
+            f"The thinking of {transcript_id!r} contains the closing tag as text ({template.think_close!r}). Expected "
+            "only the text between the tags: cut it there, or drop this transcript."
         )
     if text.lstrip().startswith(template.think_open):
         raise DataError(
-            f"The thinking of {transcript_id!r} begins with the opening tag ({template.think_open!r}), which the "
+            f"The thinking of {transcript_id!r} starts with the opening tag ({template.think_open!r}), which the "
             "template writes itself. Remove it from the text."
         )
 
 
-def _refuse_thinking(transcript: Transcript, template: Template) -> None:
+def _check_no_thinking(transcript: Transcript, template: Template) -> None:
     if transcript.thinking and transcript.thinking.strip():
         raise DataError(
-            f"{transcript.id!r} has thinking, but template {template.name!r} has no place for it. "
-            "Pass a template that thinks, such as template='chatml-think', or clear the thinking."
+            f"{transcript.id!r} has thinking, but template {template.name!r} has none. Pass a template that thinks, "
+            "such as template='chatml-think', or clear the thinking."
         )
 
 
 def _answer_ids(transcript: Transcript, tokenizer: PreTrainedTokenizerBase, template: Template) -> list[int]:
-    text, given = transcript.answer, transcript.answer_ids
+    text, ids = transcript.answer, transcript.answer_ids
     if text is None:
         raise SpanError(
             f"Span 'answer' of {transcript.id!r} is missing: answer is None. Generate it, or pass with_answer=False."
         )
-    if given is None or not _decodes_to(given, text, tokenizer):
+    if ids is None or not _decodes_to(ids, text, tokenizer):
         return encode(tokenizer, text.lstrip("\n") if template.closing.endswith("\n") else text)
-    return list(given)
+    return list(ids)
 
 
 def _strip_newlines(text: str, template: Template) -> str:
@@ -296,9 +299,9 @@ def _strip_newlines(text: str, template: Template) -> str:
 
 
 def _decodes_to(ids: tuple[int, ...], text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the ids say the same as the text, up to space at the edges and an end-of-turn token."""
-    wanted = text.strip()
-    return any(_decode(ids, tokenizer, skip_special=skip).strip() == wanted for skip in (False, True))
+    """Whether the ids decode to the text, apart from space at the edges and an end-of-turn token."""
+    stripped = text.strip()
+    return any(_decode(ids, tokenizer, skip_special=skip).strip() == stripped for skip in (False, True))
 
 
 def _decode(ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase, *, skip_special: bool = False) -> str:
