@@ -35,7 +35,14 @@ from cliffscope.readouts.activations import gather_residuals, project_residuals
 from cliffscope.readouts.labelled import CHALLENGE, COMPLIED, REFUSED, Labelled, LabelledRow, split_by_prompt
 from cliffscope.readouts.readout import Readout
 from cliffscope.readouts.regions import FINAL, LATE_THINKING, balanced_positions, region_names, regions
-from cliffscope.readouts.reports import ProbeReport, RegionReport, cells_of, one_sided_warning, region_report
+from cliffscope.readouts.reports import (
+    ProbeReport,
+    RegionReport,
+    calibration_of,
+    cells_of,
+    one_sided_warning,
+    region_report,
+)
 from cliffscope.transcripts.records import Omission, Transcripts
 from cliffscope.transcripts.transcript import TokenizedTranscript
 
@@ -398,6 +405,7 @@ def _report(scored: Sequence[_Scored], layer: int, shuffled: list[float], labell
         final=_compare(scored, FINAL, layer),
         late_thinking=_compare(scored, LATE_THINKING, layer),
         within_harmful=_within_harmful(scored, layer, labelled),
+        calibration=calibration_of(*_harmful_logits(scored, layer, labelled)),
         shuffled=tuple(shuffled),
         by_region=table,
         cells=cells,
@@ -413,8 +421,15 @@ def _compare(scored: Sequence[_Scored], region: str, layer: int) -> RegionReport
 
 def _within_harmful(scored: Sequence[_Scored], layer: int, labelled: Labelled) -> RegionReport:
     """Refused against complied at the final token, among harmful transcripts alone."""
+    return region_report("final, harmful only", *_harmful_logits(scored, layer, labelled))
+
+
+def _harmful_logits(
+    scored: Sequence[_Scored], layer: int, labelled: Labelled
+) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " m"]]:
+    """Logits at the final token of refused and of complied harmful transcripts."""
     values: dict[bool, list[float]] = {True: [], False: []}
     for row in scored:
         if labelled.transcripts[row.tokens.id].harmful:
             values[row.kind == REFUSED].append(float(row.logits[layer, row.tokens.final]))
-    return region_report("final, harmful only", np.array(values[True]), np.array(values[False]))
+    return np.array(values[True]), np.array(values[False])

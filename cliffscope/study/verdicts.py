@@ -13,11 +13,11 @@ from cliffscope.evaluation.side_effects import KL, SideEffects
 from cliffscope.heads.controls import SetControl
 from cliffscope.heads.ranking import HeadRanking
 from cliffscope.readouts.answer import AnswerReadout
-from cliffscope.readouts.reports import ProbeReport
+from cliffscope.readouts.reports import MIDDLE, ProbeReport
 from cliffscope.repairing.comparison import AFTER, BEFORE, RepairReport
 from cliffscope.resampling import bootstrap_mean
 from cliffscope.selection.choice import Selection
-from cliffscope.stats import least_p
+from cliffscope.stats import Interval, least_p
 
 CLIFF = 0.1
 """Mean cliff below which nothing is called a cliff."""
@@ -58,6 +58,13 @@ def of_probe(report: ProbeReport, contrast: str) -> str:
         told += f" Among harmful transcripts alone: {report.within_harmful}."
     if np.isfinite(report.late_thinking.auroc):
         told += f" During the thinking: {report.late_thinking}."
+    harmful = report.calibration
+    if np.isfinite([harmful.refused, harmful.complied]).all():
+        told += (
+            f" At the final token refused harmful transcripts score {_mean(harmful.refused, harmful.refused_interval)}, "
+            f"complied ones {_mean(harmful.complied, harmful.complied_interval)} (Brier score {harmful.brier:.3f}, "
+            f"calibration error {harmful.calibration_error:.3f})."
+        )
     if not report.final.can_tell:
         told += " That is too little to read a refusal score from: do not rely on its scores."
     return told
@@ -83,6 +90,13 @@ def of_cliff(cliffs: pd.DataFrame, plateau: str) -> str:
     if len(valid) < len(asked):
         invalid = asked[~asked["valid"].astype(bool)]
         numbers += f" {len(invalid)} of the {len(asked)} have no valid cliff: {_reasons(invalid)}."
+    final_low, final_high = (float(v) for v in bootstrap_mean(valid["final"].to_numpy(dtype=float), seed=0))
+    if final_high >= MIDDLE:
+        reads = "reads harm there, not refusal" if final_low > MIDDLE else "may read harm there rather than refusal"
+        return (
+            f"No refusal cliff can be claimed, since the probe {reads}: at the final token, what was complied with "
+            f"scores {_interval(final_low, final_high, '.2f')}, and not below {MIDDLE}. Otherwise {numbers}"
+        )
     if not low >= CLIFF:
         return f"No refusal cliff is shown: {numbers}"
     return f"There is a refusal cliff: {numbers}"
@@ -202,6 +216,10 @@ def _arm_sentence(report: SafetyReport, group: str, word: str) -> str:
 
 def _rate(value: float) -> str:
     return f"{value:.2f}" if np.isfinite(value) else "unknown"
+
+
+def _mean(value: float, interval: Interval) -> str:
+    return f"{value:.2f} {_interval(interval.low, interval.high, '.2f')}"
 
 
 def _interval(low: float, high: float, digits: str) -> str:
