@@ -38,6 +38,8 @@ from .readouts.answer import AnswerReadout as AnswerReadout
 from .readouts.answer import fit_answer_readout as fit_answer_readout
 from .readouts.probe import RefusalProbe as RefusalProbe
 from .readouts.probe import fit_probe as fit_probe
+from .readouts.text_baseline import TextBaseline as TextBaseline
+from .readouts.text_baseline import text_baseline as text_baseline
 from .readouts.trace import Cliffs as Cliffs
 from .readouts.trace import RefusalTraces as RefusalTraces
 from .readouts.trace import trace_refusal as trace_refusal

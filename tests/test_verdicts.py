@@ -14,6 +14,7 @@ from cliffscope.heads.edits import HeadRef, Scope, zero
 from cliffscope.heads.ranking import HeadRanking
 from cliffscope.model.load import LensModel
 from cliffscope.readouts.reports import ProbeReport, calibration_of, region_report
+from cliffscope.readouts.text_baseline import TextBaseline
 from cliffscope.readouts.trace import Cliffs
 from cliffscope.selection.choice import Selection, select_from_cliffs
 from cliffscope.study import verdicts
@@ -61,6 +62,33 @@ def test_among_harmful_ones_alone_is_told_only_where_it_says_something_else(repo
     assert "Among harmful" not in verdicts.of_probe(report, "harmful")
     nothing = replace(report, within_harmful=region_report("final, harmful only", np.ones(3), EMPTY))
     assert "Among harmful" not in verdicts.of_probe(nothing, "harmless")
+
+
+def baseline_of(*, complied: np.ndarray = EMPTY) -> TextBaseline:
+    return TextBaseline(
+        overall=region_report("prompt and thinking", np.array([3.0, 2.0]), np.array([2.0, 1.0])),
+        within_harmful=region_report("prompt and thinking, harmful only", np.ones(4), complied),
+        strength=1.0,
+        n_terms=3,
+        terms=pd.DataFrame(),
+    )
+
+
+def test_what_words_alone_reach_is_told_beside_the_probe(report: ProbeReport) -> None:
+    told = verdicts.of_probe(report, "harmless", baseline_of(complied=np.ones(4)))
+    assert " N-grams of prompt and thinking alone reach AUROC 0.875 [0." in told
+    assert "], and AUROC 0.500 [0." in told
+    assert told.endswith("] among harmful transcripts.")
+
+
+def test_words_among_harmful_ones_are_told_only_where_there_are_any(report: ProbeReport) -> None:
+    for told in (
+        verdicts.of_probe(report, "harmless", baseline_of()),
+        verdicts.of_probe(report, "harmful", baseline_of(complied=np.ones(4))),
+    ):
+        assert "alone reach AUROC 0.875" in told
+        assert told.endswith("].")
+        assert not says_nan(told)
 
 
 def test_mean_scores_are_told_only_where_harmful_transcripts_of_both_outcomes_are_held_out(report: ProbeReport) -> None:

@@ -19,6 +19,7 @@ from cliffscope.readouts.answer import AnswerReadout
 from cliffscope.readouts.openings import Opening
 from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.readouts.reports import AnswerReport, Calibration, ProbeReport, RegionReport
+from cliffscope.readouts.text_baseline import TextBaseline
 from cliffscope.stats import Interval
 from cliffscope.transcripts.records import Group, Omission
 
@@ -138,6 +139,17 @@ def saved_answer_readout(readout: AnswerReadout) -> dict[str, object]:
             "mass": report.mass,
             "warnings": list(report.warnings),
         },
+    }
+
+
+def saved_text_baseline(baseline: TextBaseline) -> dict[str, object]:
+    """A text baseline as a JSON-ready document."""
+    return {
+        "overall": _region_json(baseline.overall),
+        "within_harmful": _region_json(baseline.within_harmful),
+        "strength": baseline.strength,
+        "n_terms": baseline.n_terms,
+        "terms": baseline.terms.to_dict("records"),
     }
 
 

@@ -13,7 +13,8 @@ from cliffscope.evaluation.side_effects import KL, SideEffects
 from cliffscope.heads.controls import SetControl
 from cliffscope.heads.ranking import HeadRanking
 from cliffscope.readouts.answer import AnswerReadout
-from cliffscope.readouts.reports import MIDDLE, ProbeReport
+from cliffscope.readouts.reports import MIDDLE, ProbeReport, RegionReport
+from cliffscope.readouts.text_baseline import TextBaseline
 from cliffscope.repairing.comparison import AFTER, BEFORE, RepairReport
 from cliffscope.resampling import bootstrap_mean
 from cliffscope.selection.choice import Selection
@@ -51,8 +52,8 @@ def of_answer(readout: AnswerReadout) -> str:
     return sentence
 
 
-def of_probe(report: ProbeReport, contrast: str) -> str:
-    """What the probe can tell on its test split."""
+def of_probe(report: ProbeReport, contrast: str, baseline: TextBaseline | None = None) -> str:
+    """What the probe can tell on its test split, and what words alone can tell there."""
     told = f"The probe tells refused from complied ({contrast}) transcripts with held-out {report.final}."
     if np.isfinite(report.within_harmful.auroc) and contrast == "harmless":
         told += f" Among harmful transcripts alone: {report.within_harmful}."
@@ -60,13 +61,19 @@ def of_probe(report: ProbeReport, contrast: str) -> str:
         told += f" During the thinking: {report.late_thinking}."
     harmful = report.calibration
     if np.isfinite([harmful.refused, harmful.complied]).all():
+        refused = _mean(harmful.refused, harmful.refused_interval)
+        complied = _mean(harmful.complied, harmful.complied_interval)
         told += (
-            f" At the final token refused harmful transcripts score {_mean(harmful.refused, harmful.refused_interval)}, "
-            f"complied ones {_mean(harmful.complied, harmful.complied_interval)} (Brier score {harmful.brier:.3f}, "
-            f"calibration error {harmful.calibration_error:.3f})."
+            f" At the final token refused harmful transcripts score {refused}, complied ones {complied} (Brier score "
+            f"{harmful.brier:.3f}, calibration error {harmful.calibration_error:.3f})."
         )
+    if baseline is not None:
+        told += f" N-grams of prompt and thinking alone reach {_auroc(baseline.overall)}"
+        if np.isfinite(baseline.within_harmful.auroc) and contrast == "harmless":
+            told += f", and {_auroc(baseline.within_harmful)} among harmful transcripts"
+        told += "."
     if not report.final.can_tell:
-        told += " That is too little to read a refusal score from: do not rely on its scores."
+        told += " The probe's AUROC is too low to read a refusal score from: do not rely on its scores."
     return told
 
 
@@ -216,6 +223,10 @@ def _arm_sentence(report: SafetyReport, group: str, word: str) -> str:
 
 def _rate(value: float) -> str:
     return f"{value:.2f}" if np.isfinite(value) else "unknown"
+
+
+def _auroc(report: RegionReport) -> str:
+    return f"AUROC {report.auroc:.3f} {_interval(report.interval.low, report.interval.high, '.3f')}"
 
 
 def _mean(value: float, interval: Interval) -> str:
