@@ -36,6 +36,8 @@ from .model.load import LensModel as LensModel
 from .model.load import load_model as load_model
 from .readouts.answer import AnswerReadout as AnswerReadout
 from .readouts.answer import fit_answer_readout as fit_answer_readout
+from .readouts.direction import DirectionCheck as DirectionCheck
+from .readouts.direction import check_direction as check_direction
 from .readouts.probe import RefusalProbe as RefusalProbe
 from .readouts.probe import fit_probe as fit_probe
 from .readouts.text_baseline import TextBaseline as TextBaseline
