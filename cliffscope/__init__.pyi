@@ -45,6 +45,8 @@ from .readouts.text_baseline import text_baseline as text_baseline
 from .readouts.trace import Cliffs as Cliffs
 from .readouts.trace import RefusalTraces as RefusalTraces
 from .readouts.trace import trace_refusal as trace_refusal
+from .readouts.transfer import ProbeTransfer as ProbeTransfer
+from .readouts.transfer import probe_transfer as probe_transfer
 from .repairing.finetune import Repaired as Repaired
 from .repairing.finetune import repair as repair
 from .report.page import write_comparison as write_comparison
