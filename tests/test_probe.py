@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from cliffscope.errors import ProbeError
 from cliffscope.model.load import LensModel, load_model
 from cliffscope.readouts import probe as probe_module
+from cliffscope.readouts.logistic import fit_logistic
 from cliffscope.readouts.probe import RefusalProbe, fit_probe
 from cliffscope.readouts.regions import balanced_positions, regions
 from cliffscope.readouts.reports import (
@@ -130,7 +131,7 @@ def test_a_planted_direction_is_recovered_from_synthetic_residuals() -> None:
     labels = np.arange(2000) % 2 == 0
     noise = rng.normal(size=(2000, 24)) + 5.0
     residuals = (noise + np.where(labels, 1.5, -1.5)[:, None] * planted).astype(np.float32)
-    weight, bias = probe_module._logistic(residuals, labels, np.ones(2000), 0.01)
+    weight, bias = fit_logistic(residuals, labels, np.ones(2000), 0.01)
     assert weight @ planted / np.linalg.norm(weight) > 0.98
     logits = residuals @ weight + bias
     assert (logits[labels] > 0).mean() > 0.9
@@ -142,7 +143,7 @@ def test_dimensions_that_never_vary_do_no_harm() -> None:
     residuals = rng.normal(size=(60, 5)).astype(np.float32)
     residuals[:, 2] = 300.0
     labels = residuals[:, 0] > 0
-    weight, bias = probe_module._logistic(residuals, labels, np.ones(60), 0.01)
+    weight, bias = fit_logistic(residuals, labels, np.ones(60), 0.01)
     logits = residuals @ weight + bias
     assert np.isfinite(weight).all()
     assert roc_auc_score(labels, logits) > 0.95

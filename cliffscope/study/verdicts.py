@@ -102,7 +102,7 @@ def of_cliff(cliffs: pd.DataFrame, plateau: str) -> str:
         reads = "reads harm there, not refusal" if final_low > MIDDLE else "may read harm there rather than refusal"
         return (
             f"No refusal cliff can be claimed, since the probe {reads}: at the final token, what was complied with "
-            f"scores {_interval(final_low, final_high, '.2f')}, and not below {MIDDLE}. Otherwise {numbers}"
+            f"scores {_interval(final_low, final_high, '.2f')}, and not below {MIDDLE}. What was measured: {numbers}"
         )
     if not low >= CLIFF:
         return f"No refusal cliff is shown: {numbers}"
