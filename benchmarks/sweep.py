@@ -33,7 +33,7 @@ from cliffscope.heads.edits import HeadRef, Scope
 from cliffscope.heads.sweep import Sweep, sweep_branches
 from cliffscope.model.load import LensModel, load_model
 from cliffscope.readouts.probe import RefusalProbe
-from cliffscope.readouts.reports import ProbeReport, region_report
+from cliffscope.readouts.reports import ProbeReport, calibration_of, region_report
 from cliffscope.transcripts.records import Message, Transcript
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript, tokenize
 
@@ -198,6 +198,7 @@ def random_probe(model: LensModel) -> RefusalProbe:
             final=empty,
             late_thinking=empty,
             within_harmful=empty,
+            calibration=calibration_of(np.zeros(0), np.zeros(0)),
             shuffled=(),
             by_region=np.zeros(0),
             cells={},

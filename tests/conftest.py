@@ -34,7 +34,7 @@ from cliffscope.readouts.answer import AnswerReadout
 from cliffscope.readouts.openings import describe
 from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.readouts.regions import FINAL, LATE_THINKING
-from cliffscope.readouts.reports import AnswerReport, ProbeReport, RegionReport
+from cliffscope.readouts.reports import AnswerReport, Calibration, ProbeReport, RegionReport
 from cliffscope.stats import Interval
 from cliffscope.transcripts.records import Message, Outcome, Transcript, Transcripts
 from cliffscope.transcripts.templates import TEMPLATES
@@ -251,6 +251,20 @@ def fixed_report(region: str, *, low: float = 0.9) -> RegionReport:
     )
 
 
+def fixed_calibration(*, complied: float = 0.2) -> Calibration:
+    """A calibration in which refused harmful transcripts score 0.9, complied ones what is given."""
+    return Calibration(
+        brier=0.1,
+        calibration_error=0.1,
+        refused=0.9,
+        refused_interval=Interval(low=0.85, high=0.95),
+        complied=complied,
+        complied_interval=Interval(low=complied - 0.1, high=complied + 0.1),
+        n_refused=20,
+        n_complied=20,
+    )
+
+
 def random_probe(
     model: LensModel, layer: int, *, seed: int = 0, late_low: float = 0.9, final_low: float = 0.9
 ) -> RefusalProbe:
@@ -262,6 +276,7 @@ def random_probe(
         final=fixed_report(FINAL, low=final_low),
         late_thinking=fixed_report(LATE_THINKING, low=late_low),
         within_harmful=fixed_report("final, harmful only"),
+        calibration=fixed_calibration(),
         shuffled=(0.5,),
         by_region=pd.DataFrame([{"layer": layer, **fixed_report(FINAL).to_row()}]),
         cells={},

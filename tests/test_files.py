@@ -10,7 +10,7 @@ from conftest import fixed_report, random_probe
 from cliffscope.errors import ProbeError, StoreError
 from cliffscope.model.load import LensModel
 from cliffscope.readouts.probe import RefusalProbe, fit_probe
-from cliffscope.readouts.reports import ProbeReport, RegionReport, region_report
+from cliffscope.readouts.reports import Calibration, ProbeReport, RegionReport, calibration_of, region_report
 from cliffscope.stats import Interval
 from cliffscope.store import RunStore, open_run
 from cliffscope.study.artefacts import PROBE, PROBE_ARRAYS, PROBE_LAYERS
@@ -57,8 +57,9 @@ def probe_with(model: LensModel, **changes: object) -> RefusalProbe:
     return replace(probe, report=replace(report, **{"by_region": table_of("final", "late thinking"), **changes}))
 
 
-def same_region(a: RegionReport, b: RegionReport) -> None:
-    for f in fields(RegionReport):
+def same_values(a: RegionReport | Calibration, b: RegionReport | Calibration) -> None:
+    assert type(a) is type(b)
+    for f in fields(a):
         left, right = getattr(a, f.name), getattr(b, f.name)
         if isinstance(left, Interval):
             np.testing.assert_array_equal([left.low, left.high, left.level], [right.low, right.high, right.level])
@@ -73,8 +74,8 @@ def same_probe(a: RefusalProbe, b: RefusalProbe) -> None:
         assert getattr(a, name).dtype == getattr(b, name).dtype == np.float32
     for name in ("layer", "bias", "positions", "fingerprint", "refused_logit"):
         assert getattr(a, name) == getattr(b, name), name
-    for name in ("final", "late_thinking", "within_harmful"):
-        same_region(getattr(a.report, name), getattr(b.report, name))
+    for name in ("final", "late_thinking", "within_harmful", "calibration"):
+        same_values(getattr(a.report, name), getattr(b.report, name))
     np.testing.assert_array_equal(np.array(a.report.shuffled, float), np.array(b.report.shuffled, float))
     assert all(isinstance(value, float) for value in b.report.shuffled)
     assert dict(a.report.cells) == dict(b.report.cells)
@@ -104,11 +105,18 @@ def test_saving_what_was_read_writes_the_same_files(store: RunStore, fitted: Ref
 
 
 def test_nan_is_kept_as_nan(store: RunStore, llama: LensModel) -> None:
-    probe = probe_with(llama, late_thinking=EMPTY_REGION, within_harmful=EMPTY_REGION, shuffled=(0.5, NAN, 0.25))
+    probe = probe_with(
+        llama,
+        late_thinking=EMPTY_REGION,
+        within_harmful=EMPTY_REGION,
+        calibration=calibration_of(np.zeros(0), np.zeros(0)),
+        shuffled=(0.5, NAN, 0.25),
+    )
     save_probe(store, probe)
     found = load_probe(store)
     assert np.isnan(found.report.late_thinking.auroc)
     assert not found.report.late_thinking.can_tell
+    assert np.isnan([found.report.calibration.complied, found.report.calibration.complied_interval.high]).all()
     same_probe(probe, found)
 
 

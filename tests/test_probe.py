@@ -12,9 +12,17 @@ from transformers import PreTrainedModel
 from cliffscope.errors import ProbeError
 from cliffscope.model.load import LensModel, load_model
 from cliffscope.readouts import probe as probe_module
+from cliffscope.readouts.logistic import fit_logistic
 from cliffscope.readouts.probe import RefusalProbe, fit_probe
 from cliffscope.readouts.regions import balanced_positions, regions
-from cliffscope.readouts.reports import CAN_TELL, RegionReport, cells_of, one_sided_warning, region_report
+from cliffscope.readouts.reports import (
+    CAN_TELL,
+    RegionReport,
+    calibration_of,
+    cells_of,
+    one_sided_warning,
+    region_report,
+)
 from cliffscope.transcripts.records import Message, Outcome, Transcript, Transcripts
 from cliffscope.transcripts.transcript import TokenizedTranscript
 
@@ -123,7 +131,7 @@ def test_a_planted_direction_is_recovered_from_synthetic_residuals() -> None:
     labels = np.arange(2000) % 2 == 0
     noise = rng.normal(size=(2000, 24)) + 5.0
     residuals = (noise + np.where(labels, 1.5, -1.5)[:, None] * planted).astype(np.float32)
-    weight, bias = probe_module._logistic(residuals, labels, np.ones(2000), 0.01)
+    weight, bias = fit_logistic(residuals, labels, np.ones(2000), 0.01)
     assert weight @ planted / np.linalg.norm(weight) > 0.98
     logits = residuals @ weight + bias
     assert (logits[labels] > 0).mean() > 0.9
@@ -135,7 +143,7 @@ def test_dimensions_that_never_vary_do_no_harm() -> None:
     residuals = rng.normal(size=(60, 5)).astype(np.float32)
     residuals[:, 2] = 300.0
     labels = residuals[:, 0] > 0
-    weight, bias = probe_module._logistic(residuals, labels, np.ones(60), 0.01)
+    weight, bias = fit_logistic(residuals, labels, np.ones(60), 0.01)
     logits = residuals @ weight + bias
     assert np.isfinite(weight).all()
     assert roc_auc_score(labels, logits) > 0.95
@@ -422,3 +430,51 @@ def test_an_empty_class_gives_nan_and_never_the_power_to_tell(
 def test_many_well_separated_transcripts_give_the_power_to_tell() -> None:
     assert report_of([20.0 + i for i in range(30)], [float(i) for i in range(30)]).can_tell
     assert CAN_TELL == 0.75
+
+
+def logit(score: float) -> float:
+    return float(np.log(score / (1 - score)))
+
+
+def test_calibration_counted_by_hand() -> None:
+    found = calibration_of(np.array([logit(0.9), logit(0.7)]), np.array([logit(0.8), logit(0.4), logit(0.3)]))
+    assert found.refused == pytest.approx(0.8)
+    assert found.complied == pytest.approx(0.5)
+    assert found.brier == pytest.approx((0.01 + 0.09 + 0.64 + 0.16 + 0.09) / 5)
+    # Scores lie in a bin of their own each, so that the error is the mean distance from the label.
+    assert found.calibration_error == pytest.approx((0.1 + 0.3 + 0.8 + 0.4 + 0.3) / 5)
+    assert (found.refused_interval.low, found.refused_interval.high) == pytest.approx((0.7, 0.9))
+    assert (found.complied_interval.low, found.complied_interval.high) == pytest.approx((0.3, 0.8))
+    assert (found.n_refused, found.n_complied) == (2, 3)
+    assert not found.complied_is_low
+
+
+@pytest.mark.parametrize(("complied", "low"), [([-1.0] * 5, True), ([-1.0], False), ([], False), ([1.0] * 5, False)])
+def test_complied_ones_are_low_only_where_an_interval_says_so(complied: list[float], low: bool) -> None:
+    assert calibration_of(np.zeros(3), np.array(complied)).complied_is_low is low
+
+
+def test_a_class_without_transcripts_has_no_mean_but_the_other_keeps_its_own() -> None:
+    found = calibration_of(np.zeros(0), np.zeros(4))
+    assert np.isnan([found.refused, found.refused_interval.low, found.refused_interval.high]).all()
+    assert (found.complied, found.brier) == (0.5, 0.25)
+
+
+def test_the_calibration_is_that_of_held_out_harmful_transcripts_at_the_final_token(
+    llama: LensModel, refused: Transcripts, complied: Transcripts, splits: Split
+) -> None:
+    challenge = written(20, harmful=True, outcome=Outcome.COMPLIED, wrapper="story")
+    all_splits = {**splits, **{t.id: ("validate", "test")[i % 2] for i, t in enumerate(challenge)}}
+    probe = fit_probe(llama, refused, complied, layer=LAYER, challenge=challenge, splits=all_splits)
+    scores = {}
+    for name, group in (("refused", refused), ("complied", challenge)):
+        held = tokens_of(llama, part(group, all_splits, "test"))
+        logits = final_states(llama, held, LAYER) @ probe.weight + probe.bias
+        scores[name] = 1 / (1 + np.exp(-logits))
+    found = probe.report.calibration
+    assert found.refused == pytest.approx(scores["refused"].mean(), abs=1e-3)
+    assert found.complied == pytest.approx(scores["complied"].mean(), abs=1e-3)
+    squares = [*(scores["refused"] - 1) ** 2, *scores["complied"] ** 2]
+    assert found.brier == pytest.approx(np.mean(squares), abs=1e-3)
+    assert (found.n_refused, found.n_complied) == (8, 10)
+    assert found.complied_interval.low <= found.complied <= found.complied_interval.high

@@ -13,7 +13,8 @@ from cliffscope.heads.controls import SetControl
 from cliffscope.heads.edits import HeadRef, Scope, zero
 from cliffscope.heads.ranking import HeadRanking
 from cliffscope.model.load import LensModel
-from cliffscope.readouts.reports import ProbeReport, region_report
+from cliffscope.readouts.reports import ProbeReport, calibration_of, region_report
+from cliffscope.readouts.text_baseline import TextBaseline
 from cliffscope.readouts.trace import Cliffs
 from cliffscope.selection.choice import Selection, select_from_cliffs
 from cliffscope.study import verdicts
@@ -47,18 +48,54 @@ def test_a_probe_that_can_tell_is_told_with_auroc_interval_and_n(report: ProbeRe
     assert "held-out AUROC 0.950 [0.900, 1.000] at final, n=20+20." in told
     assert "Among harmful transcripts alone: AUROC 0.950" in told
     assert "During the thinking: AUROC 0.950" in told
-    assert "nothing further should be believed" not in told
+    assert "refused harmful transcripts score 0.90 [0.85, 0.95], complied ones 0.20 [0.10, 0.30]" in told
+    assert "(Brier score 0.100, calibration error 0.100)" in told
+    assert "do not rely" not in told
 
 
 def test_a_probe_that_cannot_tell_at_the_final_token_disowns_what_follows(report: ProbeReport) -> None:
     told = verdicts.of_probe(replace(report, final=fixed_report("final", low=0.74)), "harmless")
-    assert told.endswith("nothing further should be believed of it.")
+    assert told.endswith("do not rely on its scores.")
 
 
 def test_among_harmful_ones_alone_is_told_only_where_it_says_something_else(report: ProbeReport) -> None:
     assert "Among harmful" not in verdicts.of_probe(report, "harmful")
     nothing = replace(report, within_harmful=region_report("final, harmful only", np.ones(3), EMPTY))
     assert "Among harmful" not in verdicts.of_probe(nothing, "harmless")
+
+
+def baseline_of(*, complied: np.ndarray = EMPTY) -> TextBaseline:
+    return TextBaseline(
+        overall=region_report("prompt and thinking", np.array([3.0, 2.0]), np.array([2.0, 1.0])),
+        within_harmful=region_report("prompt and thinking, harmful only", np.ones(4), complied),
+        strength=1.0,
+        n_terms=3,
+        terms=pd.DataFrame(),
+    )
+
+
+def test_what_words_alone_reach_is_told_beside_the_probe(report: ProbeReport) -> None:
+    told = verdicts.of_probe(report, "harmless", baseline_of(complied=np.ones(4)))
+    assert " N-grams of prompt and thinking alone reach AUROC 0.875 [0." in told
+    assert "], and AUROC 0.500 [0." in told
+    assert told.endswith("] among harmful transcripts.")
+
+
+def test_words_among_harmful_ones_are_told_only_where_there_are_any(report: ProbeReport) -> None:
+    for told in (
+        verdicts.of_probe(report, "harmless", baseline_of()),
+        verdicts.of_probe(report, "harmful", baseline_of(complied=np.ones(4))),
+    ):
+        assert "alone reach AUROC 0.875" in told
+        assert told.endswith("].")
+        assert not says_nan(told)
+
+
+def test_mean_scores_are_told_only_where_harmful_transcripts_of_both_outcomes_are_held_out(report: ProbeReport) -> None:
+    one_sided = calibration_of(np.ones(3), EMPTY)
+    told = verdicts.of_probe(replace(report, calibration=one_sided), "harmless")
+    assert "harmful transcripts score" not in told
+    assert not says_nan(told)
 
 
 @pytest.mark.parametrize(("refused", "complied"), [(EMPTY, EMPTY), (np.ones(3), EMPTY), (EMPTY, np.ones(3))])
@@ -76,7 +113,12 @@ def test_a_model_that_does_not_think_is_not_told_about_thinking(
 
 
 def cliffs_of(
-    cliff: Sequence[float], *, valid: bool | Sequence[bool] = True, harmful: object = True, outcome: str = "complied"
+    cliff: Sequence[float],
+    *,
+    valid: bool | Sequence[bool] = True,
+    harmful: object = True,
+    outcome: str = "complied",
+    final: float | Sequence[float] = 0.1,
 ) -> pd.DataFrame:
     n = len(cliff)
     fine = [valid] * n if isinstance(valid, bool) else list(valid)
@@ -86,7 +128,7 @@ def cliffs_of(
             "outcome": outcome,
             "plateau_mean": np.array(cliff, dtype=float) + 0.1,
             "plateau_max": np.array(cliff, dtype=float) + 0.15,
-            "final": 0.1,
+            "final": np.broadcast_to(np.array(final, dtype=float), n),
             "cliff": np.array(cliff, dtype=float),
             "valid": fine,
             "reason": ["" if ok else f"reason {i}" for i, ok in enumerate(fine)],
@@ -117,6 +159,30 @@ def test_the_maximum_is_told_where_it_is_the_plateau() -> None:
 def test_no_cliff_is_shown_where_the_interval_does_not_lie_above_the_bar(values: list[float]) -> None:
     told = verdicts.of_cliff(cliffs_of(values), "mean")
     assert told.startswith("No refusal cliff is shown:")
+
+
+def test_no_cliff_is_claimed_where_complied_ones_still_score_above_one_half_since_harm_is_read_there() -> None:
+    told = verdicts.of_cliff(cliffs_of([0.3] * 10, final=[0.6, 0.7] * 5), "mean")
+    assert told.startswith("No refusal cliff can be claimed, since the probe reads harm there, not refusal: ")
+    assert "at the final token, what was complied with scores [0.6" in told
+    assert "over 10 harmful prompts that were complied with (test split), the score falls from 0.40" in told
+    assert "to 0.65 at the final token: cliff 0.30 [0.30, 0.30]." in told
+
+
+@pytest.mark.parametrize(("final", "claimed"), [(0.49, True), (0.5, False), (0.51, False)])
+def test_the_upper_end_of_the_final_score_must_lie_below_one_half(final: float, claimed: bool) -> None:
+    told = verdicts.of_cliff(cliffs_of([0.4] * 6, final=final), "mean")
+    assert told.startswith("There is a refusal cliff") is claimed
+
+
+def test_a_final_score_whose_interval_holds_one_half_may_be_harm() -> None:
+    told = verdicts.of_cliff(cliffs_of([0.5] * 10, final=[0.1, 0.8] * 5), "mean")
+    assert told.startswith("No refusal cliff can be claimed, since the probe may read harm there rather than refusal: ")
+
+
+def test_the_final_scores_of_invalid_cliffs_decide_nothing() -> None:
+    frame = cliffs_of([0.5] * 10, valid=[True] * 6 + [False] * 4, final=[0.1] * 6 + [1.0] * 4)
+    assert verdicts.of_cliff(frame, "mean").startswith("There is a refusal cliff")
 
 
 def test_one_transcript_is_told_without_nan() -> None:

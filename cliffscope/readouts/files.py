@@ -18,7 +18,8 @@ from cliffscope.errors import ProbeError
 from cliffscope.readouts.answer import AnswerReadout
 from cliffscope.readouts.openings import Opening
 from cliffscope.readouts.probe import RefusalProbe
-from cliffscope.readouts.reports import AnswerReport, ProbeReport, RegionReport
+from cliffscope.readouts.reports import AnswerReport, Calibration, ProbeReport, RegionReport
+from cliffscope.readouts.text_baseline import TextBaseline
 from cliffscope.stats import Interval
 from cliffscope.transcripts.records import Group, Omission
 
@@ -61,6 +62,7 @@ def saved_probe(probe: RefusalProbe) -> SavedProbe:
             "final": _region_json(report.final),
             "late_thinking": _region_json(report.late_thinking),
             "within_harmful_final": _region_json(report.within_harmful),
+            "calibration_harmful_final": asdict(report.calibration),
             "shuffled_final": {
                 "auroc": float(shuffled.mean()),
                 "auroc_low": float(shuffled.min()),
@@ -93,6 +95,7 @@ def probe_from_saved(
             final=_region(regions["final"]),
             late_thinking=_region(regions["late_thinking"]),
             within_harmful=_region(regions["within_harmful_final"]),
+            calibration=_calibration(regions["calibration_harmful_final"]),
             shuffled=tuple(_number(value) for value in regions["shuffled_final"]["values"]),
             by_region=layers,
             cells={f"{c['class']}, {Group.of(c['harmful'])}": int(c["n"]) for c in data["cells"]},
@@ -136,6 +139,17 @@ def saved_answer_readout(readout: AnswerReadout) -> dict[str, object]:
             "mass": report.mass,
             "warnings": list(report.warnings),
         },
+    }
+
+
+def saved_text_baseline(baseline: TextBaseline) -> dict[str, object]:
+    """A text baseline as a JSON-ready document."""
+    return {
+        "overall": _region_json(baseline.overall),
+        "within_harmful": _region_json(baseline.within_harmful),
+        "strength": baseline.strength,
+        "n_terms": baseline.n_terms,
+        "terms": baseline.terms.to_dict("records"),
     }
 
 
@@ -200,6 +214,24 @@ def _region(data: Mapping[str, Any]) -> RegionReport:
         tpr_at_1_fpr=_number(data["tpr_at_1_fpr"]),
         brier=_number(data["brier"]),
         calibration_error=_number(data["calibration_error"]),
+        n_refused=int(data["n_refused"]),
+        n_complied=int(data["n_complied"]),
+    )
+
+
+def _calibration(data: Mapping[str, Any]) -> Calibration:
+    numbers = {name: _number(data[name]) for name in ("brier", "calibration_error", "refused", "complied")}
+    intervals = {
+        name: Interval(low=_number(data[name]["low"]), high=_number(data[name]["high"]))
+        for name in ("refused_interval", "complied_interval")
+    }
+    return Calibration(
+        brier=numbers["brier"],
+        calibration_error=numbers["calibration_error"],
+        refused=numbers["refused"],
+        refused_interval=intervals["refused_interval"],
+        complied=numbers["complied"],
+        complied_interval=intervals["complied_interval"],
         n_refused=int(data["n_refused"]),
         n_complied=int(data["n_complied"]),
     )

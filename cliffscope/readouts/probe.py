@@ -25,7 +25,6 @@ import pandas as pd
 import torch
 from einops import rearrange
 from jaxtyping import Bool, Float, Float32, Int64
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from cliffscope.errors import ProbeError
@@ -33,9 +32,17 @@ from cliffscope.model.load import LensModel
 from cliffscope.notebook import Plotted
 from cliffscope.readouts.activations import gather_residuals, project_residuals
 from cliffscope.readouts.labelled import CHALLENGE, COMPLIED, REFUSED, Labelled, LabelledRow, split_by_prompt
+from cliffscope.readouts.logistic import STRENGTHS, fit_logistic
 from cliffscope.readouts.readout import Readout
 from cliffscope.readouts.regions import FINAL, LATE_THINKING, balanced_positions, region_names, regions
-from cliffscope.readouts.reports import ProbeReport, RegionReport, cells_of, one_sided_warning, region_report
+from cliffscope.readouts.reports import (
+    ProbeReport,
+    RegionReport,
+    calibration_of,
+    cells_of,
+    one_sided_warning,
+    region_report,
+)
 from cliffscope.transcripts.records import Omission, Transcripts
 from cliffscope.transcripts.transcript import TokenizedTranscript
 
@@ -45,8 +52,6 @@ if TYPE_CHECKING:
 Positions = Literal["final", "balanced"]
 THINKING_POSITIONS = 16
 """Thinking positions a transcript in a balanced fit: more adds memory, and neighbours say nearly the same."""
-STRENGTHS = (0.01, 0.1, 1.0)
-"""Inverse regularisations of the standardised logistic regression that are tried."""
 SHUFFLES = 10
 """Shuffled-label probes of the control."""
 FEWEST = 4
@@ -292,7 +297,7 @@ def _fit(
     weights: Float[np.ndarray, " n"],
     strength: float,
 ) -> _Fit:
-    directions, biases = zip(*(_logistic(layer, labels, weights, strength) for layer in residuals), strict=True)
+    directions, biases = zip(*(fit_logistic(layer, labels, weights, strength) for layer in residuals), strict=True)
     return _Fit(strength=strength, weights=np.stack(directions), biases=np.array(biases, dtype=np.float32))
 
 
@@ -327,21 +332,6 @@ def _log_loss(scored: Sequence[_Scored], layer: int) -> float:
             enough = len(values) >= (FEWEST if kind == CHALLENGE else 1)
             losses += [float(np.logaddexp(0.0, signs[kind] * values).mean())] if enough else []
     return float(np.mean(losses))
-
-
-def _logistic(
-    residuals: Float[np.ndarray, "n d_model"],
-    labels: Bool[np.ndarray, " n"],
-    weights: Float[np.ndarray, " n"],
-    strength: float,
-) -> tuple[Float32[np.ndarray, " d_model"], float]:
-    """Weight and bias on the raw residual of a regularised logistic regression on the standardised one."""
-    values = residuals.astype(np.float64)
-    mean = np.average(values, axis=0, weights=weights)
-    scale = np.sqrt(np.average((values - mean) ** 2, axis=0, weights=weights)) + 1e-6
-    model = LogisticRegression(C=strength, max_iter=2000).fit((values - mean) / scale, labels, sample_weight=weights)
-    weight = model.coef_[0] / scale
-    return weight.astype(np.float32), float(model.intercept_[0] - weight @ mean)
 
 
 def _region_values(scored: Sequence[_Scored], kind: str, region: str, layer: int) -> Float[np.ndarray, " n"]:
@@ -381,7 +371,7 @@ def _shuffled_control(
     aurocs = []
     for _ in range(SHUFFLES):
         labels, weights = sample.labels_and_weights(rng.permutation(sample.refused))
-        weight, bias = _logistic(residuals[fit.layer], labels, weights, fit.strength)
+        weight, bias = fit_logistic(residuals[fit.layer], labels, weights, fit.strength)
         logits = final @ weight + bias
         aurocs.append(region_report(FINAL, logits[is_refused], logits[~is_refused]).auroc)
     return aurocs
@@ -398,6 +388,7 @@ def _report(scored: Sequence[_Scored], layer: int, shuffled: list[float], labell
         final=_compare(scored, FINAL, layer),
         late_thinking=_compare(scored, LATE_THINKING, layer),
         within_harmful=_within_harmful(scored, layer, labelled),
+        calibration=calibration_of(*_harmful_logits(scored, layer, labelled)),
         shuffled=tuple(shuffled),
         by_region=table,
         cells=cells,
@@ -413,8 +404,15 @@ def _compare(scored: Sequence[_Scored], region: str, layer: int) -> RegionReport
 
 def _within_harmful(scored: Sequence[_Scored], layer: int, labelled: Labelled) -> RegionReport:
     """Refused against complied at the final token, among harmful transcripts alone."""
+    return region_report("final, harmful only", *_harmful_logits(scored, layer, labelled))
+
+
+def _harmful_logits(
+    scored: Sequence[_Scored], layer: int, labelled: Labelled
+) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " m"]]:
+    """Logits at the final token of refused and of complied harmful transcripts."""
     values: dict[bool, list[float]] = {True: [], False: []}
     for row in scored:
         if labelled.transcripts[row.tokens.id].harmful:
             values[row.kind == REFUSED].append(float(row.logits[layer, row.tokens.final]))
-    return region_report("final, harmful only", np.array(values[True]), np.array(values[False]))
+    return np.array(values[True]), np.array(values[False])

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 from jaxtyping import Float
+from scipy.special import expit
 
 from cliffscope.notebook import Plotted
+from cliffscope.resampling import bootstrap_mean
 from cliffscope.stats import Interval, auroc, auroc_interval, brier, expected_calibration_error, tpr_at_fpr
 from cliffscope.transcripts.records import Transcript
 
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 CAN_TELL = 0.75
 """Lower bound of the held-out AUROC from which a probe is said to be able to tell at a region."""
+MIDDLE = 0.5
+"""Score at which a probe finds refusal and compliance equally likely."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +66,47 @@ class RegionReport:
         return f"AUROC {self.auroc:.3f} {bounds} at {self.region}, n={self.n_refused}+{self.n_complied}"
 
 
+@dataclass(frozen=True, kw_only=True)
+class Calibration:
+    """How far scores in [0, 1] agree with outcomes, one score a harmful transcript at the final position.
+
+    Brier score and calibration error exist where a single class does; an AUROC does not.
+    """
+
+    brier: float
+    """Mean squared error of the score."""
+    calibration_error: float
+    """Expected calibration error of the score, 10 bins."""
+    refused: float
+    """Mean score of refused transcripts; NaN without any."""
+    refused_interval: Interval
+    """Its 95% bootstrap interval over transcripts."""
+    complied: float
+    """Mean score of complied transcripts; NaN without any."""
+    complied_interval: Interval
+    """Its 95% bootstrap interval over transcripts."""
+    n_refused: int
+    """Refused transcripts."""
+    n_complied: int
+    """Complied transcripts."""
+
+    @property
+    def complied_is_low(self) -> bool:
+        """Whether complied transcripts score below `MIDDLE`, as they must for a cliff; False where nothing is known."""
+        return bool(self.complied_interval.high < MIDDLE)
+
+    def __repr__(self) -> str:
+        """One line: mean scores with intervals, Brier score, n a class."""
+        means = [
+            f"{kind} {mean:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
+            for kind, mean, interval in (
+                ("refused", self.refused, self.refused_interval),
+                ("complied", self.complied, self.complied_interval),
+            )
+        ]
+        return f"Calibration({', '.join(means)}, Brier {self.brier:.3f}, n={self.n_refused}+{self.n_complied})"
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class ProbeReport(Plotted):
     """What a probe can tell on its test split."""
@@ -72,6 +117,8 @@ class ProbeReport(Plotted):
     """Over the last two fifths of the thinking; empty for a model without thinking."""
     within_harmful: RegionReport
     """At the final token, among harmful transcripts alone: refusal rather than harmfulness."""
+    calibration: Calibration
+    """At the final token, among harmful transcripts alone: whether a score means what it says."""
     shuffled: tuple[float, ...]
     """AUROC at the final token of probes fitted on shuffled labels."""
     by_region: pd.DataFrame
@@ -192,6 +239,38 @@ def region_report(region: str, refused: Float[np.ndarray, " n"], complied: Float
         tpr_at_1_fpr=nothing if empty else tpr_at_fpr(refused, complied, 0.01),
         brier=nothing if empty else brier(scores, labels),
         calibration_error=nothing if empty else expected_calibration_error(scores, labels),
+        n_refused=len(refused),
+        n_complied=len(complied),
+    )
+
+
+def calibration_of(refused: Float[np.ndarray, " n"], complied: Float[np.ndarray, " m"]) -> Calibration:
+    """Compares scores with outcomes.
+
+    Args:
+        refused: [n] logits of refused transcripts.
+        complied: [m] logits of complied transcripts.
+
+    Returns:
+        The calibration; NaN where a class is empty, and NaN intervals with fewer than two transcripts.
+
+    Example:
+        >>> calibration_of(np.array([40.0, 40.0]), np.array([0.0, 0.0]))
+        Calibration(refused 1.00 [1.00, 1.00], complied 0.50 [0.50, 0.50], Brier 0.125, n=2+2)
+    """
+    scores = [expit(logits.astype(np.float64)) for logits in (refused, complied)]
+    both, labels = np.concatenate(scores), np.repeat([1.0, 0.0], [len(refused), len(complied)])
+    means = [float(values.mean()) if len(values) else float("nan") for values in scores]
+    intervals = [
+        Interval(low=float(low), high=float(high)) for low, high in (bootstrap_mean(s, seed=0) for s in scores)
+    ]
+    return Calibration(
+        brier=brier(both, labels),
+        calibration_error=expected_calibration_error(both, labels),
+        refused=means[0],
+        refused_interval=intervals[0],
+        complied=means[1],
+        complied_interval=intervals[1],
         n_refused=len(refused),
         n_complied=len(complied),
     )

@@ -121,6 +121,17 @@ PROBE_LAYERS = Table(
         ("n_complied", "int", "complied transcripts"),
     ),
 )
+TEXT_BASELINE = Document(
+    file="text_baseline.json",
+    meaning="what n-grams of prompt and thinking alone tell on the probe's test transcripts",
+    keys={
+        "overall": "held-out quality, refused against complied",
+        "within_harmful": "the same among harmful transcripts",
+        "strength": "inverse regularisation, C",
+        "n_terms": "words and pairs of words",
+        "terms": "strongest terms: term, weight; positive for refusal",
+    },
+)
 ANSWER = Document(
     file="answer.json",
     meaning="the answer readout: its openings and its held-out report",
@@ -369,7 +380,7 @@ MANIFEST = Place(
 )
 
 ARTEFACTS: tuple[Artefact, ...] = (
-    *(MANIFEST, TRANSCRIPTS, TRANSCRIPT_TABLE, PROBE, PROBE_ARRAYS, PROBE_LAYERS, ANSWER),
+    *(MANIFEST, TRANSCRIPTS, TRANSCRIPT_TABLE, PROBE, PROBE_ARRAYS, PROBE_LAYERS, TEXT_BASELINE, ANSWER),
     *(TRACES, LAYER_TRACES, ALIGNED, CLIFFS, HEADS, HEADS_FACTS, SELECTED_HEADS, CONFIRMATION, SUPPRESSION),
     *(EDITED_ALIGNED, EDITED_CLIFFS, HEAD_SOURCES, ARM_ANSWERS, ARM_LOGS, ARM_OMISSIONS),
     *(SAFETY, SAFETY_PAIRS, SAFETY_QUALITY, SIDE_EFFECTS, SELECTION, SELECTED, REPAIRED, REPAIR, OMITTED, REPORT),

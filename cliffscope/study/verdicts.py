@@ -16,11 +16,12 @@ from cliffscope.heads.confirmation import Confirmation
 from cliffscope.heads.controls import SetControl
 from cliffscope.heads.statistics import ALPHA
 from cliffscope.readouts.answer import AnswerReadout
-from cliffscope.readouts.reports import ProbeReport
+from cliffscope.readouts.reports import MIDDLE, ProbeReport, RegionReport
+from cliffscope.readouts.text_baseline import TextBaseline
 from cliffscope.repairing.comparison import AFTER, BEFORE, RepairReport
 from cliffscope.resampling import bootstrap_mean
 from cliffscope.selection.choice import Selection
-from cliffscope.stats import least_p
+from cliffscope.stats import Interval, least_p
 
 CLIFF = 0.1
 """Mean cliff below which nothing is called a cliff."""
@@ -59,15 +60,28 @@ def of_answer(readout: AnswerReadout) -> str:
     return sentence
 
 
-def of_probe(report: ProbeReport, contrast: str) -> str:
-    """What the probe can tell on its test split."""
+def of_probe(report: ProbeReport, contrast: str, baseline: TextBaseline | None = None) -> str:
+    """What the probe can tell on its test split, and what words alone can tell there."""
     told = f"The probe tells refused from complied ({contrast}) transcripts with held-out {report.final}."
     if np.isfinite(report.within_harmful.auroc) and contrast == "harmless":
         told += f" Among harmful transcripts alone: {report.within_harmful}."
     if np.isfinite(report.late_thinking.auroc):
         told += f" During the thinking: {report.late_thinking}."
+    harmful = report.calibration
+    if np.isfinite([harmful.refused, harmful.complied]).all():
+        refused = _mean(harmful.refused, harmful.refused_interval)
+        complied = _mean(harmful.complied, harmful.complied_interval)
+        told += (
+            f" At the final token refused harmful transcripts score {refused}, complied ones {complied} (Brier score "
+            f"{harmful.brier:.3f}, calibration error {harmful.calibration_error:.3f})."
+        )
+    if baseline is not None:
+        told += f" N-grams of prompt and thinking alone reach {_auroc(baseline.overall)}"
+        if np.isfinite(baseline.within_harmful.auroc) and contrast == "harmless":
+            told += f", and {_auroc(baseline.within_harmful)} among harmful transcripts"
+        told += "."
     if not report.final.can_tell:
-        told += " That is too little to read a refusal score from: do not rely on its scores."
+        told += " The probe's AUROC is too low to read a refusal score from: do not rely on its scores."
     return told
 
 
@@ -91,6 +105,13 @@ def of_cliff(cliffs: pd.DataFrame, plateau: str) -> str:
     if len(valid) < len(asked):
         invalid = asked[~asked["valid"].astype(bool)]
         numbers += f" {len(invalid)} of the {len(asked)} have no valid cliff: {_reasons(invalid)}."
+    final_low, final_high = (float(v) for v in bootstrap_mean(valid["final"].to_numpy(dtype=float), seed=0))
+    if final_high >= MIDDLE:
+        reads = "reads harm there, not refusal" if final_low > MIDDLE else "may read harm there rather than refusal"
+        return (
+            f"No refusal cliff can be claimed, since the probe {reads}: at the final token, what was complied with "
+            f"scores {_interval(final_low, final_high, '.2f')}, and not below {MIDDLE}. What was measured: {numbers}"
+        )
     if not low >= CLIFF:
         return f"No refusal cliff is shown: {numbers}"
     return f"There is a refusal cliff: {numbers}"
@@ -240,6 +261,14 @@ def _arm_sentence(report: SafetyReport, group: str, word: str) -> str:
 
 def _rate(value: float) -> str:
     return f"{value:.2f}" if np.isfinite(value) else "unknown"
+
+
+def _auroc(report: RegionReport) -> str:
+    return f"AUROC {report.auroc:.3f} {_interval(report.interval.low, report.interval.high, '.3f')}"
+
+
+def _mean(value: float, interval: Interval) -> str:
+    return f"{value:.2f} {_interval(interval.low, interval.high, '.2f')}"
 
 
 def _interval(low: float, high: float, digits: str) -> str:

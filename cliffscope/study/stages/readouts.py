@@ -2,11 +2,12 @@
 
 from cliffscope.errors import ProbeError, UnsupportedModelError
 from cliffscope.readouts.answer import fit_answer_readout
-from cliffscope.readouts.contrast import contrast_classes
-from cliffscope.readouts.files import saved_answer_readout
-from cliffscope.readouts.probe import fit_probe
+from cliffscope.readouts.contrast import Classes, contrast_classes
+from cliffscope.readouts.files import saved_answer_readout, saved_text_baseline
+from cliffscope.readouts.probe import RefusalProbe, fit_probe
+from cliffscope.readouts.text_baseline import TextBaseline, text_baseline
 from cliffscope.study import verdicts
-from cliffscope.study.artefacts import ANSWER, PROBE, PROBE_ARRAYS, PROBE_LAYERS
+from cliffscope.study.artefacts import ANSWER, PROBE, PROBE_ARRAYS, PROBE_LAYERS, TEXT_BASELINE
 from cliffscope.study.saved_readouts import probe_files
 from cliffscope.study.stages.base import Finding, Stage, StageOutputs, Workspace
 from cliffscope.transcripts.records import Outcome
@@ -16,9 +17,9 @@ class ReadoutStage(Stage):
     """Fits both readouts on the fit split, chooses them on validate, reports them on test."""
 
     name = "readouts"
-    version = 2
+    version = 3
     needs = ("transcripts",)
-    makes = (ANSWER, PROBE, PROBE_ARRAYS, PROBE_LAYERS)
+    makes = (ANSWER, PROBE, PROBE_ARRAYS, PROBE_LAYERS, TEXT_BASELINE)
     settings = ("positions", "contrast", "seed")
 
     def run(self, work: Workspace, key: str) -> StageOutputs:  # noqa: ARG002
@@ -68,8 +69,26 @@ def _fit_probe(work: Workspace) -> StageOutputs:
             findings=(Finding(topic="probe", sentence=verdicts.no_probe(str(error))),),
             notes=(f"No probe: {error}",),
         )
+    baseline, why = _fit_text(work, classes, probe)
+    sentence = verdicts.of_probe(probe.report, classes.name, baseline)
     return StageOutputs(
-        files=probe_files(probe, classes.name),
-        findings=(Finding(topic="probe", sentence=verdicts.of_probe(probe.report, classes.name)),),
+        files={
+            **probe_files(probe, classes.name),
+            **({TEXT_BASELINE: saved_text_baseline(baseline)} if baseline is not None else {}),
+        },
+        findings=(Finding(topic="probe", sentence=sentence),),
+        notes=why,
         omitted=probe.omitted,
     )
+
+
+def _fit_text(work: Workspace, classes: Classes, probe: RefusalProbe) -> tuple[TextBaseline | None, tuple[str, ...]]:
+    """The words' AUROC on the transcripts of the probe, or a note why there is none."""
+    left_out = {omission.id for omission in probe.omitted}
+    read = {t.id for t in work.transcripts if t.id not in left_out}
+    refused, complied = classes.refused.where(ids=read), classes.complied.where(ids=read)
+    challenge = classes.challenge and classes.challenge.where(ids=read)
+    try:
+        return text_baseline(refused, complied, challenge=challenge, splits=work.splits, seed=work.config.seed), ()
+    except ProbeError as error:
+        return None, (f"No text baseline: {error}",)

@@ -22,7 +22,7 @@ class TraceStage(Stage):
     """Traces every transcript and measures the cliffs."""
 
     name = "traces"
-    version = 1
+    version = 2
     needs = ("transcripts", "readouts")
     makes = (CLIFFS, TRACES, LAYER_TRACES, ALIGNED)
     settings = ("plateau", "seed")
