@@ -138,6 +138,7 @@ def head_table(n_layers, n_heads, rng):
             "effect_harmless": rng.normal(0, 0.04, flat.size),
             "effect_refused": rng.normal(0, 0.04, flat.size),
             **{"readout": "answer", "method": "zero", "scope": "closing"},
+            **{"decisive": np.where(flat > 1, 30, 2), "kind": np.where(flat > 1, "selective", "broad")},
             "selected": rank <= max(1, round(0.03 * flat.size)),
         }
     )
@@ -272,6 +273,16 @@ def write_run(folder, n=24, n_layers=8, n_heads=8, length=60, n_layered=4):
     tables |= {"aligned": aligned_table(rng), "heads": head_table(n_layers, n_heads, rng), "probe_layers": layers}
     tables |= {"selection": selection_table(rng), **safety_tables(rng), **edited_tables(rng)}
     store = RunStore(path=folder)
+    tables["confirmed_heads"] = pd.DataFrame(
+        [
+            {
+                **{"layer": row.layer, "head": row.head, "effect": row.effect, "ci_low": row.ci_low},
+                **{"ci_high": row.ci_high, "added": row.effect, "decisive": 30, "p": 0.001, "confirmed": True},
+                **{"kind": "selective", "n": 41},
+            }
+            for row in tables["heads"][tables["heads"]["selected"]].itertuples()
+        ]
+    )
     tables["selected_heads"] = tables["heads"][tables["heads"]["selected"]][["layer", "head", "rank"]]
     tables["heads"] = tables["heads"].drop(columns="selected")
     for name, frame in tables.items():
@@ -279,8 +290,11 @@ def write_run(folder, n=24, n_layers=8, n_heads=8, length=60, n_layered=4):
     ranked = tables["selected_heads"].sort_values("rank")
     selected = [f"L{row.layer}H{row.head}" for row in ranked.itertuples()]
     heads = {"method": "zero", "scope": "closing", "n": 41, "path": "packed", "gap": 6.0, "significant": selected}
+    heads |= {"readout": "answer", "can_tell": True, "least_q": 1e-6}
     suppression = {"top_fraction": 0.03, "selected": selected, "n": 41, "effect": 5.1, "effect_low": 4.6}
     suppression |= {"effect_high": 5.7, "random_sets": rng.normal(0, 0.2, 20).tolist(), "p": 0.0476}
+    suppression |= {"p_by_kind": {"same layers": 0.0476, "all heads": 0.0476}, "unedited": -3.0, "refused": 4.0}
+    suppression |= {"restored": 0.73}
     PROBE.write(store, probe)
     HEADS_FACTS.write(store, heads)
     SUPPRESSION.write(store, {**suppression, "beats_random": True})

@@ -139,7 +139,15 @@ def test_a_stage_and_its_table_are_planned_written_and_read(
 
 def test_a_figure_among_a_sections_parts_stands_on_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def figure() -> go.Figure:
-        row = {"arm": ["a"], "measure": ["toy"], "value": [0.5], "ci_low": [0.4], "ci_high": [0.6], "n": [3]}
+        row = {
+            "arm": ["a"],
+            "kind": ["top"],
+            "measure": ["toy"],
+            "value": [0.5],
+            "ci_low": [0.4],
+            "ci_high": [0.6],
+            "n": [3],
+        }
         return measure_panels(pd.DataFrame(row), title="A toy figure")
 
     def with_toy(run: StoredRun) -> list[Part]:

@@ -11,16 +11,15 @@ from scipy import stats as scipy_stats
 from cliffscope.errors import DataError, EditError, ProbeError
 from cliffscope.heads.controls import SetControl, control_sets, random_set
 from cliffscope.heads.edits import HeadRef, Scope
-from cliffscope.heads.ranking import FLIPS, SHARE, HeadRanking, rank_heads, top_count
+from cliffscope.heads.ranking import HeadRanking, rank_heads, top_count
 from cliffscope.heads.sweep import sweep_branches
 from cliffscope.model.load import LensModel, ModelShape
 from cliffscope.readouts.probe import RefusalProbe
-from cliffscope.resampling import sign_flip_p
 from cliffscope.transcripts.records import Transcripts
 
 COLUMNS = [
     *("layer", "head", "kv_group", "effect", "effect_score", "ci_low", "ci_high", "p", "q"),
-    *("effect_harmless", "effect_refused", "n", "rank", "readout", "method", "scope"),
+    *("decisive", "kind", "effect_harmless", "effect_refused", "n", "rank", "readout", "method", "scope"),
 ]
 SHAPE = ModelShape(n_layers=3, n_heads=4, n_kv_heads=2, d_model=32, d_head=8, context=256)
 HEADS = tuple(HeadRef(layer=layer, head=head) for layer in range(3) for head in range(4))
@@ -97,42 +96,38 @@ def test_effects_in_score_are_computed_transcript_by_transcript() -> None:
         assert table.loc[(ref.layer, ref.head), "effect"] == pytest.approx(ranking.effects[:, i].mean(), abs=1e-6)
 
 
-def test_suppression_heads_are_significant_and_the_rest_are_not() -> None:
+def test_heads_that_turn_answers_are_significant_and_the_rest_are_not() -> None:
     ranking = ranking_of(planted_effects(), gap=8.0)
-    assert ranking.least_effect == pytest.approx(8.0 * SHARE)
     assert ranking.significant() == (L0H2, L1H3)
     assert repr(ranking) == "HeadRanking(first L0H2: +3.00 logits, 12 heads, n=20, probe, zero, packed)"
 
 
-def test_the_spread_of_all_heads_is_the_null_of_each() -> None:
-    effects = np.random.default_rng(2).normal(0, 0.02, size=(20, 12))
-    effects[:, :8] += np.array([-0.4, 0.4, -0.2, 0.2, -0.1, 0.1, 0.0, 0.9])
-    ranking = ranking_of(effects, gap=0.5)
-    means = ranking.effects[:, :8].mean(0)
-    assert ranking.least_effect == pytest.approx(3 * 1.4826 * np.median(np.abs(means - np.median(means))))
+def test_q_is_benjamini_hochberg_over_the_heads_that_the_readout_sees() -> None:
+    table = ranking_of(planted_effects()).to_frame()
+    seen = table["layer"] <= 1
+    np.testing.assert_allclose(table["q"][seen], scipy_stats.false_discovery_control(table["p"][seen]), rtol=1e-9)
+    assert table.loc[~seen, ["p", "q"]].isna().all(axis=None)
+
+
+def test_a_readout_that_cannot_tell_gives_no_p() -> None:
+    ranking = replace(ranking_of(planted_effects()), can_tell=False)
     assert ranking.significant() == ()
-    effects[:, 7] += 1.0
-    assert ranking_of(effects, gap=0.5).significant() == (L1H3,)
+    assert ranking.to_frame()["p"].isna().all()
 
 
-@pytest.mark.parametrize("control", ["harmless", "refused"])
-def test_a_head_that_does_as_much_on_controls_is_not_significant(control: str) -> None:
-    effects = planted_effects()
-    beside = np.random.default_rng(1).normal(0, 0.02, size=(9, 12))
-    assert ranking_of(effects, **{control: beside}).significant() == (L0H2, L1H3)
-    beside[:, 2] += 3.0
-    assert ranking_of(effects, **{control: beside}).significant() == (L1H3,)
-    beside[:, 7] -= 3.0
-    assert ranking_of(effects, **{control: beside}).significant() == (L1H3,)
+def test_too_few_transcripts_say_which_q_they_allow() -> None:
+    assert ranking_of(planted_effects(4)).least_q == pytest.approx(8 * 0.5**4)
+    assert ranking_of(planted_effects(4)).significant() == ()
 
 
-def test_a_probe_that_cannot_tell_makes_nothing_significant() -> None:
-    assert replace(ranking_of(planted_effects()), can_tell=False).significant() == ()
-
-
-def test_half_a_dose_asks_for_half_the_effect() -> None:
-    whole = ranking_of(planted_effects(), gap=8.0)
-    assert replace(whole, dose=0.5).least_effect == pytest.approx(whole.least_effect / 2)
+def test_kinds_are_told_from_refused_and_harmless_effects() -> None:
+    zeros = np.random.default_rng(1).normal(0, 0.1, (15, 12))
+    broad = planted_effects(15)
+    selective = ranking_of(planted_effects(), harmless=zeros, refused=zeros).to_frame().set_index(["layer", "head"])
+    assert selective.loc[(0, 2), "kind"] == "selective"
+    everywhere = ranking_of(planted_effects(), harmless=broad, refused=broad).to_frame().set_index(["layer", "head"])
+    assert everywhere.loc[(0, 2), "kind"] == "broad"
+    assert ranking_of(planted_effects()).to_frame()["kind"].unique().tolist() == ["unknown"]
 
 
 def test_an_effect_that_an_edit_takes_is_turned_round_in_score_too() -> None:
@@ -143,59 +138,10 @@ def test_an_effect_that_an_edit_takes_is_turned_round_in_score_too() -> None:
     assert table.loc[(0, 2), "effect_score"] == pytest.approx(by_hand, abs=1e-6)
 
 
-@pytest.mark.parametrize("n_heads", [64, 784])
-def test_one_head_among_many_can_be_significant(n_heads: int) -> None:
-    effects = np.random.default_rng(0).normal(0, 0.02, size=(40, n_heads))
-    effects[:, 5] += 3.0
-    p = sign_flip_p(effects - 0.1, seed=0, draws=max(2000, FLIPS * n_heads))
-    assert scipy_stats.false_discovery_control(p)[5] <= 0.05
-
-
-def test_q_is_benjamini_hochberg_of_p_over_all_heads() -> None:
-    table = ranking_of(planted_effects()).to_frame()
-    np.testing.assert_allclose(table["q"], scipy_stats.false_discovery_control(table["p"]), rtol=1e-9)
-
-
-def test_p_is_the_share_of_sign_flips_that_reach_the_effect() -> None:
-    effects = planted_effects(5)
-    effects[:, 3] = [2.3, 2.5, 1.9, 2.4, 2.25]
-    ranking = ranking_of(effects)
-    seen = ranking.effects[:, :8].astype(float)
-    beyond = seen[:, 3] - np.median(seen, axis=1) - ranking.least_effect
-    signs = np.array(np.meshgrid(*[[1, -1]] * 5)).reshape(5, -1).T
-    expected = (signs @ beyond >= beyond.sum() - 1e-9).mean()
-    table = ranking.to_frame().set_index(["layer", "head"])
-    assert table.loc[(0, 3), "p"] == pytest.approx(expected)
-
-
-def test_heads_above_the_probes_layer_are_never_significant() -> None:
-    table = ranking_of(planted_effects()).to_frame()
-    assert (table[table["layer"] > 1]["p"] == 1.0).all()
-
-
-@pytest.mark.parametrize("gap", [0.0, -3.0])
-def test_without_a_gap_nothing_is_significant(gap: float) -> None:
-    ranking = ranking_of(planted_effects(), gap=gap)
-    assert ranking.significant() == ()
-    assert (ranking.to_frame()["p"] == 1.0).all()
-    assert ranking.top(0.1) == (L0H2,)
-
-
-def test_effects_that_all_heads_share_are_not_significant() -> None:
-    effects = np.random.default_rng(1).normal(0, 0.02, size=(20, 12)) + 2.0
-    effects[:, 8:] = 0.0
-    assert ranking_of(effects).significant() == ()
-
-
-def test_effects_below_a_share_of_the_gap_are_not_significant() -> None:
-    small = planted_effects() * 0.05
-    assert ranking_of(small, gap=400.0).significant() == ()
-
-
 def test_one_transcript_gives_effects_without_intervals() -> None:
     ranking = ranking_of(planted_effects(1))
     table = ranking.to_frame()
-    assert table[["ci_low", "ci_high", "p", "q"]].isna().all(axis=None)
+    assert table[["ci_low", "ci_high"]].isna().all(axis=None)
     assert table["effect"].notna().all()
     assert ranking.significant() == ()
     assert ranking.top()[0] == L0H2
@@ -374,5 +320,6 @@ def test_the_p_of_a_set_counts_the_set_itself() -> None:
     )
     assert control.effect == 3.0
     assert control.random_effects.tolist() == [1.0, 3.0, 4.0, 0.0]
-    assert control.p == pytest.approx(3 / 5)
+    assert control.p_by_kind == {"same layers": pytest.approx(2 / 3), "all heads": pytest.approx(2 / 3)}
+    assert control.p == pytest.approx(2 / 3)
     assert "n=2" in repr(control)

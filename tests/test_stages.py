@@ -60,7 +60,8 @@ def test_the_facts_of_a_set_are_json_and_say_what_the_objects_say(
     ranked: tuple[HeadRanking, SetControl],
 ) -> None:
     ranking, control = ranked
-    facts = suppression_facts(control, fraction=0.03, significant=True)
+    unedited = np.full(4, -1.0, np.float32)
+    facts = suppression_facts(control, fraction=0.03, confirmed=1, unedited=unedited, refused=3.0)
     assert json.loads(json.dumps(facts, allow_nan=False)) == facts
     assert facts["n"] == 4
     assert facts["selected"] == [str(h) for h in ranking.top(0.03)]
@@ -68,7 +69,8 @@ def test_the_facts_of_a_set_are_json_and_say_what_the_objects_say(
     assert facts["effect"] == pytest.approx(float(control.effects.mean()))
     assert facts["effect_low"] <= facts["effect"] <= facts["effect_high"]
     assert len(facts["random_sets"]) == 6
-    assert facts["p"] == control.p
+    assert facts["p"] == control.p == max(control.p_by_kind.values())
+    assert facts["restored"] == pytest.approx(control.effect / 4.0)
 
 
 def control_of(effect: float, random: list[float]) -> SetControl:
@@ -94,7 +96,13 @@ def control_of(effect: float, random: list[float]) -> SetControl:
 def test_heads_beat_random_sets_only_above_all_of_them_and_with_a_significant_head(
     effect: float, random: list[float], significant: bool, beats: bool
 ) -> None:
-    facts = suppression_facts(control_of(effect, random), fraction=0.03, significant=significant)
+    facts = suppression_facts(
+        control_of(effect, random),
+        fraction=0.03,
+        confirmed=int(significant),
+        unedited=np.zeros(4, np.float32),
+        refused=4.0,
+    )
     assert facts["beats_random"] is beats
 
 

@@ -9,9 +9,10 @@ from conftest import fixed_report, random_probe, written
 
 from cliffscope.evaluation.arms import TOP, UNEDITED, Arm
 from cliffscope.evaluation.safety import SafetyReport
+from cliffscope.heads.confirmation import Confirmation
 from cliffscope.heads.controls import SetControl
-from cliffscope.heads.edits import HeadRef, Scope, zero
-from cliffscope.heads.ranking import HeadRanking
+from cliffscope.heads.edits import HeadRef, zero
+from cliffscope.heads.statistics import HeadKind
 from cliffscope.model.load import LensModel
 from cliffscope.readouts.reports import ProbeReport, calibration_of, region_report
 from cliffscope.readouts.text_baseline import TextBaseline
@@ -224,33 +225,24 @@ def test_no_transcripts_at_all_are_no_cliff_either() -> None:
 # Heads
 
 
-def ranking_of(model: LensModel, strong: int, *, n: int = 12) -> HeadRanking:
-    """A ranking in which the first heads have an effect of 5 of a gap of 5, the others none."""
-    effects = np.zeros((n, 64), np.float32)
-    effects[:, :strong] = 5.0
-    return HeadRanking(
-        heads=tuple(HeadRef(layer=layer, head=h) for layer in range(8) for h in range(8)),
+def confirmation_of(p: Sequence[float], *, n: int = 12, kind: HeadKind = HeadKind.SELECTIVE) -> Confirmation:
+    """Candidates of layer 0 with these adjusted p."""
+    effects = np.full((n, len(p)), 2.0, np.float32)
+    return Confirmation(
+        heads=tuple(HeadRef(layer=0, head=head) for head in range(len(p))),
         effects=effects,
-        clean=np.zeros(n, np.float32),
-        harmless_effects=np.zeros((0, 64), np.float32),
-        refused_effects=np.zeros((0, 64), np.float32),
-        order=np.argsort(-effects.mean(0), kind="stable"),
-        dose=1.0,
-        sign=1,
-        donors="",
-        can_tell=True,
-        gap=5.0,
-        gap_score=0.8,
-        shape=model.shape,
-        readout="probe",
-        method="zero",
-        each_alone=True,
-        scope=Scope.CLOSING,
-        path="packed",
-        readout_layer=7,
+        added=effects,
+        p=np.array(p),
+        decisive=(n,) * len(p),
+        kinds=(kind,) * len(p),
+        readout="answer",
         seed=0,
-        omitted=(),
     )
+
+
+def of_heads(p: Sequence[float], **changes: object) -> str:
+    options = {"n_ranked": 20, "n_significant": len(p), "least_q": 0.001, "can_tell": True, **changes}
+    return verdicts.of_heads(confirmation_of(p), **options)
 
 
 def control_of(n: int = 6) -> SetControl:
@@ -263,52 +255,65 @@ def control_of(n: int = 6) -> SetControl:
     )
 
 
-def test_no_head_is_claimed_with_a_probe_that_cannot_tell(llama: LensModel) -> None:
-    told = verdicts.of_heads(ranking_of(llama, 2), control_of(), can_tell=False)
-    assert told.startswith("No head can be claimed")
-    assert "suppress refusal (q" not in told
+def test_confirmed_heads_are_named_with_their_kind_and_the_n_of_the_test() -> None:
+    sentence = of_heads([0.001, 0.01])
+    assert (
+        sentence
+        == "2 heads are confirmed to suppress refusal on test transcripts (n = 12): L0H0 (selective), L0H1 (selective)."
+    )
+    assert of_heads([0.001]).startswith("1 head is confirmed to suppress refusal")
 
 
-def test_significant_heads_are_named_with_the_joint_effect_and_its_control(llama: LensModel) -> None:
-    told = verdicts.of_heads(ranking_of(llama, 2), control_of())
-    assert told.startswith("2 heads suppress refusal (q <= 0.05, n = 12): L0H0, L0H1.")
-    assert "Zeroing the first 2 of 64 at the closing changes the refusal logit of 6 test transcripts by +4.25" in told
-    assert "[+4.25, +4.25]" in told
-    assert "random sets of the same size by +0.50 (p = 0.050, the least that 19 sets allow)" in told
+def test_significant_heads_that_add_nothing_are_counted() -> None:
+    assert of_heads([0.001, 0.4]).endswith("L0H0 (selective). 1 further significant head adds nothing beyond them.")
 
 
-def test_six_heads_are_named_at_most(llama: LensModel) -> None:
-    told = verdicts.of_heads(ranking_of(llama, 8), control_of())
-    assert told.startswith("8 heads suppress refusal")
-    assert "L0H5 ...." in told or "L0H5 ..." in told
-    assert "L0H6" not in told
+@pytest.mark.parametrize(
+    ("p", "changes", "reason"),
+    [
+        ([0.001], {"can_tell": False}, "the readout cannot tell refused from complied"),
+        ([], {"least_q": 0.5, "n_ranked": 4}, "4 transcripts allow no q below 0.50"),
+        ([], {}, r"No single head changes the model's answer more often towards refusal .*n = 20"),
+        (
+            [0.3, 0.9],
+            {},
+            r"2 heads changed the answer where they were ranked \(n = 20\), and none of them was confirmed",
+        ),
+    ],
+)
+def test_no_head_is_claimed_and_the_condition_that_failed_is_named(
+    p: Sequence[float], changes: dict[str, object], reason: str
+) -> None:
+    sentence = of_heads(p, **changes)
+    assert re.search(reason, sentence)
+    assert "confirmed to suppress" not in sentence
 
 
-def test_without_a_significant_head_none_is_named_but_the_joint_effect_is_told(llama: LensModel) -> None:
-    told = verdicts.of_heads(ranking_of(llama, 0), control_of())
-    assert told.startswith("No head's effect passes its controls (q <= 0.05, n = 12).")
-    assert "+4.25" in told
+def facts_of(control: SetControl, restored: float = 0.9) -> dict[str, object]:
+    return {"restored": restored, "n": len(control.effects)}
 
 
-def test_where_there_is_no_gap_to_restore_no_head_is_named(llama: LensModel) -> None:
-    for ranking in (replace(ranking_of(llama, 2), gap=0.0), replace(ranking_of(llama, 2), gap_score=0.0)):
-        assert verdicts.of_heads(ranking, control_of()).startswith("No head's effect passes")
+def test_suppression_is_told_with_interval_share_and_random_sets() -> None:
+    control = control_of()
+    sentence = verdicts.of_suppression(control, facts_of(control), can_tell=True)
+    assert sentence.startswith("Refusal is suppressed, and the selected heads do it: zeroing the 2 selected heads")
+    assert "+4.25 [+4.25, +4.25] on 6 test transcripts that were complied with, 90% of the way" in sentence
+    assert "size-matched random head sets by +0.50 (p = " in sentence
 
 
-def test_one_transcript_makes_no_head_significant_and_no_nan(llama: LensModel) -> None:
-    told = verdicts.of_heads(ranking_of(llama, 2, n=1), control_of(1))
-    assert told.startswith("No head's effect passes")
-    assert not says_nan(told)
+def test_suppression_is_not_claimed_where_random_sets_do_as_much_or_the_readout_cannot_tell() -> None:
+    weak = replace(control_of(), random_all=np.full((9, 6), 5.0, np.float32))
+    assert verdicts.of_suppression(weak, facts_of(weak), can_tell=True).startswith("The selected heads are not shown")
+    control = control_of()
+    assert verdicts.of_suppression(control, facts_of(control), can_tell=False).startswith("Nothing is claimed about")
+    assert not says_nan(verdicts.of_suppression(control, facts_of(control, float("nan")), can_tell=True))
 
 
 def test_too_few_complied_transcripts_are_told() -> None:
-    assert "only 3 harmful prompts were complied with" in verdicts.no_heads(3)
-
-
-def test_heads_are_read_from_a_table() -> None:
-    frame = pd.DataFrame({"layer": [3, 0], "head": [1, 7], "effect": [2.0, 1.0]})
-    assert verdicts.head_refs(frame) == (HeadRef(layer=3, head=1), HeadRef(layer=0, head=7))
-    assert verdicts.head_refs(frame[:0]) == ()
+    sentence = verdicts.no_heads(3, 9, 4)
+    assert sentence.startswith(
+        "Heads were not ranked: 3 harmful prompts of the fit and validate splits and 9 of the test"
+    )
 
 
 # Safety
