@@ -32,7 +32,7 @@ STAGES = (
 TOPICS = ["probe", "cliff", "heads", "suppression", "intervention", "side effects", "selection"]
 FILES = {
     *("manifest.json", "transcripts.jsonl", "transcripts.parquet", "omitted.parquet", "report.html"),
-    *("probe.json", "probe.safetensors", "probe_layers.parquet"),
+    *("answer.json", "probe.json", "probe.safetensors", "probe_layers.parquet", "text_baseline.json"),
     *("traces.parquet", "layer_traces.parquet", "aligned.parquet", "cliffs.parquet"),
     *("edited_aligned.parquet", "edited_cliffs.parquet", "head_sources.parquet"),
     *(
