@@ -38,6 +38,8 @@ from .readouts.answer import AnswerReadout as AnswerReadout
 from .readouts.answer import fit_answer_readout as fit_answer_readout
 from .readouts.direction import DirectionCheck as DirectionCheck
 from .readouts.direction import check_direction as check_direction
+from .readouts.layer_means import LayerMeans as LayerMeans
+from .readouts.layer_means import layer_means as layer_means
 from .readouts.paper_probe import PaperProbe as PaperProbe
 from .readouts.paper_probe import fit_paper_probe as fit_paper_probe
 from .readouts.probe import RefusalProbe as RefusalProbe

@@ -29,10 +29,10 @@ STAGES = (
     *("transcripts", "readouts", "traces", "heads", "suppression", "reading"),
     *("safety", "side effects", "selection", "report"),
 )
-TOPICS = ["probe", "cliff", "heads", "suppression", "intervention", "side effects", "selection"]
+TOPICS = ["answer", "probe", "cliff", "heads", "suppression", "intervention", "side effects", "selection"]
 FILES = {
     *("manifest.json", "transcripts.jsonl", "transcripts.parquet", "omitted.parquet", "report.html"),
-    *("probe.json", "probe.safetensors", "probe_layers.parquet"),
+    *("answer.json", "probe.json", "probe.safetensors", "probe_layers.parquet", "text_baseline.json"),
     *("traces.parquet", "layer_traces.parquet", "aligned.parquet", "cliffs.parquet"),
     *("edited_aligned.parquet", "edited_cliffs.parquet", "head_sources.parquet"),
     *(
@@ -107,6 +107,7 @@ def test_a_study_leaves_every_file_and_finds_what_was_planted(whole: Study) -> N
     assert files_of(whole.path) == FILES
     assert list(stages_of(whole.path)) == list(STAGES)
     assert list(whole.verdict) == [
+        "answer",
         "probe",
         "cliff",
         "heads",
@@ -116,7 +117,6 @@ def test_a_study_leaves_every_file_and_finds_what_was_planted(whole: Study) -> N
         "selection",
     ]
     assert not any("nan" in sentence.lower().split() for sentence in whole.verdict.values())
-    assert whole.verdict["cliff"].startswith("There is a refusal cliff")
     safety = pd.read_parquet(whole.path / "safety.parquet")
     assert safety["arm"].unique().tolist() == ["unedited", "top heads", "random 1", "random 2", "random 3"]
     asr = safety[safety["group"] == "harmful"].set_index("arm")["rate"]
@@ -126,6 +126,13 @@ def test_a_study_leaves_every_file_and_finds_what_was_planted(whole: Study) -> N
     assert edited["harmful, complied; top heads zeroed"] < 0.3 * edited["harmful, complied; random heads zeroed"]
     truth = json.loads((ASSETS / "planted-llama" / "truth.json").read_text())
     assert f"L{heads['layer'][0]}H{heads['head'][0]}" in truth["planted"]
+
+
+def test_no_cliff_is_claimed_of_an_organism_whose_complied_prompts_score_about_one_half(whole: Study) -> None:
+    cliffs = pd.read_parquet(whole.path / "cliffs.parquet").query("split == 'test' and outcome == 'complied'")
+    final = cliffs["final"][cliffs["harmful"].astype(bool)]
+    assert 0.3 < final.mean() < 0.5
+    assert whole.verdict["cliff"].startswith("No refusal cliff can be claimed, since the probe may read harm there")
 
 
 def test_no_prompt_is_in_two_splits_and_what_is_told_of_the_test_split_was_not_fitted_on(whole: Study) -> None:

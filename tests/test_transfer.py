@@ -94,6 +94,7 @@ def test_by_names_the_sources(llama: LensModel, two: tuple[Transcripts, Transcri
     refused, complied, splits = two
     result = probe_transfer(llama, refused, complied, by=lambda _t: "all", layer=LAYER, splits=splits)
     assert result.frame[["fit_source", "test_source"]].to_numpy().tolist() == [["all", "all"]]
+    assert "nan" not in repr(result)
     assert result.frame["auroc"][0] == result.probes["all"].report.final.auroc
 
 

@@ -22,7 +22,8 @@ from cliffscope.errors import DataError, SpanError
 from cliffscope.model.load import LensModel
 from cliffscope.notebook import Plotted
 from cliffscope.readouts.activations import Intervention, project_layer, project_residuals
-from cliffscope.readouts.cliff import PROMPT_BINS, THINKING_BINS, Cliff, Plateau, align_trace, measure_cliff
+from cliffscope.readouts.axis import align_row, axis_table, closing_width
+from cliffscope.readouts.cliff import Cliff, Plateau, measure_cliff
 from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.readouts.regions import late_thinking
 from cliffscope.resampling import bootstrap_mean
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 STAGE = "trace"
-MOST_CLOSING = 8
-"""Closing tokens on the common axis at most; they are counted from the end."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -150,13 +149,14 @@ class RefusalTraces(Plotted):
         Returns:
             group, bin, label, span, mean, ci_low, ci_high, n; intervals are over transcripts.
         """
-        width = closing or self._closing_width()
+        width = closing or closing_width(self.tokens)
         index = {row.id: i for i, row in enumerate(self.tokens)}
         parts = []
         for name, ids in groups.items():
-            rows = [self._align(index[i], width) for i in ids if i in index]
+            rows = [align_row(self.tokens[index[i]], expit(self.logits[index[i]]), width) for i in ids if i in index]
             if rows:
-                parts.append(self._axis(width).assign(group=name, **_band(np.stack(rows), seed)))
+                axis = axis_table(self.tokens, self.tokenizer, width)
+                parts.append(axis.assign(group=name, **_band(np.stack(rows), seed)))
         return pd.concat(parts, ignore_index=True)[_MEAN_COLUMNS] if parts else pd.DataFrame(columns=_MEAN_COLUMNS)
 
     def small_table(self) -> pd.DataFrame:
@@ -185,7 +185,7 @@ class RefusalTraces(Plotted):
         double = sorted(set(groups) & set(beside or {}))
         if double:
             raise DataError(f"beside={double[0]!r}: a group has that name already. Give the traces another one.")
-        width = max(own._closing_width() for own in (self, *(beside or {}).values()))
+        width = max(closing_width(own.tokens) for own in (self, *(beside or {}).values()))
         tables = [self.aligned(groups, closing=width)]
         for name, other in (beside or {}).items():
             tables.append(other.aligned({name: [t.id for t in other.transcripts]}, closing=width))
@@ -240,9 +240,6 @@ class RefusalTraces(Plotted):
     def _n_with(self, beside: "Mapping[str, RefusalTraces]") -> int:
         return len({t.id for own in (self, *beside.values()) for t in own.transcripts})
 
-    def _closing_width(self) -> int:
-        return min(MOST_CLOSING, max((_length(t, Span.CLOSING) for t in self.tokens), default=1))
-
     def _one(self, transcript_id: str) -> tuple[TokenizedTranscript, Float[np.ndarray, "layer _"]]:
         """A transcript's tokens, and its scores at every layer that was kept."""
         for row, logits in zip(self.tokens, self.logits, strict=True):
@@ -273,25 +270,6 @@ class RefusalTraces(Plotted):
             "valid": not reason,
             "reason": reason,
         }
-
-    def _align(self, i: int, width: int) -> np.ndarray:
-        row = self.tokens[i]
-        return align_trace(
-            expit(self.logits[i]).astype(np.float64),
-            prompt=row.span(Span.PROMPT),
-            thinking=row.span(Span.THINKING),
-            closing=row.span(Span.CLOSING),
-            closing_width=width,
-        )
-
-    def _axis(self, width: int) -> pd.DataFrame:
-        labels = [f"prompt {i + 1}/{PROMPT_BINS}" for i in range(PROMPT_BINS)]
-        labels += [f"thinking {i + 1}/{THINKING_BINS}" for i in range(THINKING_BINS)]
-        longest = max(self.tokens, key=lambda t: _length(t, Span.CLOSING))
-        texts = self.token_texts(longest)[longest.span(Span.CLOSING)]
-        labels += [*[""] * width, *texts][-width:]
-        spans = [Span.PROMPT] * PROMPT_BINS + [Span.THINKING] * THINKING_BINS + [Span.CLOSING] * width
-        return pd.DataFrame({"bin": range(len(labels)), "label": labels, "span": [str(s) for s in spans]})
 
 
 _MEAN_COLUMNS = ["group", "bin", "label", "span", "mean", "ci_low", "ci_high", "n"]
@@ -406,8 +384,3 @@ def _band(rows: Float[np.ndarray, "n bin"], seed: int) -> dict[str, np.ndarray]:
         "ci_high": np.array([float(high) for _, high in bands]),
         "n": counts,
     }
-
-
-def _length(row: TokenizedTranscript, span: Span) -> int:
-    found = row.span(span)
-    return int(found.stop - found.start)

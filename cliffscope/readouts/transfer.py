@@ -77,10 +77,11 @@ class ProbeTransfer(Plotted):
 
     def __repr__(self) -> str:
         """One line: sources, mean AUROC on the same and on other sources, n."""
-        table = self.small_table()
+        means = self.small_table()[["same", "others"]].mean()
+        others = f", {means['others']:.3f} on others" if np.isfinite(means["others"]) else ""
         return (
-            f"ProbeTransfer({len(self.probes)} sources, AUROC {table['same'].mean():.3f} on the same, "
-            f"{table['others'].mean():.3f} on others, {self._n()}; omitted {len(self.omitted)})"
+            f"ProbeTransfer({len(self.probes)} sources, AUROC {means['same']:.3f} on the same{others}, {self._n()}; "
+            f"omitted {len(self.omitted)})"
         )
 
 
