@@ -26,6 +26,8 @@ from .heads.export import export_edited as export_edited
 from .heads.ranking import HeadRanking as HeadRanking
 from .heads.ranking import rank_heads as rank_heads
 from .heads.sources import trace_sources as trace_sources
+from .heads.suppression import Suppression as Suppression
+from .heads.suppression import measure_suppression as measure_suppression
 from .judging.classifiers import ClassifierJudge as ClassifierJudge
 from .judging.judges import judge as judge
 from .judging.judges import judge_agreement as judge_agreement
