@@ -16,6 +16,8 @@ from .heads.agreement import compare_rankings as compare_rankings
 from .heads.agreement import split_half as split_half
 from .heads.controls import control_sets as control_sets
 from .heads.donors import mean as mean
+from .heads.early_closings import EarlyClosings as EarlyClosings
+from .heads.early_closings import trace_early_closings as trace_early_closings
 from .heads.editing import edited_weights as edited_weights
 from .heads.edits import HeadEdit as HeadEdit
 from .heads.edits import HeadRef as HeadRef
