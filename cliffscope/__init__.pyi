@@ -16,6 +16,8 @@ from .heads.agreement import compare_rankings as compare_rankings
 from .heads.agreement import split_half as split_half
 from .heads.controls import control_sets as control_sets
 from .heads.donors import mean as mean
+from .heads.early_closings import EarlyClosings as EarlyClosings
+from .heads.early_closings import trace_early_closings as trace_early_closings
 from .heads.editing import edited_weights as edited_weights
 from .heads.edits import HeadEdit as HeadEdit
 from .heads.edits import HeadRef as HeadRef
@@ -26,6 +28,8 @@ from .heads.export import export_edited as export_edited
 from .heads.ranking import HeadRanking as HeadRanking
 from .heads.ranking import rank_heads as rank_heads
 from .heads.sources import trace_sources as trace_sources
+from .heads.suppression import Suppression as Suppression
+from .heads.suppression import measure_suppression as measure_suppression
 from .judging.classifiers import ClassifierJudge as ClassifierJudge
 from .judging.judges import judge as judge
 from .judging.judges import judge_agreement as judge_agreement

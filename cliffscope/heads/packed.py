@@ -16,7 +16,7 @@ fit into memory is halved, and so are all after it.
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -31,6 +31,7 @@ from cliffscope.heads.branches import BranchValues, Job, edits_by_layer
 from cliffscope.heads.editing import change_heads
 from cliffscope.memory import is_out_of_memory
 from cliffscope.model.load import LensModel
+from cliffscope.readouts.activations import Intervention
 from cliffscope.readouts.continuations import Continuations
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 
@@ -67,12 +68,12 @@ class PackSize:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Layout:
-    """Tokens that follow a cached prefix: where each stands, and which of the others it sees."""
+    """Tokens that follow a cached prefix or a part of it: where each stands, and which of the others it sees."""
 
     prefix: int
-    """Cached tokens, all of which every token sees."""
+    """Cached tokens."""
     offsets: Int[Tensor, " token"]
-    """Position of each, less the prefix."""
+    """How far each stands behind what it sees of the prefix."""
     sees: Bool[Tensor, "token token"]
     """Whether a token sees another."""
 
@@ -89,13 +90,17 @@ class Layout:
         """Tokens."""
         return len(self.offsets)
 
-    def positions(self, n: int) -> Int[Tensor, "1 pack"]:
-        """Position ids of n copies."""
-        return repeat(self.prefix + self.offsets, "token -> 1 (branch token)", branch=n)
+    def whole(self, n: int) -> Int[Tensor, " branch"]:
+        """The starts of n copies that see the whole prefix."""
+        return torch.full((n,), self.prefix, device=self.offsets.device)
+
+    def positions(self, starts: Int[Tensor, " branch"]) -> Int[Tensor, "1 pack"]:
+        """Position ids of copies, each of which stands behind as many tokens of the prefix as `starts` says."""
+        return rearrange(rearrange(starts, "branch -> branch 1") + self.offsets, "branch token -> 1 (branch token)")
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class _Window:
+class Window:
     """The window of one transcript, ready to be branched."""
 
     layout: Layout
@@ -107,10 +112,16 @@ class _Window:
     cache: DynamicCache
     """Of the prefix; never written to."""
 
-    def fresh_cache(self) -> DynamicCache:
-        """A cache that starts at the prefix; it shares the tensors, which updates replace and do not change."""
+    def fresh_cache(self, length: int | None = None) -> DynamicCache:
+        """A cache that starts at the prefix; it shares the tensors, which updates replace and do not change.
+
+        Args:
+            length: tokens of the prefix to hold, from the first on; None for all.
+        """
         cache = DynamicCache()
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        if length is not None and length < self.layout.prefix:
+            cache.crop(length - self.layout.prefix)
         return cache
 
 
@@ -132,9 +143,8 @@ def packed_logits(
         Disagreement: an unedited branch in a pack does not have the clean logit.
         ResourceError: not even one branch fits into memory.
     """
-    start, stop = transcript.span(Span.CLOSING).start, transcript.final + 1
     with torch.inference_mode():
-        window, clean = _clean_pass(job, transcript.token_ids[:stop].tolist(), start)
+        window, clean = clean_pass(job, transcript)
         edited = np.full(len(job.branches), clean, dtype=np.float32)
         width = window.layout.width
         queue = list(packs(job.seen(), job, width, size.tokens))
@@ -180,8 +190,15 @@ def _halved(error: Exception, queue: list[list[int]], job: Job, width: int, size
     return list(packs([branch for pack in queue for branch in pack], job, width, size.tokens))
 
 
-def _clean_pass(job: Job, ids: list[int], start: int) -> tuple[_Window, float]:
-    """The window of a transcript whose closing begins at `start`, and the clean logit."""
+def clean_pass(job: Job, transcript: TokenizedTranscript, *, edit: Intervention | None = None) -> tuple[Window, float]:
+    """The window of a transcript, and its logit.
+
+    Args:
+        job: the sweep.
+        transcript: tokens; the answer is ignored.
+        edit: done meanwhile, at the closing alone, so that the prefix stays as it is.
+    """
+    ids, start = transcript.token_ids[: transcript.final + 1].tolist(), transcript.span(Span.CLOSING).start
     entering: list[list[Float[Tensor, "1 token d_model"]]] = []
     leaving: list[Float[Tensor, "token d_model"]] = []
     model, tree, last = job.model, job.readout.continuations, job.readout.layer
@@ -203,20 +220,21 @@ def _clean_pass(job: Job, ids: list[int], start: int) -> tuple[_Window, float]:
         for block in blocks:
             stack.callback(block.register_forward_pre_hook(keep).remove)
         entering.append([])
-        model.decoder(input_ids=batch.ids, position_ids=batch.positions, past_key_values=cache, use_cache=True)
+        with nullcontext() if edit is None else edit.hooks(model, [transcript]):
+            model.decoder(input_ids=batch.ids, position_ids=batch.positions, past_key_values=cache, use_cache=True)
         if len(tree):
             kept_from = 0
             entering.append([])
             layout = Layout.of_window(len(ids), 0, tree, batch.ids.device)
             model.decoder(
                 input_ids=torch.tensor([tree.tokens], device=batch.ids.device),
-                attention_mask=_masks(model, layout, 1, entering[0][0]),
-                position_ids=layout.positions(1),
+                attention_mask=branch_masks(model, layout, layout.whole(1), entering[0][0]),
+                position_ids=layout.positions(layout.whole(1)),
                 past_key_values=cache,
                 use_cache=True,
             )
     cache.crop(start - len(ids) - len(tree))
-    window = _Window(
+    window = Window(
         layout=Layout.of_window(start, len(ids) - start, tree, batch.ids.device),
         closing=len(ids) - start,
         entering=[torch.cat(parts, 1) for parts in zip(*entering, strict=True)],
@@ -226,7 +244,7 @@ def _clean_pass(job: Job, ids: list[int], start: int) -> tuple[_Window, float]:
 
 
 def _run_pack(
-    job: Job, window: _Window, branches: list[int], index: int
+    job: Job, window: Window, branches: list[int], index: int
 ) -> tuple[Float32[np.ndarray, " branch"], float]:
     """The logits of the branches, and that of one that edits nothing."""
     model, layout, n = job.model, window.layout, len(branches) + 1
@@ -246,8 +264,8 @@ def _run_pack(
         stack.enter_context(model.residual_hook(visit))
         model.decoder(
             inputs_embeds=residual,
-            attention_mask=_masks(model, layout, n, residual),
-            position_ids=layout.positions(n),
+            attention_mask=branch_masks(model, layout, layout.whole(n), residual),
+            position_ids=layout.positions(layout.whole(n)),
             past_key_values=window.fresh_cache(),
             use_cache=True,
         )
@@ -256,7 +274,7 @@ def _run_pack(
 
 
 def _branch_edit(
-    job: Job, layer: int, rows: list[tuple[int, list[int]]], window: _Window, index: int
+    job: Job, layer: int, rows: list[tuple[int, list[int]]], window: Window, index: int
 ) -> Callable[[Float[Tensor, "1 pack head d_head"]], None]:
     """Edits in each branch its own heads, all of a layer in one step."""
     pairs = [(row, head) for row, heads in rows for head in heads]
@@ -274,26 +292,41 @@ def _branch_edit(
     return change
 
 
-def _masks(model: LensModel, layout: Layout, n: int, like: Float[Tensor, "..."]) -> Mask | dict[str, Mask]:
-    """The mask of n copies; one for each kind of attention where some layers see the nearest positions alone."""
+def branch_masks(
+    model: LensModel, layout: Layout, starts: Int[Tensor, " branch"], like: Float[Tensor, "..."]
+) -> Mask | dict[str, Mask]:
+    """The mask of copies; one for each kind of attention where some layers see the nearest positions alone.
+
+    Args:
+        model: the model.
+        layout: the tokens of each copy.
+        starts: tokens of the prefix that each copy sees, from the first on.
+        like: has the mask's dtype and device.
+
+    Returns:
+        What transformers takes as `attention_mask`.
+    """
     config = model.hf.config.get_text_config()
     nearest, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
-    whole = _branch_mask(layout, n, like, None)
+    whole = _branch_mask(layout, starts, like, None)
     if not nearest or kinds is not None and set(kinds) == {FULL}:
         return whole
-    near = _branch_mask(layout, n, like, nearest)
+    near = _branch_mask(layout, starts, like, nearest)
     return near if kinds is None else {FULL: whole, SLIDING: near}
 
 
-def _branch_mask(layout: Layout, n: int, like: Float[Tensor, "..."], nearest: int | None) -> Mask:
-    """Additive: each of n copies sees the prefix and itself, or of these the `nearest` positions where it is given."""
-    device, width = like.device, layout.width
+def _branch_mask(
+    layout: Layout, starts: Int[Tensor, " branch"], like: Float[Tensor, "..."], nearest: int | None
+) -> Mask:
+    """Additive: a copy sees its part of the prefix and itself; of these the `nearest` positions where that is set."""
+    device, width, n = like.device, layout.width, len(starts)
     same = repeat(torch.eye(n, dtype=torch.bool, device=device), "q k -> (q query) (k key)", query=width, key=width)
     sees = repeat(layout.sees, "query key -> (q query) (k key)", q=n, k=n)
-    allowed = torch.cat([torch.ones(n * width, layout.prefix, dtype=torch.bool, device=device), same & sees], 1)
+    cached = torch.arange(layout.prefix, device=device)
+    seen = repeat(cached < rearrange(starts, "branch -> branch 1"), "q key -> (q query) key", query=width)
+    allowed = torch.cat([seen, same & sees], 1)
     if nearest is not None:
-        query = layout.positions(n)[0]
-        key = torch.cat([torch.arange(layout.prefix, device=device), query])
-        allowed &= key > rearrange(query, "query -> query 1") - nearest
+        query = layout.positions(starts)[0]
+        allowed &= torch.cat([cached, query]) > rearrange(query, "query -> query 1") - nearest
     mask = torch.zeros(allowed.shape, dtype=like.dtype, device=device)
     return rearrange(mask.masked_fill_(~allowed, torch.finfo(like.dtype).min), "query key -> 1 1 query key")

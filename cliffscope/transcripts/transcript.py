@@ -11,7 +11,7 @@ user content. A complete assistant turn is never rendered, since most chat templ
 The tags are in families.py; transcripts and their collection are in records.py.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import takewhile
@@ -25,6 +25,7 @@ from cliffscope.transcripts.records import JsonValue, Message, Omission, Outcome
 from cliffscope.transcripts.templates import Template, closing_ids, encode, generation_prompt, opening_ids
 
 __all__ = [
+    "ClosingRule",
     "JsonValue",
     "Message",
     "Omission",
@@ -98,6 +99,40 @@ class TokenizedTranscript:
         """One line: the number of positions in each span."""
         counts = ", ".join(f"{s} {self.span(s).stop - self.span(s).start}" for s in Span)
         return f"TokenizedTranscript({self.id!r}: {counts})"
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ClosingRule:
+    """How thinking is closed after any of its tokens, which may carry the newline with which the closing begins."""
+
+    tokenizer: PreTrainedTokenizerBase
+    """Says whether a token ends in a newline."""
+    whole: tuple[int, ...]
+    """Ids of the closing."""
+    bare: tuple[int, ...]
+    """Ids of the closing without its first newline; the same where it begins with none."""
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase, template: Template) -> "ClosingRule":
+        """The rule of a template that thinks."""
+        whole, bare = (closing_ids(tokenizer, template, after_newline=after) for after in (False, True))
+        return cls(tokenizer=tokenizer, whole=tuple(whole), bare=tuple(bare))
+
+    def after(self, thinking: Sequence[int]) -> tuple[int, tuple[int, ...]]:
+        """How thinking of these token ids is closed.
+
+        Args:
+            thinking: ids up to the last token of the thinking.
+
+        Returns:
+            How many of them stay thinking, and the ids of the closing that follow these.
+        """
+        newline = self.whole[: len(self.whole) - len(self.bare)]
+        if newline and tuple(thinking[-len(newline) :]) == newline and self.whole[len(newline) :] == self.bare:
+            # The model wrote the closing's own newline as a token of its own: the same ids, counted as closing.
+            return len(thinking) - len(newline), self.whole
+        after_newline = self.whole != self.bare and _decode(tuple(thinking[-1:]), self.tokenizer).endswith("\n")
+        return len(thinking), self.bare if after_newline else self.whole
 
 
 def tokenize(
@@ -246,18 +281,11 @@ def _thinking_and_closing(
             "thinks. Generate it with roll_out, or pass template='chatml' to measure a model without thinking."
         )
     _check_no_tags(transcript.id, text, template)
-    closing = closing_ids(tokenizer, template)
-    ids = transcript.thinking_ids
+    rule, ids = ClosingRule.of(tokenizer, template), transcript.thinking_ids
     if ids is None or not _decodes_to(ids, text, tokenizer):
-        return encode(tokenizer, _strip_newlines(text, template)), closing
-    if not template.closing.startswith("\n"):
-        return list(ids), closing
-    bare = closing_ids(tokenizer, template, after_newline=True)
-    newline = closing[: len(closing) - len(bare)]
-    if newline and list(ids[-len(newline) :]) == newline and closing[len(newline) :] == bare:
-        # The model wrote the closing's newline as a separate token: the same ids, counted as closing.
-        return list(ids[: -len(newline)]), closing
-    return list(ids), bare if _decode(ids[-1:], tokenizer).endswith("\n") else closing
+        return encode(tokenizer, _strip_newlines(text, template)), list(rule.whole)
+    kept, closing = rule.after(ids)
+    return list(ids[:kept]), list(closing)
 
 
 def _check_no_tags(transcript_id: str, text: str, template: Template) -> None:
