@@ -16,10 +16,10 @@ from .heads.agreement import compare_rankings as compare_rankings
 from .heads.agreement import split_half as split_half
 from .heads.controls import control_sets as control_sets
 from .heads.donors import mean as mean
+from .heads.editing import edited_weights as edited_weights
 from .heads.edits import HeadEdit as HeadEdit
 from .heads.edits import HeadRef as HeadRef
 from .heads.edits import compose as compose
-from .heads.edits import edited_weights as edited_weights
 from .heads.edits import scale as scale
 from .heads.edits import zero as zero
 from .heads.export import export_edited as export_edited

@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import cliffscope as cs
 from cliffscope.errors import DataError, EditError, UnsupportedModelError
 from cliffscope.heads.controls import random_set
-from cliffscope.heads.edits import HeadRef, Scope, edited_weights
+from cliffscope.heads.editing import edited_weights
+from cliffscope.heads.edits import HeadRef, Scope
 from cliffscope.heads.shares import decompose_logit
 from cliffscope.heads.sources import trace_sources
 from cliffscope.heads.sweep import sweep_branches

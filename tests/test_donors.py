@@ -52,9 +52,9 @@ def test_a_mean_edit_holds_the_means_of_its_heads(llama: LensModel, refused: Tra
     everywhere, closing = (mean(llama, heads, refused[:3], scope=scope) for scope in ("all", "closing"))
     own = [plain_outputs(llama, row).mean(1) for row in tokens_of(llama, refused[:3])]
     by_hand = torch.stack(own).mean(0)[[3, 5], [1, 7]]
-    np.testing.assert_allclose(everywhere.value_array()[:, 0], by_hand.numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(everywhere.values[:, 0], by_hand.numpy(), rtol=1e-4, atol=1e-5)
     row = tokens_of(llama, refused[:1])[0]
-    assert closing.value_array().shape == (2, row.bounds[2] - row.bounds[1], llama.shape.d_head)
+    assert closing.values.shape == (2, row.bounds[2] - row.bounds[1], llama.shape.d_head)
 
 
 def test_a_closing_longer_than_the_references_is_refused(llama: LensModel, refused: Transcripts) -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cliffscope.errors import EditError
+from cliffscope.heads.editing import edited_hooks, edited_weights
 from cliffscope.heads.edits import (
     EditKind,
     EditPlan,
@@ -18,8 +19,6 @@ from cliffscope.heads.edits import (
     HeadRef,
     Scope,
     compose,
-    edited_hooks,
-    edited_weights,
     scale,
     zero,
 )
@@ -56,8 +55,8 @@ def bridge_logits(model: LensModel, ids: list[int], edit: HeadEdit | EditPlan, w
         def hook(z: Tensor, hook: object) -> Tensor:
             changed, head = z.clone(), one.heads[i].head
             changed[:, where, head] = changed[:, where, head] * one.factor
-            if one.values:
-                changed[:, where, head] = torch.tensor(one.values[i])
+            if one.values is not None:
+                changed[:, where, head] += torch.tensor(one.values[i])
             return changed
 
         return hook
@@ -219,7 +218,7 @@ def test_anything_else_names_no_head(text: str) -> None:
     st.sampled_from(list(Scope)),
 )
 def test_an_edit_round_trips_through_json(heads: list[HeadRef], factor: float, scope: Scope) -> None:
-    values = tuple(((float(i), factor % 7),) for i in range(len(heads)))
+    values = np.array([[(float(i), factor % 7)] for i in range(len(heads))], np.float32).reshape(len(heads), 1, 2)
     edits = [
         scale(heads, factor, scope=scope),
         zero(heads, scope=scope),
@@ -256,14 +255,49 @@ def test_what_is_no_edit_cannot_be_read(data: dict[str, object]) -> None:
         HeadEdit.from_dict(data)
 
 
+def test_values_are_a_read_only_copy_compared_number_by_number() -> None:
+    array = np.arange(6, dtype=np.float64).reshape(1, 2, 3)
+    edits = [HeadEdit(heads=tuple(HEADS[:1]), kind=EditKind.PATCH, values=array) for _ in range(2)]
+    array[0, 0, 0] = 7.0
+    assert edits[0].values is not None
+    assert edits[0].values.dtype == np.float32
+    assert edits[0].values[0, 0, 0] == 0.0
+    with pytest.raises(ValueError, match="read-only"):
+        edits[0].values[0, 0, 0] = 1.0
+    other = HeadEdit(heads=tuple(HEADS[:1]), kind=EditKind.PATCH, values=array)
+    assert edits[0] == edits[1] != other
+    assert len({*edits, other}) == 2
+    assert edits[0] != HeadEdit(heads=tuple(HEADS[:1]), kind=EditKind.PATCH, values=edits[0].values.reshape(1, 3, 2))
+
+
+@pytest.mark.parametrize(
+    "values", [np.zeros((1, 3)), np.zeros((2, 1, 3)), np.zeros((1, 0, 3)), np.full((1, 1, 3), 1e39)]
+)
+def test_values_of_another_shape_or_size_are_refused(values: np.ndarray) -> None:
+    with pytest.raises(EditError, match="shape|infinity"):
+        HeadEdit(heads=tuple(HEADS[:1]), kind=EditKind.MEAN, values=values)
+
+
+def test_an_edit_of_another_kind_is_its_numbers(model: LensModel, ids: list[int]) -> None:
+    edit = HeadEdit(heads=tuple(HEADS), kind="halve and shift", factor=0.5, values=values_for(model, HEADS, 1))
+    assert HeadEdit.from_dict(json.loads(json.dumps(edit.to_dict()))) == edit
+    with edited_weights(model, edit):
+        by_weights = plain_logits(model, ids)
+    with edited_hooks(model, edit, whole(ids)):
+        by_hooks = plain_logits(model, ids)
+    expected = bridge_logits(model, ids, edit, slice(None))
+    torch.testing.assert_close(by_weights, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(by_hooks, expected, rtol=1e-4, atol=1e-5)
+    assert repr(HeadEdit(heads=(), kind="flip", factor=-1.0)) == "HeadEdit(flip by -1, 0 heads, scope all)"
+
+
 def test_an_edit_prints_what_it_does() -> None:
     assert repr(zero(HEADS)) == "HeadEdit(zero, 3 heads, scope all)"
     assert repr(scale(HEADS[:1], 0.5, scope=Scope.CLOSING)) == "HeadEdit(scale by 0.5, 1 heads, scope closing)"
 
 
-def values_for(model: LensModel, heads: list[HeadRef], positions: int) -> tuple[tuple[tuple[float, ...], ...], ...]:
-    drawn = np.random.default_rng(3).normal(size=(len(heads), positions, model.shape.d_head)).astype(np.float32)
-    return tuple(tuple(tuple(row) for row in rows) for rows in drawn.tolist())
+def values_for(model: LensModel, heads: list[HeadRef], positions: int) -> np.ndarray:
+    return np.random.default_rng(3).normal(size=(len(heads), positions, model.shape.d_head)).astype(np.float32)
 
 
 def test_fixed_values_by_weights_by_hooks_and_by_the_bridge_give_the_same_logits(

@@ -11,7 +11,8 @@ from conftest import ARCHITECTURES, random_probe, tokens_of, written
 
 import cliffscope as cs
 from cliffscope.errors import UnsupportedModelError
-from cliffscope.heads.edits import HeadRef, edited_weights
+from cliffscope.heads.editing import edited_weights
+from cliffscope.heads.edits import HeadRef
 from cliffscope.model.load import LensModel, load_model
 from cliffscope.transcripts.records import Outcome
 

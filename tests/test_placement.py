@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 import cliffscope as cs
 from cliffscope.errors import DataError, EditError, UnsupportedModelError
-from cliffscope.heads.edits import HeadRef, edited_everywhere, edited_weights
+from cliffscope.heads.editing import edited_everywhere, edited_weights
+from cliffscope.heads.edits import EditKind, HeadEdit, HeadRef
 from cliffscope.heads.shares import decompose_logit
 from cliffscope.heads.sweep import sweep_branches
 from cliffscope.model.checkpoints import ASSETS
@@ -76,12 +77,10 @@ def test_weights_that_are_not_there_are_edited_by_hooks_alone(
 
 def test_hooks_everywhere_are_the_edit_of_the_weights(llama: LensModel, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.tensor([[1, 2, 3, 4, 5, 6]])
-    value = tuple(float(v) for v in np.linspace(-1, 1, llama.shape.d_head))
-    from cliffscope.heads import edits
-
+    value = np.linspace(-1, 1, llama.shape.d_head, dtype=np.float32)
     plan = cs.compose(
         cs.scale([HeadRef(layer=0, head=1)], 0.3),
-        edits.HeadEdit(heads=tuple(EDIT), kind=edits.EditKind.MEAN, factor=0.0, values=((value,), (value,))),
+        HeadEdit(heads=tuple(EDIT), kind=EditKind.MEAN, values=np.stack([value, value])[:, None]),
     )
     with torch.no_grad():
         with edited_weights(llama, plan):

@@ -221,13 +221,13 @@ def test_a_prompt_in_both_classes_is_never_on_two_sides(
 ) -> None:
     twins = refused.map(lambda t: t.replace(id=f"twin of {t.id}", outcome=Outcome.COMPLIED))
     seen: list[dict[str, str]] = []
-    real = probe_module._split
+    real = probe_module.split_by_prompt
 
-    def keep(*args: object) -> dict[str, str]:
-        seen.append(real(*args))
+    def keep(groups: dict[str, Transcripts], *, seed: int) -> dict[str, str]:
+        seen.append(real(groups, seed=seed))
         return seen[-1]
 
-    monkeypatch.setattr(probe_module, "_split", keep)
+    monkeypatch.setattr(probe_module, "split_by_prompt", keep)
     found = fit_probe(llama, refused, twins, layer=LAYER, positions="final")
     assert all(seen[0][t.id] == seen[0][f"twin of {t.id}"] for t in refused)
     assert found.report.final.auroc == pytest.approx(0.5)
@@ -276,7 +276,7 @@ def test_all_of_the_challenge_but_its_test_part_helps_to_choose(
     chosen_on: list[Counter[str]] = []
     real = module._best_layer
 
-    def watch(scored: list[module._Scored], labelled: module._Labelled) -> int:
+    def watch(scored: list[module._Scored], labelled: module.Labelled) -> int:
         chosen_on.append(Counter(s.kind for s in scored))
         return real(scored, labelled)
 

@@ -10,7 +10,8 @@ from transformers import PreTrainedModel
 from cliffscope.errors import DataError, GenerationError
 from cliffscope.generation import decoding, rollout
 from cliffscope.generation.rollout import MOST_ROWS, Budget, find_batch_size, roll_out
-from cliffscope.heads.edits import HeadRef, edited_weights, zero
+from cliffscope.heads.editing import edited_weights
+from cliffscope.heads.edits import HeadRef, zero
 from cliffscope.model.load import LensModel, load_model
 from cliffscope.transcripts.records import Message, Omission, Outcome, Transcript, Transcripts
 from cliffscope.transcripts.transcript import tokenize

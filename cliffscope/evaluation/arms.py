@@ -80,7 +80,7 @@ def plan_arms(
 
 
 def _other_heads(edit: HeadEdit | EditPlan) -> MakeEdit:
-    if isinstance(edit, HeadEdit) and not edit.values:
+    if isinstance(edit, HeadEdit) and edit.values is None:
         return edit.on
 
     def refuse(_heads: Sequence[HeadRef]) -> HeadEdit:

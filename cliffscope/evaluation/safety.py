@@ -23,7 +23,8 @@ from cliffscope.errors import DataError
 from cliffscope.evaluation.arms import TOP, UNEDITED, Arm, MakeEdit, plan_arms
 from cliffscope.evaluation.quality import answer_rows
 from cliffscope.generation.rollout import Budget, continue_roll_out, sample_prompts
-from cliffscope.heads.edits import EditPlan, HeadEdit, edited_everywhere
+from cliffscope.heads.editing import edited_everywhere
+from cliffscope.heads.edits import EditPlan, HeadEdit
 from cliffscope.judging.judges import Judge, PhraseJudge
 from cliffscope.judging.judges import judge as judge_answers
 from cliffscope.model.load import LensModel

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from cliffscope.errors import DataError
 from cliffscope.evaluation.arms import Arm, MakeEdit, plan_arms
-from cliffscope.heads.edits import EditPlan, HeadEdit, edited_everywhere
+from cliffscope.heads.editing import edited_everywhere
+from cliffscope.heads.edits import EditPlan, HeadEdit
 from cliffscope.model.load import Batch, LensModel
 from cliffscope.notebook import Plotted
 from cliffscope.resampling import bootstrap_mean, bootstrap_ratio

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from cliffscope.heads.branches import Job
-from cliffscope.heads.edits import change_heads
+from cliffscope.heads.editing import change_heads
 from cliffscope.heads.sweep import Sweep
 from cliffscope.model.load import LensModel
 from cliffscope.transcripts.transcript import TokenizedTranscript

@@ -24,7 +24,8 @@ from transformers.cache_utils import DynamicLayer
 
 from cliffscope.errors import ResourceError
 from cliffscope.heads.branches import Job, edits_by_layer
-from cliffscope.heads.edits import Scope, change_heads
+from cliffscope.heads.editing import change_heads
+from cliffscope.heads.edits import Scope
 from cliffscope.heads.packed import Disagreement, PackSize
 from cliffscope.memory import is_out_of_memory
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from cliffscope.heads.edits import EditKind, HeadEdit, HeadRef, Scope, edited_hooks
+from cliffscope.heads.editing import edited_hooks
+from cliffscope.heads.edits import EditKind, HeadEdit, HeadRef, Scope
 from cliffscope.model.load import LensModel
 from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.transcripts.transcript import TokenizedTranscript
@@ -28,8 +30,8 @@ Branch = tuple[HeadRef, ...]
 class Change:
     """What every branch does to its heads: `hook_z <- factor x hook_z + values`."""
 
-    kind: EditKind = EditKind.ZERO
-    """Its name."""
+    kind: str = EditKind.ZERO
+    """Its label."""
     factor: float = 0.0
     """What `hook_z` is multiplied by."""
     values: tuple[Float[Tensor, "layer position head d_head"], ...] = ()
@@ -42,8 +44,16 @@ class Change:
     def edit(self, branch: Branch, scope: Scope, transcript: int) -> HeadEdit:
         """The change to the heads of a branch as an edit."""
         values = self.of(transcript)
-        given = () if values is None else tuple(_nested(values[ref.layer, :, ref.head]) for ref in branch)
-        return HeadEdit(heads=branch, kind=self.kind, factor=self.factor, values=given, scope=scope)
+        if values is not None:
+            layers, heads = [ref.layer for ref in branch], [ref.head for ref in branch]
+            values = rearrange(values, "layer pos head d_head -> layer head pos d_head")[layers, heads]
+        return HeadEdit(
+            heads=branch,
+            kind=self.kind,
+            factor=self.factor,
+            values=None if values is None else values.float().cpu().numpy(),
+            scope=scope,
+        )
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -109,7 +119,3 @@ def edits_by_layer(job: Job, rows: Sequence[int]) -> Iterator[tuple[int, list[tu
                 found.setdefault(ref.layer, {}).setdefault(row, []).append(ref.head)
     for layer, heads in found.items():
         yield layer, list(heads.items())
-
-
-def _nested(values: Tensor) -> tuple[tuple[float, ...], ...]:
-    return tuple(tuple(row) for row in values.float().tolist())

@@ -17,7 +17,8 @@ import pandas as pd
 import torch
 
 from cliffscope.errors import EditError
-from cliffscope.heads.edits import EditPlan, HeadEdit, Scope, edited_weights
+from cliffscope.heads.editing import edited_weights
+from cliffscope.heads.edits import EditPlan, HeadEdit, Scope
 from cliffscope.model.export import (
     CARD,
     SHARD_BYTES,

@@ -20,12 +20,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from einops import rearrange, repeat
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from cliffscope.errors import ResourceError
 from cliffscope.heads.branches import Job, edits_by_layer
-from cliffscope.heads.edits import change_heads
+from cliffscope.heads.editing import change_heads
 from cliffscope.memory import is_out_of_memory
 from cliffscope.model.load import LensModel
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript
@@ -96,7 +97,7 @@ def packed_logits(job: Job, transcript: TokenizedTranscript, index: int, size: P
 
 def branched_positions(first: int, width: int, n: int, device: torch.device) -> Tensor:
     """[1, n x width] positions of a window repeated n times."""
-    return torch.arange(first, first + width, device=device).repeat(n)[None]
+    return repeat(torch.arange(first, first + width, device=device), "token -> 1 (branch token)", branch=n)
 
 
 def packs(branches: Sequence[int], job: Job, width: int, tokens: int) -> Iterator[list[int]]:
@@ -179,14 +180,14 @@ def _run_pack(job: Job, window: _Window, branches: list[int], index: int) -> tup
     """The logits of the branches, and that of one that edits nothing."""
     model, width, n = job.model, window.width, len(branches) + 1
     first = job.first_layer(branches[0])
-    residual = window.entering[first].repeat(1, n, 1)
+    residual = repeat(window.entering[first], "1 token d_model -> 1 (branch token) d_model", branch=n)
     positions = branched_positions(window.prefix, width, n, residual.device)
     mask = _masks(model, window.prefix, width, n, residual)
     finals: list[Tensor] = []
 
     def visit(layer: int, hidden: Tensor) -> None:
         if layer == job.probe.layer - first:
-            finals.append(hidden[0, width - 1 :: width])
+            finals.append(rearrange(hidden, "1 (branch token) d_model -> branch token d_model", token=width)[:, -1])
 
     with ExitStack() as stack:
         for layer, rows in edits_by_layer(job, branches):
@@ -214,10 +215,11 @@ def _branch_edit(
     own = None if values is None else values[layer][:, head]
 
     def change(z: Tensor) -> None:
-        branched = z.view(-1, width, *z.shape[2:])
+        branched = rearrange(z, "1 (branch token) head d_head -> branch token head d_head", token=width)
         given = None if own is None else own.to(z.device)
-        before = branched[branch, :, head].transpose(0, 1)
-        branched[branch, :, head] = change_heads(before, job.change.factor, given).transpose(0, 1)
+        before = rearrange(branched[branch, :, head], "edited token d_head -> token edited d_head")
+        after = change_heads(before, job.change.factor, given)
+        branched[branch, :, head] = rearrange(after, "token edited d_head -> edited token d_head")
 
     return change
 

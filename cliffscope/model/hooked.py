@@ -10,6 +10,7 @@ Source of the arrangement: transformer_lens.pretrained.weight_conversions, read 
 from typing import Any, cast
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -129,13 +130,17 @@ def _attention(place: str, part: str, kind: str, state: dict[str, Tensor]) -> Te
         return state[f"{place}.{part}.w"]
     letter = part[0].upper()
     if letter == "O":
-        return state[f"{place}.W_O"].flatten(0, 1).T if kind == "weight" else state[f"{place}.b_O"]
+        if kind == "bias":
+            return state[f"{place}.b_O"]
+        return rearrange(state[f"{place}.W_O"], "head d_head d_model -> d_model (head d_head)")
     name = f"{'W' if kind == 'weight' else 'b'}_{letter}"
     # Keys and values of grouped heads are stored under a name of their own.
-    found = state.get(f"{place}._{name}", state.get(f"{place}.{name}"))
-    if found is None:
+    stored = state.get(f"{place}._{name}", state.get(f"{place}.{name}"))
+    if stored is None:
         raise UnsupportedModelError(f"The HookedTransformer has no weight {place}.{name}.")
-    return found.transpose(1, 2).flatten(0, 1) if kind == "weight" else found.flatten()
+    if kind == "bias":
+        return rearrange(stored, "head d_head -> (head d_head)")
+    return rearrange(stored, "head d_model d_head -> (head d_head) d_model")
 
 
 def _norm(name: str, state: dict[str, Tensor], size: int) -> Tensor:

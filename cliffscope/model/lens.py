@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -166,7 +167,7 @@ class LensModel:
                 "shares of heads cannot be told. Take a method that measures effects, such as zero."
             )
         weight = self.output_projection(layer).weight.detach()
-        return weight.float().view(self.shape.d_model, self.shape.n_heads, self.shape.d_head)
+        return rearrange(weight.float(), "d_model (head d_head) -> d_model head d_head", head=self.shape.n_heads)
 
     @contextmanager
     def outputs_hook(self, visit: Callable[[int, Float[Tensor, "batch pos head d_head"]], None]) -> Iterator[None]:
@@ -177,9 +178,9 @@ class LensModel:
 
         def hook(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
             def call(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-                z = inputs[0].view(*inputs[0].shape[:-1], self.shape.n_heads, self.shape.d_head)
+                z = rearrange(inputs[0], "batch pos (head d_head) -> batch pos head d_head", head=self.shape.n_heads)
                 visit(layer, z)
-                return (z.flatten(-2), *inputs[1:])
+                return (rearrange(z, "batch pos head d_head -> batch pos (head d_head)"), *inputs[1:])
 
             return call
 
@@ -235,8 +236,9 @@ class LensModel:
         """Lets `change` write into a copy of a layer's `hook_z` in every forward pass inside the context."""
 
         def call(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            z = inputs[0].clone()
-            change(z.view(*z.shape[:-1], self.shape.n_heads, self.shape.d_head))
+            # `change` writes into the heads, which are a view of a contiguous copy.
+            z = inputs[0].clone(memory_format=torch.contiguous_format)
+            change(rearrange(z, "batch pos (head d_head) -> batch pos head d_head", head=self.shape.n_heads))
             return (z, *inputs[1:])
 
         handle = self.output_projection(layer).register_forward_pre_hook(call)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from cliffscope.errors import DataError
 from cliffscope.generation.rollout import roll_out
-from cliffscope.heads.edits import HeadRef, edited_weights, zero
+from cliffscope.heads.editing import edited_weights
+from cliffscope.heads.edits import HeadRef, zero
 from cliffscope.judging.judges import judge
 from cliffscope.model.load import LensModel, load_model
 from cliffscope.organisms.grammar import NEUTRAL_WRAPPERS, prompts

@@ -40,6 +40,7 @@ def saved_probe(probe: RefusalProbe) -> SavedProbe:
         "layer": probe.layer,
         "positions": probe.positions,
         "fingerprint": probe.fingerprint,
+        "template": probe.template,
         "strength": probe.strength,
         "refused_logit": probe.refused_logit,
         "n_fit": _class_counts(report.cells),
@@ -104,6 +105,7 @@ def probe_from_saved(
             strength=float(data["strength"]),
             refused_logit=float(data["refused_logit"]),
             fingerprint=str(data["fingerprint"]),
+            template=str(data.get("template", "")),
             report=report,
             omitted=tuple(Omission(**omission) for omission in data.get("omitted", ())),
         )

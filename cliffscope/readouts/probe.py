@@ -18,21 +18,26 @@ fitted at the final token alone need not mean anything during the thinking. Know
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float32
+import torch
+from einops import rearrange
+from jaxtyping import Bool, Float, Float32, Int64
 from sklearn.linear_model import LogisticRegression
+from torch import Tensor
 
 from cliffscope.errors import ProbeError
 from cliffscope.model.load import LensModel
 from cliffscope.notebook import Plotted
 from cliffscope.readouts.activations import gather_residuals, project_residuals
+from cliffscope.readouts.labelled import CHALLENGE, COMPLIED, REFUSED, Labelled, LabelledRow, split_by_prompt
+from cliffscope.readouts.readout import Readout
 from cliffscope.readouts.regions import FINAL, LATE_THINKING, balanced_positions, region_names, regions
 from cliffscope.readouts.reports import ProbeReport, RegionReport, cells_of, one_sided_warning, region_report
-from cliffscope.transcripts.records import Omission, Transcript, Transcripts
-from cliffscope.transcripts.transcript import TokenizedTranscript, tokenize_all
+from cliffscope.transcripts.records import Omission, Transcripts
+from cliffscope.transcripts.transcript import TokenizedTranscript
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -49,13 +54,13 @@ FEWEST = 4
 FEWEST_TO_CHOOSE = 2
 """The same for the validate split, which only chooses."""
 
-Residuals = Float32[np.ndarray, "n d_model"]
-
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class RefusalProbe(Plotted):
+class RefusalProbe(Readout, Plotted):
     """A linear refusal probe: score = sigmoid(residual . weight + bias)."""
 
+    name: ClassVar[str] = "probe"
+    """As a readout."""
     layer: int
     """Layer whose `hook_resid_post` it reads."""
     weight: Float32[np.ndarray, " d_model"]
@@ -76,17 +81,26 @@ class RefusalProbe(Plotted):
     """Of the model that it was fitted on."""
     report: ProbeReport
     """What it can tell, on held-out transcripts."""
+    template: str = ""
+    """Template that it was fitted with; "" where that is not recorded."""
     omitted: tuple[Omission, ...] = field(default=())
     """Transcripts that were left out, and why."""
 
+    def logits(self, model: LensModel, residuals: Float[Tensor, "*batch node d_model"]) -> Float[Tensor, "*batch"]:
+        """The residual at the final position times the weight, plus the bias, in fp32."""
+        del model
+        final = rearrange(residuals, "... 1 d_model -> ... d_model")
+        return final.float() @ torch.from_numpy(self.weight).to(final.device) + self.bias
+
     def check_model(self, model: LensModel) -> None:
-        """Raises ProbeError if the probe's width or layer does not fit the model."""
+        """Raises ProbeError if the probe's width, layer or template does not fit the model."""
         shape = model.shape
         if self.weight.shape != (shape.d_model,) or not 0 <= self.layer < shape.n_layers:
             raise ProbeError(
                 f"The probe reads layer {self.layer} of width {self.weight.shape[0]}, but {model.name!r} has "
                 f"{shape.n_layers} layers of width {shape.d_model}. Fit a probe on this model."
             )
+        super().check_model(model)
 
     def to_frame(self) -> pd.DataFrame:
         """Held-out quality, one row a layer and region, as the report has it."""
@@ -149,28 +163,27 @@ def fit_probe(
         raise ProbeError(
             f"layer={layer}: {model.name!r} has layers 0 to {model.shape.n_layers - 1}. Give one, or 'best'."
         )
-    labelled = _Labelled.build(
-        model, refused, complied, challenge, splits or _split(refused, complied, challenge, seed)
-    )
+    groups = {REFUSED: refused, COMPLIED: complied, CHALLENGE: challenge or Transcripts(())}
+    fewest = {"fit": FEWEST, "validate": FEWEST_TO_CHOOSE, "test": FEWEST}
+    labelled = Labelled.build(model, groups, splits or split_by_prompt(groups, seed=seed), fewest=fewest)
     sample = _sample(labelled, positions, seed, shuffle_labels=shuffle_labels)
     residuals = _gather(model, sample, progress)
     fits = [_choose_layer(model, labelled, fit, layer) for fit in _fit_layers(sample, residuals)]
     best = min(fits, key=lambda fit: fit.loss)
-    chosen, weights, biases = best.layer, best.weights, best.biases
-    scored = _score(model, labelled.part("test"), weights, biases, progress)
+    scored = _score(model, labelled.part("test"), best.weights, best.biases, progress)
     shuffled = _shuffled_control(model, labelled, sample, residuals, best, seed=seed)
-    report = _report(scored, chosen, shuffled, labelled)
     return RefusalProbe(
-        layer=chosen,
-        weight=weights[chosen],
-        bias=float(biases[chosen]),
-        layer_weights=weights,
-        layer_biases=biases,
+        layer=best.layer,
+        weight=best.weights[best.layer],
+        bias=float(best.biases[best.layer]),
+        layer_weights=best.weights,
+        layer_biases=best.biases,
         positions=positions,
         strength=best.strength,
-        refused_logit=float(_region_values(scored, "refused", FINAL, chosen).mean()),
+        refused_logit=float(_region_values(scored, REFUSED, FINAL, best.layer).mean()),
         fingerprint=model.fingerprint,
-        report=report,
+        template=model.template.name,
+        report=_report(scored, best.layer, shuffled, labelled),
         omitted=labelled.omitted,
     )
 
@@ -180,10 +193,13 @@ class _Fit:
     """Probes of every layer under one regularisation."""
 
     strength: float
+    """Inverse regularisation."""
     weights: Float32[np.ndarray, "layer d_model"]
+    """[layer, d_model] directions."""
     biases: Float32[np.ndarray, " layer"]
+    """[layer] biases."""
     layer: int = -1
-    """The layer chosen, -1 before."""
+    """The selected layer, -1 before the selection."""
     loss: float = float("inf")
     """Validation log loss at that layer."""
 
@@ -193,8 +209,11 @@ class _Scored:
     """A held-out transcript and its logits at every layer."""
 
     tokens: TokenizedTranscript
+    """Its tokens."""
     kind: str
+    """Its class."""
     logits: Float32[np.ndarray, "layer pos"]
+    """[layer, pos] of the probes of all layers."""
 
     def region(self, name: str, layer: int) -> float | None:
         """Mean logit over a region, None where the transcript has no such region."""
@@ -203,103 +222,50 @@ class _Scored:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class _Labelled:
-    """Tokenized transcripts by split, each `refused`, `complied` or `challenge`."""
-
-    rows: Mapping[str, list[tuple[TokenizedTranscript, str]]]
-    transcripts: Mapping[str, Transcript]
-    omitted: tuple[Omission, ...]
-
-    @classmethod
-    def build(
-        cls,
-        model: LensModel,
-        refused: Transcripts,
-        complied: Transcripts,
-        challenge: Transcripts | None,
-        splits: Mapping[str, str],
-    ) -> "_Labelled":
-        """Tokenizes and sorts; raises ProbeError where a split lacks a class."""
-        rows: dict[str, list[tuple[TokenizedTranscript, str]]] = {"fit": [], "validate": [], "test": []}
-        omitted: list[Omission] = []
-        known: dict[str, Transcript] = {}
-        extra = challenge or Transcripts(())
-        for kind, group in (("refused", refused), ("complied", complied), ("challenge", extra)):
-            tokens, left_out = tokenize_all(group, model.tokenizer, model.template, max_length=model.shape.context)
-            omitted += left_out
-            known |= {t.id: t for t in group}
-            unknown = [row.id for row in tokens if splits.get(row.id) not in rows]
-            if unknown:
-                raise ProbeError(
-                    f"splits puts {unknown[0]!r} into {splits.get(unknown[0])!r}. Expected 'fit', 'validate' or 'test' "
-                    "for every transcript."
-                )
-            for row in tokens:
-                # The challenge is not fitted on, so that all of it but the test part can help to choose.
-                split = "validate" if kind == "challenge" and splits[row.id] == "fit" else splits[row.id]
-                rows[split].append((row, kind))
-        for split, found in rows.items():
-            for kind in ("refused", "complied"):
-                n = sum(k == kind for _, k in found)
-                least = FEWEST_TO_CHOOSE if split == "validate" else FEWEST
-                if n < least:
-                    raise ProbeError(
-                        f"The {split} split holds {n} {kind} transcripts ({len(refused)} refused and {len(complied)} "
-                        f"complied were given); at least {least} of each are needed. Give more prompts of which some "
-                        "are refused and some are complied with."
-                    )
-        return cls(rows=rows, transcripts=known, omitted=tuple(omitted))
-
-    def part(self, split: str) -> list[tuple[TokenizedTranscript, str]]:
-        """The rows of one split."""
-        return self.rows[split]
-
-
-def _split(refused: Transcripts, complied: Transcripts, challenge: Transcripts | None, seed: int) -> dict[str, str]:
-    known = {t.id: t for group in (refused, complied, challenge or ()) for t in group}
-    parts = Transcripts(known.values()).split(seed=seed)
-    return {t.id: name for name, part in parts.items() for t in part}
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
 class _Sample:
     """Positions of the fit split, with label and weight for each."""
 
     rows: list[TokenizedTranscript]
-    refused: np.ndarray
-    positions: list[np.ndarray]
+    """Transcripts."""
+    refused: Bool[np.ndarray, " transcript"]
+    """[transcript] whether it was refused."""
+    positions: list[Int64[np.ndarray, " _"]]
+    """Sampled positions of each."""
     n_thinking: list[int]
+    """How many of them are thinking; they come first."""
 
-    def labels_and_weights(self, refused: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def labels_and_weights(
+        self, refused: Bool[np.ndarray, " transcript"]
+    ) -> tuple[Bool[np.ndarray, " n"], Float[np.ndarray, " n"]]:
         """Label and weight a position: both classes, thinking and closing, and all transcripts of a class alike."""
-        labels, weights = [], []
+        labels: list[bool] = []
+        weights: list[float] = []
         for i, (positions, thinking) in enumerate(zip(self.positions, self.n_thinking, strict=True)):
             closing = len(positions) - thinking
             halves = 0.5 if thinking and closing else 1.0
             share = 1.0 / (refused == refused[i]).sum()
-            labels += [refused[i]] * len(positions)
+            labels += [bool(refused[i])] * len(positions)
             for part in (thinking, closing):
                 weights += [share * halves / part] * part if part else []
-        found = np.asarray(weights)
-        return np.asarray(labels, dtype=bool), found / found.mean()
+        return np.asarray(labels, dtype=bool), np.asarray(weights) / np.mean(weights)
 
 
-def _sample(labelled: _Labelled, positions: str, seed: int, *, shuffle_labels: bool) -> _Sample:
+def _sample(labelled: Labelled, positions: str, seed: int, *, shuffle_labels: bool) -> _Sample:
     rng = np.random.default_rng(seed)
     rows = labelled.part("fit")
     tokens = [t for t, _ in rows]
     if positions == "final":
-        chosen = [np.array([t.final], dtype=np.int64) for t in tokens]
+        sampled = [np.array([t.final], dtype=np.int64) for t in tokens]
         n_thinking = [0] * len(tokens)
     elif positions == "balanced":
-        chosen = [balanced_positions(t, THINKING_POSITIONS, rng) for t in tokens]
-        n_thinking = [int((p < t.bounds[1]).sum()) for p, t in zip(chosen, tokens, strict=True)]
+        sampled = [balanced_positions(t, THINKING_POSITIONS, rng) for t in tokens]
+        n_thinking = [int((p < t.bounds[1]).sum()) for p, t in zip(sampled, tokens, strict=True)]
     else:
         raise ProbeError(f"positions={positions!r}: expected 'final' or 'balanced'.")
-    refused = np.array([kind == "refused" for _, kind in rows])
+    refused = np.array([kind == REFUSED for _, kind in rows])
     if shuffle_labels:
         refused = rng.permutation(refused)
-    return _Sample(rows=tokens, refused=refused, positions=chosen, n_thinking=n_thinking)
+    return _Sample(rows=tokens, refused=refused, positions=sampled, n_thinking=n_thinking)
 
 
 def _gather(
@@ -322,16 +288,18 @@ def _fit_layers(sample: _Sample, residuals: Float32[np.ndarray, "layer n d_model
 
 
 def _fit(
-    residuals: Float32[np.ndarray, "layer n d_model"], labels: np.ndarray, weights: np.ndarray, strength: float
+    residuals: Float32[np.ndarray, "layer n d_model"],
+    labels: Bool[np.ndarray, " n"],
+    weights: Float[np.ndarray, " n"],
+    strength: float,
 ) -> _Fit:
-    found = [_logistic(layer, labels, weights, strength) for layer in residuals]
-    biases = np.array([bias for _, bias in found], dtype=np.float32)
-    return _Fit(strength=strength, weights=np.stack([weight for weight, _ in found]), biases=biases)
+    directions, biases = zip(*(_logistic(layer, labels, weights, strength) for layer in residuals), strict=True)
+    return _Fit(strength=strength, weights=np.stack(directions), biases=np.array(biases, dtype=np.float32))
 
 
 def _score(
     model: LensModel,
-    rows: Sequence[tuple[TokenizedTranscript, str]],
+    rows: Sequence[LabelledRow],
     weights: Float32[np.ndarray, "layer d_model"],
     biases: Float32[np.ndarray, " layer"],
     progress: Callable[[int], None] | None = None,
@@ -340,10 +308,10 @@ def _score(
     return [_Scored(tokens=t, kind=kind, logits=values) for (t, kind), values in zip(rows, logits, strict=True)]
 
 
-def _choose_layer(model: LensModel, labelled: _Labelled, fit: _Fit, layer: int | Literal["best"]) -> _Fit:
+def _choose_layer(model: LensModel, labelled: Labelled, fit: _Fit, layer: int | Literal["best"]) -> _Fit:
     scored = _score(model, labelled.part("validate"), fit.weights, fit.biases)
-    chosen = _best_layer(scored, labelled) if layer == "best" else layer
-    return replace(fit, layer=chosen, loss=_log_loss(scored, chosen))
+    selected = _best_layer(scored, labelled) if layer == "best" else layer
+    return replace(fit, layer=selected, loss=_log_loss(scored, selected))
 
 
 def _log_loss(scored: Sequence[_Scored], layer: int) -> float:
@@ -352,19 +320,22 @@ def _log_loss(scored: Sequence[_Scored], layer: int) -> float:
     The challenge counts at the final token alone, where its outcome is settled: a probe that calls it refused there is
     reading harmfulness.
     """
-    signs = {"refused": -1.0, "complied": 1.0, "challenge": 1.0}
+    signs = {REFUSED: -1.0, COMPLIED: 1.0, CHALLENGE: 1.0}
     losses = []
-    for region, kinds in ((FINAL, ("refused", "complied", "challenge")), (LATE_THINKING, ("refused", "complied"))):
+    for region, kinds in ((FINAL, (REFUSED, COMPLIED, CHALLENGE)), (LATE_THINKING, (REFUSED, COMPLIED))):
         for kind in kinds:
             values = _region_values(scored, kind, region, layer)
-            enough = len(values) >= (FEWEST if kind == "challenge" else 1)
+            enough = len(values) >= (FEWEST if kind == CHALLENGE else 1)
             losses += [float(np.logaddexp(0.0, signs[kind] * values).mean())] if enough else []
     return float(np.mean(losses))
 
 
 def _logistic(
-    residuals: Residuals, labels: np.ndarray, weights: np.ndarray, strength: float
-) -> tuple[np.ndarray, float]:
+    residuals: Float[np.ndarray, "n d_model"],
+    labels: Bool[np.ndarray, " n"],
+    weights: Float[np.ndarray, " n"],
+    strength: float,
+) -> tuple[Float32[np.ndarray, " d_model"], float]:
     """Weight and bias on the raw residual of a regularised logistic regression on the standardised one."""
     values = residuals.astype(np.float64)
     mean = np.average(values, axis=0, weights=weights)
@@ -374,20 +345,20 @@ def _logistic(
     return weight.astype(np.float32), float(model.intercept_[0] - weight @ mean)
 
 
-def _region_values(scored: Sequence[_Scored], kind: str, region: str, layer: int) -> np.ndarray:
-    found = [s.region(region, layer) for s in scored if s.kind == kind]
-    return np.array([value for value in found if value is not None])
+def _region_values(scored: Sequence[_Scored], kind: str, region: str, layer: int) -> Float[np.ndarray, " n"]:
+    values = [s.region(region, layer) for s in scored if s.kind == kind]
+    return np.array([value for value in values if value is not None], dtype=np.float64)
 
 
-def _best_layer(scored: Sequence[_Scored], labelled: _Labelled) -> int:
+def _best_layer(scored: Sequence[_Scored], labelled: Labelled) -> int:
     """The latest layer within one standard error of the best worst-case AUROC."""
     worst = []
     for layer in range(scored[0].logits.shape[0]):
-        found = [_compare(scored, region, layer) for region in (FINAL, LATE_THINKING)]
+        reports = [_compare(scored, region, layer) for region in (FINAL, LATE_THINKING)]
         within = _within_harmful(scored, layer, labelled)
         # One odd transcript must not choose the layer.
-        found += [within] if min(within.n_refused, within.n_complied) >= FEWEST else []
-        worst.append(min((r for r in found if np.isfinite(r.auroc)), key=lambda r: r.auroc))
+        reports += [within] if min(within.n_refused, within.n_complied) >= FEWEST else []
+        worst.append(min((r for r in reports if np.isfinite(r.auroc)), key=lambda r: r.auroc))
     best = max(worst, key=lambda r: r.auroc)
     error = min((best.auroc - best.interval.low) / 1.96, 0.02) if np.isfinite(best.interval.low) else 0.0
     return max(i for i, r in enumerate(worst) if r.auroc >= best.auroc - error)
@@ -395,7 +366,7 @@ def _best_layer(scored: Sequence[_Scored], labelled: _Labelled) -> int:
 
 def _shuffled_control(
     model: LensModel,
-    labelled: _Labelled,
+    labelled: Labelled,
     sample: _Sample,
     residuals: Float32[np.ndarray, "layer n d_model"],
     fit: _Fit,
@@ -403,21 +374,21 @@ def _shuffled_control(
     seed: int,
 ) -> list[float]:
     """Test AUROC at the final token of probes fitted on labels shuffled over transcripts."""
-    test = [(t, kind) for t, kind in labelled.part("test") if kind != "challenge"]
+    test = [(t, kind) for t, kind in labelled.part("test") if kind != CHALLENGE]
     last = [np.array([t.final], dtype=np.int64) for t, _ in test]
     final = np.concatenate([r[fit.layer] for r in gather_residuals(model, [t for t, _ in test], last)])
-    is_refused = np.array([kind == "refused" for _, kind in test])
+    is_refused = np.array([kind == REFUSED for _, kind in test])
     rng = np.random.default_rng(seed)
-    found = []
+    aurocs = []
     for _ in range(SHUFFLES):
         labels, weights = sample.labels_and_weights(rng.permutation(sample.refused))
         weight, bias = _logistic(residuals[fit.layer], labels, weights, fit.strength)
         logits = final @ weight + bias
-        found.append(region_report(FINAL, logits[is_refused], logits[~is_refused]).auroc)
-    return found
+        aurocs.append(region_report(FINAL, logits[is_refused], logits[~is_refused]).auroc)
+    return aurocs
 
 
-def _report(scored: Sequence[_Scored], layer: int, shuffled: list[float], labelled: _Labelled) -> ProbeReport:
+def _report(scored: Sequence[_Scored], layer: int, shuffled: list[float], labelled: Labelled) -> ProbeReport:
     names = region_names([s.tokens for s in scored])
     n_layers = scored[0].logits.shape[0]
     table = pd.DataFrame(
@@ -437,14 +408,14 @@ def _report(scored: Sequence[_Scored], layer: int, shuffled: list[float], labell
 
 def _compare(scored: Sequence[_Scored], region: str, layer: int) -> RegionReport:
     """Refused against complied over a region."""
-    refused, complied = (_region_values(scored, kind, region, layer) for kind in ("refused", "complied"))
+    refused, complied = (_region_values(scored, kind, region, layer) for kind in (REFUSED, COMPLIED))
     return region_report(region, refused, complied)
 
 
-def _within_harmful(scored: Sequence[_Scored], layer: int, labelled: _Labelled) -> RegionReport:
+def _within_harmful(scored: Sequence[_Scored], layer: int, labelled: Labelled) -> RegionReport:
     """Refused against complied at the final token, among harmful transcripts alone."""
     values: dict[bool, list[float]] = {True: [], False: []}
     for row in scored:
         if labelled.transcripts[row.tokens.id].harmful:
-            values[row.kind == "refused"].append(float(row.logits[layer, row.tokens.final]))
+            values[row.kind == REFUSED].append(float(row.logits[layer, row.tokens.final]))
     return region_report("final, harmful only", np.array(values[True]), np.array(values[False]))

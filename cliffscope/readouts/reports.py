@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from cliffscope.notebook import Plotted
 from cliffscope.stats import Interval, auroc, auroc_interval, brier, expected_calibration_error, tpr_at_fpr
@@ -80,18 +81,18 @@ class ProbeReport(Plotted):
     warnings: tuple[str, ...]
     """What a reader should know before believing the probe."""
 
+    @property
+    def can_tell(self) -> bool:
+        """Whether the probe can tell at the final position."""
+        return self.final.can_tell
+
     def to_frame(self) -> pd.DataFrame:
         """Held-out quality, one row a layer and region: layer, region and the fields of `RegionReport`."""
         return self.by_region.copy()
 
     def small_table(self) -> pd.DataFrame:
         """Held-out AUROC where claims rest on it: region, auroc, ci_low, ci_high, n_refused, n_complied, can_tell."""
-        rows = []
-        for found in (self.final, self.late_thinking, self.within_harmful):
-            bounds = (found.interval.low, found.interval.high)
-            rows.append((found.region, found.auroc, *bounds, found.n_refused, found.n_complied, found.can_tell))
-        names = ["region", "auroc", "ci_low", "ci_high", "n_refused", "n_complied", "can_tell"]
-        return pd.DataFrame(rows, columns=names)
+        return quality_table((self.final, self.late_thinking, self.within_harmful))
 
     def plot(self, *, layer: int | None = None) -> "Figure":
         """Held-out AUROC by layer and position.
@@ -110,7 +111,16 @@ class ProbeReport(Plotted):
         return f"ProbeReport({self.final}; late thinking {self.late_thinking.auroc:.3f})"
 
 
-def region_report(region: str, refused: np.ndarray, complied: np.ndarray) -> RegionReport:
+def quality_table(reports: Sequence[RegionReport]) -> pd.DataFrame:
+    """One row a report: region, auroc, ci_low, ci_high, n_refused, n_complied, can_tell."""
+    rows = [
+        (r.region, r.auroc, r.interval.low, r.interval.high, r.n_refused, r.n_complied, r.can_tell) for r in reports
+    ]
+    names = ["region", "auroc", "ci_low", "ci_high", "n_refused", "n_complied", "can_tell"]
+    return pd.DataFrame(rows, columns=names)
+
+
+def region_report(region: str, refused: Float[np.ndarray, " n"], complied: Float[np.ndarray, " m"]) -> RegionReport:
     """Compares one logit a transcript between the classes.
 
     Args:
@@ -148,8 +158,8 @@ def cells_of(transcripts: Mapping[str, Transcript], rows: Sequence[tuple[str, st
         Such as {"refused, harmful": 40, "complied, harmless": 38}.
     """
     words = {True: "harmful", False: "harmless", None: "unlabelled"}
-    found = Counter(f"{kind}, {words[transcripts[i].harmful]}" for i, kind in rows if kind != "challenge")
-    return dict(sorted(found.items()))
+    counts = Counter(f"{kind}, {words[transcripts[i].harmful]}" for i, kind in rows if kind != "challenge")
+    return dict(sorted(counts.items()))
 
 
 def one_sided_warning(cells: Mapping[str, int]) -> tuple[str, ...]:

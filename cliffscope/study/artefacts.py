@@ -89,6 +89,7 @@ PROBE = Document(
         "layer": "layer of the probe",
         "positions": "positions that it was fitted on",
         "fingerprint": "of the model",
+        "template": "chat template that it was fitted under",
         "strength": "inverse regularisation, C",
         "refused_logit": "mean logit of held-out refused transcripts at the final token",
         "contrast": "complied class: harmless or harmful",
