@@ -10,7 +10,7 @@ from cliffscope.errors import DataError, EditError, GenerationError
 from cliffscope.evaluation import safety as evaluation
 from cliffscope.evaluation.arms import TOP, UNEDITED, Arm, plan_arms
 from cliffscope.evaluation.safety import SafetyReport, compare_answers, evaluate_safety
-from cliffscope.generation.rollout import Budget
+from cliffscope.generation.speaking import Budget
 from cliffscope.heads.controls import count_sets
 from cliffscope.heads.edits import HeadRef, scale, zero
 from cliffscope.judging.judges import Verdict

@@ -22,7 +22,8 @@ import pandas as pd
 from cliffscope.errors import DataError
 from cliffscope.evaluation.arms import TOP, UNEDITED, Arm, MakeEdit, plan_arms
 from cliffscope.evaluation.quality import answer_rows
-from cliffscope.generation.rollout import Budget, continue_roll_out, sample_prompts
+from cliffscope.generation.rollout import continue_roll_out, sample_prompts
+from cliffscope.generation.speaking import Budget
 from cliffscope.heads.editing import edited_everywhere
 from cliffscope.heads.edits import EditPlan, HeadEdit
 from cliffscope.judging.judges import Judge, PhraseJudge

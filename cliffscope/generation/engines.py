@@ -16,7 +16,8 @@ from typing import Protocol, runtime_checkable
 
 from cliffscope.errors import GenerationError
 from cliffscope.generation.endpoints import Endpoint, Reply, Request, ask_all
-from cliffscope.generation.rollout import STAGE, Budget, bare_prompt, roll_out
+from cliffscope.generation.rollout import STAGE, bare_prompt, roll_out
+from cliffscope.generation.speaking import Budget
 from cliffscope.model.load import LensModel
 from cliffscope.transcripts.records import Omission, Transcript, Transcripts
 from cliffscope.transcripts.templates import Template, find_template, split_reply

@@ -6,46 +6,38 @@
 3. Each finished batch is handed out, so that it can be kept; what was kept is not generated again.
 4. Answers come back in the prompts' order, whatever the batches were.
 
-Greedy by default: what is measured is then the model's first choice. Decoding itself is in decoding.py.
+Greedy by default: what is measured is then the model's first choice. Decoding itself is in decoding.py, answers on
+thinking that is there already in answering.py.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-
-import torch
+from dataclasses import dataclass, replace
 
 from cliffscope.errors import DataError, GenerationError
-from cliffscope.generation.decoding import Budget, Decoded, decode
-from cliffscope.memory import free_bytes, is_out_of_memory
+from cliffscope.generation.batches import BatchSize, check_batch_size, find_batch_size
+from cliffscope.generation.decoding import decode
+from cliffscope.generation.row_edits import SpanEdit
+from cliffscope.generation.speaking import Budget, Decoded
 from cliffscope.model.load import LensModel
 from cliffscope.transcripts.records import Message, Omission, Outcome, Transcript, Transcripts
-from cliffscope.transcripts.transcript import Span, tokenize
+from cliffscope.transcripts.transcript import (
+    CLOSING_IDS,
+    Span,
+    TokenizedTranscript,
+    spliced_thinking,
+    tokenize,
+)
 
-__all__ = [
-    "Budget",
-    "bare_prompt",
-    "check_left",
-    "continue_roll_out",
-    "find_batch_size",
-    "roll_out",
-    "sample_prompts",
-]
-
-log = logging.getLogger(__name__)
 STAGE = "roll_out"
-MOST_ROWS = 64
-"""Rows of a batch that is found by itself at most: more gain little speed, and a killed run loses more."""
-HALVED = "batch_halved_to"
-"""Key in `extra` of transcripts that were generated after memory ran out: the rows of a batch from then on."""
-_OF_FREE = 0.5
-"""Share of the free memory that a batch may take."""
+FORCED = "forced_closing"
+"""Key in `extra`: whether the closing was fed at the thinking budget."""
 
 
 def roll_out(
     model: LensModel,
     prompts: Transcripts,
     *,
+    edit: SpanEdit | None = None,
     max_thinking: int = 1024,
     max_answer: int = 128,
     temperature: float = 0.0,
@@ -61,8 +53,10 @@ def roll_out(
     """Generates thinking and answer for each prompt.
 
     Args:
-        model: the model; edit its weights around the call to generate under an edit.
+        model: the model.
         prompts: transcripts; thinking and answer they already have are replaced.
+        edit: of any scope, under which thinking and answer are generated; `all` acts up to and including the answer.
+            Values that differ by position need a scope whose text is not generated: the prompt, or the closing.
         max_thinking: tokens of thinking at most.
         max_answer: tokens of answer at most.
         temperature: 0 is greedy.
@@ -82,6 +76,7 @@ def roll_out(
     Raises:
         GenerationError: the budgets are not positive, or memory does not suffice for one row.
         DataError: what is done already answers other prompts.
+        EditError: the edit does not fit the model, or its values the positions.
 
     Example:
         >>> import cliffscope as cs
@@ -101,7 +96,15 @@ def roll_out(
         raise GenerationError(f"samples={samples} at temperature 0 would all be the same. Give a temperature.")
     asked = sample_prompts(prompts, samples)
     return continue_roll_out(
-        model, asked, budget, system=system, batch_size=batch_size, done=done, on_batch=on_batch, progress=progress
+        model,
+        asked,
+        budget,
+        edit=edit,
+        system=system,
+        batch_size=batch_size,
+        done=done,
+        on_batch=on_batch,
+        progress=progress,
     )
 
 
@@ -110,6 +113,7 @@ def continue_roll_out(
     asked: Transcripts,
     budget: Budget,
     *,
+    edit: SpanEdit | None = None,
     system: str | None = None,
     batch_size: int | None = None,
     done: Transcripts | None = None,
@@ -117,14 +121,13 @@ def continue_roll_out(
     progress: Callable[[int], None] | None = None,
 ) -> Transcripts:
     """What `roll_out` does once the samples of each prompt are apart and the budget is checked; see there."""
-    if batch_size is not None and batch_size < 1:
-        raise GenerationError(f"batch_size={batch_size}: expected at least 1 row.")
+    check_batch_size(batch_size)
     asked = asked.map(lambda t: bare_prompt(t, system))
     finished = _finished(asked, done)
     rows, omitted = _prepare(model, asked, budget)
-    rows.sort(key=lambda row: -len(row.ids))
-    size = batch_size or find_batch_size(model, max((len(row.ids) for row in rows), default=0) + budget.room(model))
-    batches = _Batches(model=model, budget=budget, size=size)
+    rows.sort(key=lambda row: -row.tokens.n_pos)
+    size = batch_size or find_batch_size(model, max((row.tokens.n_pos for row in rows), default=0) + budget.room(model))
+    batches = _Batches(model=model, budget=budget, edit=edit, size=BatchSize(rows=size))
     for start in range(0, len(rows), size):
         # Batches are cut from all rows, so that a resumed call has the batch-mates of an uninterrupted one.
         batch = [row for row in rows[start : start + size] if row.transcript.id not in finished]
@@ -195,84 +198,66 @@ def bare_prompt(transcript: Transcript, system: str | None = None) -> Transcript
     )
 
 
-def find_batch_size(model: LensModel, length: int) -> int:
-    """Rows whose caches take at most half of the free memory; a power of two, at most `MOST_ROWS`.
-
-    Args:
-        model: the model, loaded.
-        length: tokens of the longest row.
-
-    Returns:
-        At least 1.
-    """
-    rows = max(1, min(MOST_ROWS, int(_OF_FREE * free_bytes(model.device) / max(1, row_bytes(model, length)))))
-    return 1 << (rows.bit_length() - 1)
-
-
-def row_bytes(model: LensModel, length: int) -> int:
-    """Memory that a row of so many tokens takes while it is generated: its cache and its logits."""
-    shape, each = model.shape, torch.empty(0, dtype=model.dtype).element_size()
-    # Twice: a cache that grows is copied, and a batch that shrinks too. The logits are three arrays in fp32 or more.
-    cache = 2 * 2 * length * shape.n_layers * shape.n_kv_heads * shape.d_head * each
-    return cache + 3 * 4 * len(model.tokenizer)
-
-
 @dataclass(frozen=True, eq=False, kw_only=True)
 class _Prompt:
     """One prompt as ids."""
 
     transcript: Transcript
-    ids: list[int]
+    tokens: TokenizedTranscript
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class _Batches:
     """Decodes batches, in halves once memory has run out."""
 
     model: LensModel
     budget: Budget
-    size: int
-    halved: bool = False
+    edit: SpanEdit | None
+    size: BatchSize
 
     def run(self, rows: list[_Prompt]) -> Iterator[Transcripts]:
         """The transcripts of one batch, in one part or, where memory runs out, in several as they are finished."""
         while rows:
-            part = rows[: self.size]
+            part = rows[: self.size.rows]
             made = self._decoded(part)
             if made is not None:
-                yield Transcripts(self._finish(row, found) for row, found in zip(part, made, strict=True))
+                yield Transcripts(self._finish(row, decoded) for row, decoded in zip(part, made, strict=True))
                 rows = rows[len(part) :]
 
     def _decoded(self, rows: Sequence[_Prompt]) -> list[Decoded] | None:
         """What was generated, or None where memory ran out; then the size has been halved."""
-        try:
-            return decode(self.model, [row.ids for row in rows], [row.transcript.id for row in rows], self.budget)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if len(rows) == 1:
-                raise GenerationError(
-                    f"Memory does not suffice to generate {rows[0].transcript.id!r} alone ({len(rows[0].ids)} tokens "
-                    f"of prompt, {self.budget.room(self.model)} after it at most). Lower the budgets, or load the "
-                    "model in a smaller dtype."
-                ) from error
-            self.size, self.halved = max(1, len(rows) // 2), True
-            log.warning("Memory ran out with %d rows; going on with %d rows a batch.", len(rows), self.size)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return None
-
-    def _finish(self, row: _Prompt, found: Decoded) -> Transcript:
-        decode_ids, thinks = self.model.tokenizer.decode, self.model.template.thinks
-        halved = {HALVED: self.size} if self.halved else {}
-        return row.transcript.replace(
-            thinking=decode_ids(list(found.thinking)) if thinks else None,
-            thinking_ids=found.thinking if thinks else None,
-            answer=decode_ids(list(found.answer), skip_special_tokens=True) if found.closed else None,
-            answer_ids=found.answer if found.closed else None,
-            closed=found.closed,
-            extra={**row.transcript.extra, "forced_closing": found.forced, **halved},
+        tokens = [row.tokens for row in rows]
+        return self.size.attempt(
+            lambda: decode(self.model, tokens, self.budget, [self.edit] * len(rows)),
+            len(rows),
+            alone=(
+                f"Memory does not suffice to generate {rows[0].transcript.id!r} alone ({tokens[0].n_pos} tokens of "
+                f"prompt, {self.budget.room(self.model)} after it at most). Lower the budgets, or load the model in a "
+                "smaller dtype."
+            ),
         )
+
+    def _finish(self, row: _Prompt, decoded: Decoded) -> Transcript:
+        decode_ids, thinks = self.model.tokenizer.decode, self.model.template.thinks
+        stale = {CLOSING_IDS, "verdict"}
+        extra = {key: value for key, value in row.transcript.extra.items() if key not in stale}
+        return row.transcript.replace(
+            thinking=decode_ids(list(decoded.thinking)) if thinks else None,
+            thinking_ids=decoded.thinking if thinks else None,
+            answer=decode_ids(list(decoded.answer), skip_special_tokens=True) if decoded.closed else None,
+            answer_ids=decoded.answer if decoded.closed else None,
+            closed=decoded.closed,
+            extra={**extra, FORCED: decoded.forced, **_closing_note(self.model, decoded), **self.size.note},
+        )
+
+
+def _closing_note(model: LensModel, decoded: Decoded) -> dict[str, object]:
+    """The closing's ids, where they are not those that are spliced behind such thinking anyway."""
+    if not (decoded.closed and model.template.thinks):
+        return {}
+    spliced = spliced_thinking(decoded.thinking, model.tokenizer, model.template)
+    written = [*decoded.thinking, *decoded.closing]
+    return {} if [*spliced[0], *spliced[1]] == written else {CLOSING_IDS: list(decoded.closing)}
 
 
 def _finished(asked: Transcripts, done: Transcripts | None) -> dict[str, Transcript]:
@@ -291,25 +276,28 @@ def _prepare(model: LensModel, prompts: Sequence[Transcript], budget: Budget) ->
     room = budget.room(model)
     for transcript in prompts:
         try:
-            ids = _prompt_ids(model, transcript)
+            tokens = _prompt_tokens(model, transcript)
         except DataError as error:
             omitted.append(Omission(stage=STAGE, reason=str(error), id=transcript.id))
             continue
-        if len(ids) + room > model.shape.context:
+        if tokens.n_pos + room > model.shape.context:
             reason = (
-                f"prompt of {len(ids)} tokens and budgets of {room}, closing included, exceed the context of "
+                f"prompt of {tokens.n_pos} tokens and budgets of {room}, closing included, exceed the context of "
                 f"{model.shape.context}; lower the budgets or drop it"
             )
             omitted.append(Omission(stage=STAGE, reason=reason, id=transcript.id))
             continue
-        rows.append(_Prompt(transcript=transcript, ids=ids))
+        rows.append(_Prompt(transcript=transcript, tokens=tokens))
     return rows, omitted
 
 
-def _prompt_ids(model: LensModel, transcript: Transcript) -> list[int]:
+def _prompt_tokens(model: LensModel, transcript: Transcript) -> TokenizedTranscript:
+    """A prompt up to where generation begins: behind the prompt, or without thinking behind its own tail."""
     if not transcript.prompt.strip():
         raise DataError(f"The prompt of {transcript.id!r} is empty. Give it text, or drop it.")
     thinks = model.template.thinks
     tokens = tokenize(transcript.replace(thinking="" if thinks else None), model.tokenizer, model.template)
-    # Without thinking the closing is the prompt's own tail, so generation begins behind it.
-    return [int(i) for i in tokens.token_ids[: tokens.span(Span.PROMPT).stop if thinks else tokens.n_pos]]
+    if not thinks:
+        return tokens
+    stop = tokens.span(Span.PROMPT).stop
+    return replace(tokens, token_ids=tokens.token_ids[:stop], bounds=(stop,) * 4)
