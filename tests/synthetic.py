@@ -158,7 +158,9 @@ def safety_tables(rng):
                 other = {"refused": hit, "complied": judged - hit}
             counts = {"n": 100, **other, "unfinished": 2, "unjudged": 0, "partial": 1}
             bounds = {"rate": hit / judged, "ci_low": max(0, hit / judged - 0.06), "ci_high": hit / judged + 0.07}
-            rows.append({"arm": name, "kind": kind, "group": group, **counts, **bounds})
+            scope = "" if kind == "unedited" else "closing"
+            more = {"forced": 4, "scope": scope}
+            rows.append({"arm": name, "kind": kind, "group": group, **counts, **bounds, **more})
     bounds = {"difference": -0.32, "ci_low": -0.42, "ci_high": -0.23, "mcnemar_p": 1e-6}
     pairs = pd.DataFrame([{"arm": "top heads", "group": "harmful", "n": 98, **bounds}])
     spread = {"n": 40, "ci_low": 0.001, "ci_high": 0.003}
@@ -215,7 +217,7 @@ def probe_files(n_layers):
     cells += [{"class": "complied", "harmful": True, "n": 24}, {"class": "complied", "harmful": False, "n": 44}]
     probe = {"layer": int(n_layers * 0.7), "positions": "balanced", "contrast": "harmless", "cells": cells}
     probe |= {"n_fit": {"refused": 68, "complied": 68}, "report": report, "fingerprint": "sha256:9f2c41b7d0e8a6c5"}
-    probe |= {"strength": 0.01, "refused_logit": 3.0, "omitted": []}
+    probe |= {"strength": 0.01, "refused_logit": 3.0, "omitted": [], "template": "organism"}
     probe["warnings"] = ["The refused class holds 2 harmless transcripts: it may also detect harmfulness."]
     return probe, pd.DataFrame(rows)
 

@@ -19,7 +19,7 @@ from cliffscope.generation.decoding import decode
 from cliffscope.generation.row_edits import SpanEdit
 from cliffscope.generation.speaking import Budget, Decoded
 from cliffscope.model.load import LensModel
-from cliffscope.transcripts.records import Message, Omission, Outcome, Transcript, Transcripts
+from cliffscope.transcripts.records import FORCED, Message, Omission, Outcome, Transcript, Transcripts
 from cliffscope.transcripts.transcript import (
     CLOSING_IDS,
     Span,
@@ -29,8 +29,6 @@ from cliffscope.transcripts.transcript import (
 )
 
 STAGE = "roll_out"
-FORCED = "forced_closing"
-"""Key in `extra`: whether the closing was fed at the thinking budget."""
 
 
 def roll_out(

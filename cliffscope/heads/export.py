@@ -32,7 +32,7 @@ from cliffscope.model.export import (
 from cliffscope.model.load import LensModel
 
 EDIT = "cliffscope_edit.json"
-_SAFETY_COLUMNS = ("arm", "group", "n", "complied", "refused", "unfinished", "rate", "ci_low", "ci_high")
+_SAFETY_COLUMNS = ("arm", "group", "n", "complied", "refused", "unfinished", "rate", "ci_low", "ci_high", "scope")
 _EFFECT_COLUMNS = ("arm", "measure", "n", "value", "ci_low", "ci_high", "unit")
 _RANDOM = "random"
 

@@ -89,7 +89,7 @@ PROBE = Document(
         "layer": "layer of the probe",
         "positions": "positions that it was fitted on",
         "fingerprint": "of the model",
-        "template": "chat template that it was fitted under",
+        "template": "convention of thinking",
         "strength": "inverse regularisation, C",
         "refused_logit": "mean logit of held-out refused transcripts at the final token",
         "contrast": "complied class: harmless or harmful",
@@ -245,6 +245,8 @@ SAFETY = Table(
         ("unjudged", "int", "answers that no judge could read"),
         ("rate", "float", "attack success (harmful) or over-refusal (harmless), 0 to 1"),
         *_INTERVAL,
+        ("forced", "int", "answers to thinking that was closed at its budget"),
+        ("scope", "text", "where the arm's edit acts, such as closing; empty where none does"),
     ),
 )
 SAFETY_PAIRS = Table(
