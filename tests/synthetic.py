@@ -165,7 +165,15 @@ def safety_tables(rng):
     pairs = pd.DataFrame([{"arm": "top heads", "group": "harmful", "n": 98, **bounds}])
     spread = {"n": 40, "ci_low": 0.001, "ci_high": 0.003}
     effects = [
-        {"arm": name, "kind": kind, "measure": "kl", "value": 0.002, "unit": "nats a token", **spread}
+        {
+            "arm": name,
+            "kind": kind,
+            "measure": "kl",
+            "value": 0.002,
+            "unit": "nats a token",
+            "scope": "closing",
+            **spread,
+        }
         for name, kind in (("top heads", "top"), ("random 1", "random"), ("random 2", "random"))
     ]
     quality = [

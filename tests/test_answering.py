@@ -28,7 +28,7 @@ from cliffscope.generation.batches import HALVED, MOST_ROWS
 from cliffscope.generation.rollout import roll_out
 from cliffscope.generation.speaking import Budget
 from cliffscope.heads.editing import edited_weights
-from cliffscope.heads.edits import EditKind, EditPlan, HeadEdit, HeadRef, compose, scale, zero
+from cliffscope.heads.edits import EditKind, EditPlan, HeadEdit, HeadRef, Scope, compose, scale, zero
 from cliffscope.model.load import LensModel
 from cliffscope.transcripts.records import Message, Outcome, Transcript, Transcripts
 from cliffscope.transcripts.transcript import CLOSING_IDS, Span, tokenize
@@ -65,9 +65,9 @@ def edit_of(model: LensModel, kind: str, scope: str) -> Edit:
     if kind == "zero":
         return zero(HEADS, scope=scope)
     if kind == "scale":
-        return scale(HEADS, -1.5, scope=scope)
+        return scale(HEADS, -1.5, scope=Scope.parse(scope))
     if kind == "mean":
-        return HeadEdit(heads=HEADS, kind=EditKind.MEAN, values=made_values(model, 1), scope=scope)
+        return HeadEdit(heads=HEADS, kind=EditKind.MEAN, values=made_values(model, 1), scope=Scope.parse(scope))
     return compose(zero(HEADS[:1], scope=scope), scale(HEADS[1:], 2.5, scope="prompt"))
 
 
@@ -149,10 +149,10 @@ def test_a_roll_out_under_an_edit_is_that_of_a_loop_that_edits_exactly_the_scope
 
 def test_values_by_position_are_put_one_after_another(talker: LensModel, thoughts: Transcripts) -> None:
     whole = Transcripts(t for t in thoughts if before_answer(talker, t)[1].count(CLOSING) == 3)[:6]
-    edit = HeadEdit(heads=HEADS, kind=EditKind.PATCH, values=made_values(talker, 3), scope="closing")
+    edit = HeadEdit(heads=HEADS, kind=EditKind.PATCH, values=made_values(talker, 3), scope=Scope.CLOSING)
     edited = answer_transcripts(talker, whole, edit=edit, max_answer=BUDGET["max_answer"])
     assert answers(edited) == slow_answers(talker, whole, [edit] * len(whole))
-    turned = HeadEdit(heads=HEADS, kind=EditKind.PATCH, values=edit.values[:, ::-1], scope="closing")
+    turned = HeadEdit(heads=HEADS, kind=EditKind.PATCH, values=edit.values[:, ::-1], scope=Scope.CLOSING)
     assert answers(answer_transcripts(talker, whole, edit=turned, max_answer=9)) != answers(edited)
 
 
@@ -164,7 +164,9 @@ def test_each_transcript_may_have_an_edit_of_its_own(talker: LensModel, thoughts
         width = before_answer(talker, transcript)[1].count(scope)
         values = made_values(talker, width, seed=i)
         edited = i % 3 and width
-        edits.append(HeadEdit(heads=HEADS, kind=EditKind.PATCH, values=values, scope=scope) if edited else None)
+        edits.append(
+            HeadEdit(heads=HEADS, kind=EditKind.PATCH, values=values, scope=Scope.parse(scope)) if edited else None
+        )
     edited = answer_transcripts(talker, some, edit=edits, max_answer=BUDGET["max_answer"])
     assert answers(edited) == slow_answers(talker, some, edits)
     assert tuple(edited) == tuple(
@@ -177,7 +179,7 @@ def test_a_model_without_thinking_is_edited_at_the_tail_of_its_prompt(
 ) -> None:
     model, some = chatml_model, prompts[:5]
     for scope in ("closing", "prompt", "all"):
-        edit = zero(HEADS, scope=scope)
+        edit = zero(HEADS, scope=Scope.parse(scope))
         edited = answer_transcripts(model, some, edit=edit, max_answer=6)
         assert answers(edited) == answers(roll_out(model, some, max_answer=6, edit=edit))
         for transcript in edited:
@@ -354,7 +356,7 @@ def test_a_closing_that_is_none_is_refused(llama: LensModel, thoughts: Transcrip
 def test_values_for_another_number_of_positions_are_refused(
     talker: LensModel, thoughts: Transcripts, scope: str, positions: int, word: str
 ) -> None:
-    edit = HeadEdit(heads=HEADS, kind=EditKind.PATCH, values=made_values(talker, positions), scope=scope)
+    edit = HeadEdit(heads=HEADS, kind=EditKind.PATCH, values=made_values(talker, positions), scope=Scope.parse(scope))
     with pytest.raises(EditError, match=f"Values for {positions} positions .*{word}"):
         answer_transcripts(talker, thoughts[:2], edit=edit)
 
@@ -363,7 +365,7 @@ def test_values_for_another_number_of_positions_are_refused(
 def test_values_by_position_over_text_that_is_not_there_yet_are_refused(
     talker: LensModel, prompts: Transcripts, scope: str
 ) -> None:
-    edit = HeadEdit(heads=HEADS, kind=EditKind.PATCH, values=made_values(talker, 5), scope=scope)
+    edit = HeadEdit(heads=HEADS, kind=EditKind.PATCH, values=made_values(talker, 5), scope=Scope.parse(scope))
     with pytest.raises(EditError, match="still to be generated"):
         roll_out(talker, prompts[:2], **BUDGET, edit=edit)
 

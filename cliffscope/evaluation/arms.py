@@ -51,7 +51,7 @@ def keeps_thinking(edit: HeadEdit | EditPlan | None) -> bool:
     Raises:
         EditError: some parts act at all positions, others do not, so that the thinking would be both.
     """
-    everywhere = {part.scope is Scope.ALL for part in edit.edits} if edit is not None else {True}
+    everywhere = {part.scope == Scope.ALL for part in edit.edits} if edit is not None else {True}
     if len(everywhere) > 1:
         raise EditError(
             f"The plan has parts of scopes {scope_of(edit)}. With scope 'all' the thinking is generated under the "

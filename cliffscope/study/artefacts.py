@@ -283,6 +283,7 @@ SIDE_EFFECTS = Table(
         ("value", "float", "mean"),
         *_INTERVAL,
         ("unit", "text", "unit of the value"),
+        ("scope", "text", "where the arm's edit acts; empty where none does"),
     ),
 )
 SELECTION = Table(
