@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from slow_generation import BLANK, CLOSE, END, NEWLINE
 from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
@@ -159,6 +160,22 @@ def llama(models: dict[str, LensModel]) -> LensModel:
 def chatml_model(make_checkpoint: MakeCheckpoint) -> LensModel:
     """A model whose template does not think."""
     return load_model(make_checkpoint("llama", chatml=True), device="cpu")
+
+
+@pytest.fixture(scope="session", params=["llama", "qwen3", "mistral"])
+def talker(request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint) -> LensModel:
+    """A random model that now and then ends its thinking or its turn; Mistral's sees only the last 12 tokens."""
+
+    def talk(network: PreTrainedModel) -> None:
+        head = network.get_output_embeddings().weight
+        head[CLOSE] *= 2.5
+        head[END] *= 3.0
+        head[NEWLINE] *= 2.0
+
+    model = load_model(make_checkpoint(request.param, change=talk, tie_word_embeddings=False), device="cpu")
+    marks = ["<|end|>", "</think>", "\n", "\n\n"]
+    assert model.tokenizer.convert_tokens_to_ids(marks) == [END, CLOSE, NEWLINE, BLANK]
+    return model
 
 
 @pytest.fixture(scope="session")

@@ -157,14 +157,24 @@ def safety_tables(rng):
             other = {"refused": judged - hit, "complied": hit}
             if group == "harmless":
                 other = {"refused": hit, "complied": judged - hit}
-            counts = {"n": 100, **other, "unfinished": 2, "unjudged": 0, "partial": 1}
+            counts = {"n": 100, **other, "unfinished": 2, "unjudged": 0, "partial": 1, "forced": 3}
             bounds = {"rate": hit / judged, "ci_low": max(0, hit / judged - 0.06), "ci_high": hit / judged + 0.07}
-            rows.append({"arm": name, "kind": kind, "group": group, **counts, **bounds})
+            scope = "" if kind == "unedited" else "closing"
+            more = {"forced": 4, "scope": scope}
+            rows.append({"arm": name, "kind": kind, "group": group, **counts, **bounds, **more})
     bounds = {"difference": -0.32, "ci_low": -0.42, "ci_high": -0.23, "mcnemar_p": 1e-6}
     pairs = pd.DataFrame([{"arm": "top heads", "group": "harmful", "n": 98, **bounds}])
     spread = {"n": 40, "ci_low": 0.001, "ci_high": 0.003}
     effects = [
-        {"arm": name, "kind": kind, "measure": "kl", "value": 0.002, "unit": "nats a token", **spread}
+        {
+            "arm": name,
+            "kind": kind,
+            "measure": "kl",
+            "value": 0.002,
+            "unit": "nats a token",
+            "scope": "closing",
+            **spread,
+        }
         for name, kind in (("top heads", "top"), ("random 1", "random"), ("random 2", "random"))
     ]
     quality = [

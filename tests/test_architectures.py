@@ -32,6 +32,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import cliffscope as cs
 from cliffscope.errors import DataError, EditError, UnsupportedModelError
+from cliffscope.generation.answering import answer_arms
+from cliffscope.generation.speaking import Budget
 from cliffscope.heads.controls import random_set
 from cliffscope.heads.editing import edited_weights
 from cliffscope.heads.edits import HeadRef, Scope
@@ -140,26 +142,26 @@ class Case:
     """Loaded by transformers on its own, with eager attention."""
     rows: list[TokenizedTranscript]
 
-    def states(self, ids: list[int], zero: tuple[int, int, slice] | None = None) -> tuple[list[Tensor], Tensor]:
-        """The oracle: residuals after every block, and logits, with one head zeroed over some positions."""
-        blocks, states = self.plain.get_decoder().layers, []
-        handles = [b.register_forward_hook(lambda _m, _i, out: states.append(_tensor(out)[0])) for b in blocks]
-        if zero is not None:
-            handles.append(self._zeroing(*zero))
+    def states(self, ids: list[int], edit: tuple[int, int, slice, float] | None = None) -> tuple[list[Tensor], Tensor]:
+        """The oracle: residuals after every block, and logits, with one head multiplied over some positions."""
+        blocks, kept = self.plain.get_decoder().layers, []
+        handles = [b.register_forward_hook(lambda _m, _i, out: kept.append(_tensor(out)[0])) for b in blocks]
+        if edit is not None:
+            handles.append(self._scaling(*edit))
         try:
             with torch.no_grad():
                 logits = self.plain(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
         finally:
             for handle in handles:
                 handle.remove()
-        return states, logits
+        return kept, logits
 
-    def _zeroing(self, layer: int, head: int, where: slice) -> torch.utils.hooks.RemovableHandle:
+    def _scaling(self, layer: int, head: int, where: slice, factor: float) -> torch.utils.hooks.RemovableHandle:
         size = self.plain.get_decoder().layers[layer].self_attn.o_proj.in_features // 4
 
         def cut(_module: object, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             z = inputs[0].clone()
-            z[:, where, head * size : (head + 1) * size] = 0.0
+            z[:, where, head * size : (head + 1) * size] *= factor
             return (z, *inputs[1:])
 
         return self.plain.get_decoder().layers[layer].self_attn.o_proj.register_forward_pre_hook(cut)
@@ -260,7 +262,7 @@ def test_every_heads_effect_is_that_of_a_plain_forward_pass(case: Case, scope: S
             ids = row.token_ids[: row.final + 1].tolist()
             where = row.span(Span.CLOSING) if scope is Scope.CLOSING else slice(0, row.final + 1)
             logits = [
-                float(case.states(ids, (a, b, where))[0][layer][row.final] @ torch.from_numpy(probe.weight))
+                float(case.states(ids, (a, b, where, 0.0))[0][layer][row.final] @ torch.from_numpy(probe.weight))
                 + probe.bias
                 for a, b in model.shape.places
             ]
@@ -291,7 +293,7 @@ def test_the_answer_readout_is_the_plain_models_distribution(
 def test_an_edit_of_the_weights_and_its_export_are_that_edit(case: Case, tmp_path: Path) -> None:
     model, (layer, head) = case.model, case.model.shape.places[-2]
     ids = case.rows[0].token_ids.tolist()
-    _, expected = case.states(ids, (layer, head, slice(0, len(ids))))
+    _, expected = case.states(ids, (layer, head, slice(0, len(ids)), 0.0))
     edit = cs.zero([HeadRef(layer=layer, head=head)])
     with noted(case, "weight edit"), edited_weights(model, edit), torch.no_grad():
         assert_close(model.hf(input_ids=torch.tensor([ids])).logits[0], expected)
@@ -300,6 +302,26 @@ def test_an_edit_of_the_weights_and_its_export_are_that_edit(case: Case, tmp_pat
         again = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32).train(False)
         assert_close(again(input_ids=torch.tensor([ids])).logits[0], expected)
         assert_close(load_model(place, device="cpu").hf(input_ids=torch.tensor([ids])).logits[0], expected)
+
+
+def test_answers_of_several_arms_are_those_of_full_plain_passes(case: Case) -> None:
+    """Rows of different length together, edited and not; the closing behind what was read once."""
+    model, asked = (
+        case.model,
+        [t for w in (None, "story") for t in written(2, harmful=True, outcome=Outcome.COMPLIED, wrapper=w)],
+    )
+    layer, head = model.shape.places[-2]
+    arms = {"unedited": None, "edited": cs.scale([HeadRef(layer=layer, head=head)], -8.0, scope="closing")}
+    with noted(case, "answers"):
+        made = answer_arms(model, Transcripts(asked), arms, Budget(max_answer=5))
+        for name, edit in arms.items():
+            for row, transcript in zip(case.rows, made[name], strict=True):
+                ids, answer = row.token_ids.tolist(), list[int]()
+                while len(answer) < 5 and 6 not in answer:
+                    change = None if edit is None else (layer, head, row.span(Span.CLOSING), -8.0)
+                    answer.append(int(case.states([*ids, *answer], change)[1][-1].argmax()))
+                assert list(transcript.answer_ids) == [token for token in answer if token != 6]
+        assert tuple(made["unedited"]) != tuple(made["edited"]), "the edit changes no answer"
 
 
 @pytest.mark.parametrize("method", ["zero", "mean", "resample", "patch", "attribution", "greedy"])

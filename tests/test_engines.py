@@ -6,7 +6,7 @@ from failing_server import Failing, serving
 import cliffscope as cs
 from cliffscope.errors import GenerationError, ServerError, TemplateError
 from cliffscope.generation.engines import Engine, LocalEngine, ServerEngine
-from cliffscope.generation.rollout import Budget
+from cliffscope.generation.speaking import Budget
 from cliffscope.judging.judges import judge
 from cliffscope.transcripts.records import Message, Omission, Outcome, Transcript, Transcripts
 from cliffscope.transcripts.templates import TEMPLATES

@@ -208,6 +208,11 @@ def test_the_card_says_what_was_edited_why_and_what_was_measured(llama: LensMode
     assert "| random, mean of 2 | harmful |  | 0.75 |" in card
     assert "| top heads | KL / x | 4 | 0.01235 | nats per token |" in card
     assert str(tmp_path) not in card, "the card names a path of this machine"
+    assert "acts at all positions" not in card
+    narrow = pd.DataFrame(rows).assign(scope=["", "closing", "closing", "closing"])
+    other = (export_edited(llama, zero(HEADS), tmp_path / "narrow", safety=narrow) / "README.md").read_text()
+    assert "measured with the edit on the closing alone. In this checkpoint it acts at all positions" in other
+    assert "| 0.125 | 0 | 0.9 | closing |" in other
     bare = (export_edited(llama, zero(HEADS), tmp_path / "bare") / "README.md").read_text()
     assert "No reason was given." in bare
     assert "Nothing that was measured was given" in bare

@@ -1,39 +1,24 @@
 from collections import Counter
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
-from conftest import MakeCheckpoint, plain_logits, written
-from transformers import PreTrainedModel
+from conftest import plain_logits, written
+from slow_generation import BLANK, CLOSE, END, NEWLINE, prompt_ids, slow_roll_out
 
 from cliffscope.errors import DataError, GenerationError
-from cliffscope.generation import decoding, rollout
-from cliffscope.generation.rollout import MAX_ROWS, Budget, find_batch_size, roll_out
+from cliffscope.generation import batches, rollout
+from cliffscope.generation.batches import MOST_ROWS, find_batch_size
+from cliffscope.generation.cache import growing_cache, select_rows
+from cliffscope.generation.rollout import roll_out
+from cliffscope.generation.speaking import Budget
 from cliffscope.heads.editing import edited_weights
 from cliffscope.heads.edits import HeadRef, zero
-from cliffscope.model.load import LensModel, load_model
+from cliffscope.model.load import LensModel
 from cliffscope.transcripts.records import Message, Omission, Outcome, Transcript, Transcripts
-from cliffscope.transcripts.transcript import tokenize
+from cliffscope.transcripts.transcript import CLOSING_IDS, TokenizedTranscript, tokenize
 
-END, CLOSE, NEWLINE, BLANK = 6, 8, 9, 10
 BUDGET = {"max_thinking": 14, "max_answer": 9}
-
-
-@pytest.fixture(scope="module", params=["llama", "qwen3", "mistral"])
-def talker(request: pytest.FixtureRequest, make_checkpoint: MakeCheckpoint) -> LensModel:
-    """A random model that now and then ends its thinking or its turn; Mistral's sees only the last 12 tokens."""
-
-    def talk(network: PreTrainedModel) -> None:
-        head = network.get_output_embeddings().weight
-        head[CLOSE] *= 2.5
-        head[END] *= 3.0
-        head[NEWLINE] *= 2.0
-
-    model = load_model(make_checkpoint(request.param, change=talk, tie_word_embeddings=False), device="cpu")
-    marks = ["<|end|>", "</think>", "\n", "\n\n"]
-    assert model.tokenizer.convert_tokens_to_ids(marks) == [END, CLOSE, NEWLINE, BLANK]
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -41,50 +26,6 @@ def prompts() -> Transcripts:
     """Prompts of different length, without thinking and answer."""
     both = written(16, harmful=True, outcome=Outcome.UNJUDGED) + written(12, harmful=False, outcome=Outcome.UNJUDGED)
     return both.map(lambda t: t.replace(thinking=None, answer=None))
-
-
-@dataclass(kw_only=True)
-class Slow:
-    """What the oracle generated."""
-
-    seen: list[int]
-    thinking: list[int]
-    answer: list[int] | None
-    forced: bool
-
-
-def prompt_ids(model: LensModel, transcript: Transcript) -> list[int]:
-    turns = [{"role": m.role, "content": m.content} for m in transcript.messages]
-    text = model.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    return model.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def slow_roll_out(
-    model: LensModel, transcript: Transcript, *, max_thinking: int, max_answer: int, force_closing: bool = True
-) -> Slow:
-    """The oracle: one sequence, no cache, no padding, one full forward pass a token."""
-    ids, thinking, forced = prompt_ids(model, transcript), [], False
-
-    def speak() -> int:
-        ids.append(int(plain_logits(model, ids)[-1].argmax()))
-        return ids[-1]
-
-    while (token := speak()) not in (CLOSE, END):
-        thinking.append(token)
-        if len(thinking) == max_thinking:
-            break
-    if token == END or (token != CLOSE and not force_closing):
-        return Slow(seen=ids, thinking=thinking, answer=None, forced=False)
-    if token == CLOSE:
-        ids.append(BLANK)
-        thinking = thinking[:-1] if thinking[-1:] == [NEWLINE] else thinking
-    else:
-        forced = True
-        ids += [CLOSE, BLANK] if token in (NEWLINE, BLANK) else [NEWLINE, CLOSE, BLANK]
-    answer: list[int] = []
-    while len(answer) < max_answer and (token := speak()) != END:
-        answer.append(token)
-    return Slow(seen=ids, thinking=thinking, answer=answer, forced=forced)
 
 
 def test_greedy_generation_is_a_plain_loop_without_cache_or_padding(talker: LensModel, prompts: Transcripts) -> None:
@@ -110,18 +51,21 @@ def test_text_is_the_ids_decoded(talker: LensModel, prompts: Transcripts) -> Non
 
 
 def test_the_tokens_measured_later_are_those_that_the_model_saw(talker: LensModel, prompts: Transcripts) -> None:
-    checked, budget = 0, {"max_thinking": 4, "max_answer": 9}
+    kinds, budget = Counter[str](), {"max_thinking": 4, "max_answer": 9}
     for transcript in roll_out(talker, prompts, **budget):
         slow = slow_roll_out(talker, transcript, **budget)
         if slow.answer is None:
             continue
-        # A model that closes without a newline of its own is measured with the template's.
+        row = tokenize(transcript, talker.tokenizer, talker.template, with_answer=True)
+        assert row.token_ids.tolist() == slow.seen
+        # A model that closes without a newline has a closing that is not the template's.
         before = slow.seen.index(CLOSE) - 1
-        if slow.forced or (slow.seen[before] == NEWLINE and before >= len(prompt_ids(talker, transcript))):
-            row = tokenize(transcript, talker.tokenizer, talker.template, with_answer=True)
-            assert row.token_ids.tolist() == (slow.seen[:-1] if slow.seen[-1] == END else slow.seen)
-            checked += 1
-    assert checked > 3
+        newline = slow.seen[before] == NEWLINE and before >= len(prompt_ids(talker, transcript))
+        bare = not newline and not (slow.forced and slow.seen[before] == BLANK)
+        assert (CLOSING_IDS in transcript.extra) is bare
+        kinds["forced" if slow.forced else "bare" if bare else "with a newline"] += 1
+    assert kinds["forced"] > 3
+    assert kinds["bare"]
 
 
 def test_greedy_thinking_is_transformers_generate_token_for_token(talker: LensModel, prompts: Transcripts) -> None:
@@ -322,7 +266,7 @@ def test_the_growing_cache_holds_what_the_plain_one_does(talker: LensModel, prom
     from transformers import DynamicCache
 
     batch = talker.to_batch([prompt_ids(talker, t) for t in prompts[:5]], left=True)
-    caches = [decoding._growing_cache(talker), DynamicCache(config=talker.hf.config)]
+    caches = [growing_cache(talker), DynamicCache(config=talker.hf.config)]
     ids, mask, positions = batch.ids, batch.mask, batch.positions
     for step in range(90):
         with torch.no_grad():
@@ -334,8 +278,8 @@ def test_the_growing_cache_holds_what_the_plain_one_does(talker: LensModel, prom
         ids = both[0][:, -1:].argmax(-1)
         if step in (3, 70):
             keep = torch.tensor([0, 2, 3] if step == 3 else [1, 2])
-            for cache in caches:
-                cache.batch_select_indices(keep)
+            select_rows(caches[0], keep)
+            caches[1].batch_select_indices(keep)
             ids, mask, positions = ids[keep], mask[keep], positions[keep]
         mask, positions = torch.cat([mask, mask.new_ones(len(mask), 1)], 1), positions[:, -1:] + 1
 
@@ -343,11 +287,11 @@ def test_the_growing_cache_holds_what_the_plain_one_does(talker: LensModel, prom
 def test_the_batch_size_is_found_from_the_free_memory(llama: LensModel, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = 2 * 2 * 100 * 8 * 8 * 4 * 4  # twice keys and values of 100 positions in 8 layers of 8 heads of 4, in fp32
     row = cache + 3 * 4 * len(llama.tokenizer)
-    for free, rows in ((1e15, MAX_ROWS), (2 * row * 37, 32), (2 * row * 2.5, 2), (2 * row, 1), (0, 1)):
-        monkeypatch.setattr(rollout, "free_bytes", lambda device, free=free: int(free))
+    for free, rows in ((1e15, MOST_ROWS), (2 * row * 37, 32), (2 * row * 2.5, 2), (2 * row, 1), (0, 1)):
+        monkeypatch.setattr(batches, "free_bytes", lambda device, free=free: int(free))
         assert find_batch_size(llama, 100) == rows
     monkeypatch.undo()
-    assert find_batch_size(llama, 100) == MAX_ROWS
+    assert find_batch_size(llama, 100) == MOST_ROWS
 
 
 class Cramped:
@@ -357,12 +301,12 @@ class Cramped:
         self.rows, self.error, self.text = rows, error, text
         self.decode, self.sizes = rollout.decode, list[int]()
 
-    def __call__(self, model: LensModel, prompts: list[list[int]], keys: list[str], budget: Budget) -> list:
-        self.sizes.append(len(prompts))
-        if len(prompts) > self.rows:
-            self.decode(model, prompts[:1], keys[:1], budget)
+    def __call__(self, model: LensModel, rows: list[TokenizedTranscript], budget: Budget, edits: list) -> list:
+        self.sizes.append(len(rows))
+        if len(rows) > self.rows:
+            self.decode(model, rows[:1], budget, edits[:1])
             raise self.error(self.text)
-        return self.decode(model, prompts, keys, budget)
+        return self.decode(model, rows, budget, edits)
 
 
 @pytest.mark.parametrize(
@@ -394,7 +338,7 @@ def test_where_memory_runs_out_the_batch_is_halved_and_that_is_said(
     assert {t.extra["batch_halved_to"] for t in found} == {3}
     plain = found.map(lambda t: t.replace(extra={k: v for k, v in t.extra.items() if k != "batch_halved_to"}))
     assert tuple(plain) == tuple(whole)
-    assert "Memory ran out with 14 rows; continuing with 7" in caplog.text
+    assert "Memory ran out with 14 rows; going on with 7" in caplog.text
 
 
 def test_where_memory_does_not_suffice_for_one_row_that_is_an_error_and_other_errors_are_not_taken_for_it(
@@ -402,7 +346,7 @@ def test_where_memory_does_not_suffice_for_one_row_that_is_an_error_and_other_er
 ) -> None:
     kept: list[Transcripts] = []
     monkeypatch.setattr(rollout, "decode", Cramped(0))
-    with pytest.raises(GenerationError, match="There is not enough memory to generate"):
+    with pytest.raises(GenerationError, match="Memory does not suffice to generate"):
         roll_out(llama, prompts, **BUDGET, on_batch=kept.append)
     monkeypatch.undo()
     monkeypatch.setattr(rollout, "decode", Cramped(1, RuntimeError, "shapes do not match"))
@@ -426,9 +370,9 @@ def test_finished_batches_are_not_generated_again_and_the_result_is_the_same(
     done = Transcripts(t for part in parts[1:4] for t in part)
     mates, decode = list[tuple[str, ...]](), rollout.decode
 
-    def note(model: LensModel, rows: list[list[int]], keys: list[str], budget: Budget) -> list:
-        mates.append(tuple(keys))
-        return decode(model, rows, keys, budget)
+    def note(model: LensModel, rows: list[TokenizedTranscript], budget: Budget, edits: list) -> list:
+        mates.append(tuple(row.id for row in rows))
+        return decode(model, rows, budget, edits)
 
     monkeypatch.setattr(rollout, "decode", note)
     counts: list[int] = []
@@ -443,7 +387,7 @@ def test_finished_batches_are_not_generated_again_and_the_result_is_the_same(
 
 def test_what_is_done_must_answer_the_same_prompts(llama: LensModel, prompts: Transcripts) -> None:
     done = roll_out(llama, prompts[:2], **BUDGET, system="help people")
-    with pytest.raises(DataError, match="2 of 2 finished transcripts"):
+    with pytest.raises(DataError, match="2 of 2 transcripts that are done already"):
         roll_out(llama, prompts, **BUDGET, done=done)
     assert roll_out(llama, prompts[:3], **BUDGET, done=done, system="help people")[:2] == done
 
@@ -459,7 +403,7 @@ def test_each_prompt_is_answered_as_often_as_asked(llama: LensModel, prompts: Tr
     assert tuple(roll_out(llama, prompts[:3], **BUDGET, temperature=1.0, samples=4, batch_size=2)) == tuple(found)
 
 
-@pytest.mark.parametrize(("options", "word"), [({"samples": 2}, "all be equal"), ({"samples": 0}, "at least 1")])
+@pytest.mark.parametrize(("options", "word"), [({"samples": 2}, "all be the same"), ({"samples": 0}, "at least 1")])
 def test_samples_need_a_temperature_and_a_number(
     llama: LensModel, prompts: Transcripts, options: dict[str, int], word: str
 ) -> None:

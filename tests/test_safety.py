@@ -10,9 +10,11 @@ from cliffscope.errors import DataError, EditError, GenerationError
 from cliffscope.evaluation import safety as evaluation
 from cliffscope.evaluation.arms import TOP, UNEDITED, Arm, plan_arms
 from cliffscope.evaluation.safety import SafetyReport, compare_answers, evaluate_safety
-from cliffscope.generation.rollout import Budget
+from cliffscope.generation.answering import answer_transcripts
+from cliffscope.generation.rollout import roll_out
+from cliffscope.generation.speaking import Budget
 from cliffscope.heads.controls import count_sets
-from cliffscope.heads.edits import HeadRef, scale, zero
+from cliffscope.heads.edits import HeadRef, compose, scale, zero
 from cliffscope.judging.judges import Verdict
 from cliffscope.model.load import LensModel
 from cliffscope.transcripts.records import Omission, Outcome, Transcript, Transcripts
@@ -32,7 +34,7 @@ def report_of(**cells: tuple[str, str]) -> SafetyReport:
         rows += [
             {
                 **{"arm": arm, "kind": kind, "group": group, "id": f"{group}-{i}", "prompt": f"{group}-{i}"},
-                **{"outcome": WORDS[letter], "partial": False},
+                **{"outcome": WORDS[letter], "partial": False, "forced": False},
             }
             for group, letters in zip(("harmful", "harmless"), groups, strict=True)
             for i, letter in enumerate(letters)
@@ -83,7 +85,7 @@ def test_the_table_has_a_row_for_each_arm_and_group_that_has_prompts() -> None:
     frame = report_of(unedited=("cr", "c"), top_heads=("rr", "c"), random_1=("cr", "r")).to_frame()
     assert list(frame.columns) == [
         *("arm", "kind", "group", "n", "refused", "complied", "unfinished", "unjudged", "rate", "ci_low", "ci_high"),
-        "partial",
+        *("partial", "forced", "scope"),
     ]
     assert list(zip(frame["arm"], frame["kind"], frame["group"], strict=True)) == [
         *((UNEDITED, "unedited", "harmful"), (UNEDITED, "unedited", "harmless")),
@@ -100,7 +102,7 @@ def test_the_random_rate_is_the_mean_over_random_arms() -> None:
     report = report_of(unedited=("cccc", "c"), top_heads=("rrrr", "r"), random_1=("cccr", "c"), random_2=("crrr", "r"))
     assert report.random_rate() == pytest.approx((0.75 + 0.25) / 2)
     assert report.random_rate("harmless") == pytest.approx(0.5)
-    assert "ASR unedited 1.00, top heads 0.00, random 0.50, n=4" in repr(report)
+    assert "ASR unedited 1.00, top heads 0.00, random 0.50, scope all, n=4" in repr(report)
 
 
 # Pairs
@@ -341,12 +343,20 @@ def test_another_judge_decides_and_one_that_fails_is_counted(llama: LensModel, p
     assert [(o.id, o.stage) for o in report.omitted] == [(prompts[0].id, "judge")]
 
 
-def test_an_edit_of_another_scope_is_refused_before_an_arm_is_run(
+def test_scopes_that_keep_and_do_not_keep_the_thinking_are_refused_before_an_arm_is_run(
     llama: LensModel, prompts: Transcripts, recorder: Recorder
 ) -> None:
-    with pytest.raises(EditError, match="closing"):
-        evaluate_safety(llama, prompts, edit=zero(HEADS, scope="closing"))
+    plan = compose(zero(HEADS[:1], scope="closing"), zero(HEADS[1:]))
+    with pytest.raises(EditError, match="scopes all, closing"):
+        evaluate_safety(llama, prompts, edit=plan, controls=0)
     assert recorder.seen == [], "the unedited arm was generated before the scope was looked at"
+
+
+def test_random_sets_are_edited_over_the_same_scope(llama: LensModel) -> None:
+    arms = plan_arms(llama, zero(HEADS, scope="closing"), controls=4)
+    assert {str(arm.edit.scope) for arm in arms[1:] if arm.edit is not None} == {"closing"}
+    with pytest.raises(EditError, match="scope closing, those of the random sets all"):
+        plan_arms(llama, zero(HEADS, scope="closing"), controls=2, control_edit=zero)
 
 
 @pytest.mark.usefixtures("recorder")
@@ -390,7 +400,7 @@ def samples_report(first: str, second: str) -> SafetyReport:
     rows = [
         {
             **{"arm": arm, "kind": kind, "group": "harmful", "id": f"{i}/sample-{s}", "prompt": str(i)},
-            **{"outcome": WORDS[letter], "partial": False},
+            **{"outcome": WORDS[letter], "partial": False, "forced": False},
         }
         for arm, kind, words in ((UNEDITED, "unedited", first), (TOP, "top", second))
         for s, word in enumerate(words.split(), start=1)
@@ -475,3 +485,123 @@ def test_what_answers_are_like_stands_beside_the_rates(prompts: Transcripts) -> 
     # 13 runs of four words, of which two differ.
     assert table[("b", "harmful", "repetition")] == pytest.approx(11 / 13)
     assert (UNEDITED, "harmful", "repetition") not in table.index, "three words hold no run of four"
+
+
+# Thinking that is kept
+
+KEPT = {"max_answer": 6, "controls": 2}
+
+
+@pytest.fixture(scope="module")
+def thoughts(llama: LensModel) -> Transcripts:
+    """Transcripts with thinking of their own, some of it closed at its budget."""
+    groups = [written(6, harmful=h, outcome=Outcome.UNJUDGED, seed=7) for h in (True, False)]
+    rolled = roll_out(llama, groups[0] + groups[1], max_thinking=5, max_answer=6)
+    closed = Transcripts(t for t in rolled if t.closed and not t.thinking.startswith("<think>"))
+    # The tiny model closes none by itself; of every third it is said that it did.
+    return Transcripts(t.replace(extra={**t.extra, "forced_closing": i % 3 > 0}) for i, t in enumerate(closed))
+
+
+@pytest.mark.parametrize("scope", ["closing", "thinking", "prompt"])
+def test_every_arm_answers_each_transcripts_own_thinking(
+    llama: LensModel, thoughts: Transcripts, unchanged: Callable[[LensModel], Check], scope: str
+) -> None:
+    check, edit, arms = unchanged(llama), zero(HEADS, scope=scope), dict[str, Transcripts]()
+    report = evaluate_safety(llama, thoughts, edit=edit, on_arm=arms.__setitem__, **KEPT)
+    check()
+    plan = plan_arms(llama, edit, controls=2)
+    assert list(arms) == [arm.name for arm in plan]
+    for arm in plan:
+        alone = answer_transcripts(llama, thoughts, edit=arm.edit, max_answer=6)
+        assert [t.answer_ids for t in arms[arm.name]] == [t.answer_ids for t in alone]
+        assert [t.thinking_ids for t in arms[arm.name]] == [t.thinking_ids for t in thoughts]
+        assert all(t.outcome is not Outcome.UNJUDGED for t in arms[arm.name])
+    assert [t.answer_ids for t in arms[UNEDITED]] == [t.answer_ids for t in thoughts]
+    assert [t.answer_ids for t in arms[TOP]] != [t.answer_ids for t in thoughts]
+    assert report.scope == scope
+    frame = report.to_frame().set_index(["arm", "group"])
+    assert frame["scope"].unique().tolist() == ["", scope]
+    assert f"scope {scope}" in repr(report)
+
+
+def test_forced_closings_are_counted_by_arm_and_group(llama: LensModel, thoughts: Transcripts) -> None:
+    report = evaluate_safety(llama, thoughts, edit=zero(HEADS, scope="closing"), **KEPT)
+    for (_, group), rows in report.to_frame().groupby(["arm", "group"]):
+        forced = sum(bool(t.extra["forced_closing"]) for t in thoughts if t.harmful is (group == "harmful"))
+        assert rows["forced"].tolist() == [forced]
+        assert 0 < forced < rows["n"].iloc[0]
+    anew = evaluate_safety(llama, thoughts, max_thinking=1, max_answer=1).to_frame()
+    assert anew["forced"].sum() > 0, "a roll-out's forced closings are counted too"
+
+
+def test_what_no_arm_can_answer_is_left_out_of_all_of_them(llama: LensModel, thoughts: Transcripts) -> None:
+    """Even of an arm that comes from elsewhere, such as the transcripts' own answers."""
+    own = thoughts.map(lambda t: t.replace(closed=t.id != thoughts[0].id, outcome=Outcome.COMPLIED))
+    report = evaluate_safety(llama, own, edit=zero(HEADS, scope="closing"), done={UNEDITED: own}, **KEPT)
+    assert report.outcomes.groupby("arm").size().tolist() == [len(own) - 1] * 4
+    assert thoughts[0].id not in set(report.outcomes["id"])
+    assert [(o.id, o.stage) for o in report.omitted] == [(thoughts[0].id, "answer")]
+    assert "never closed" in report.omitted[0].reason
+
+
+def test_prompts_without_thinking_are_refused_with_what_to_do(llama: LensModel, prompts: Transcripts) -> None:
+    with pytest.raises(GenerationError, match="thinking is None.* Generate it with roll_out"):
+        evaluate_safety(llama, prompts, edit=zero(HEADS, scope="closing"), **KEPT)
+
+
+def test_a_model_that_does_not_think_needs_prompts_alone(chatml_model: LensModel, prompts: Transcripts) -> None:
+    edit = zero(HEADS, scope="closing")
+    report = evaluate_safety(chatml_model, prompts, edit=edit, system="help people", **KEPT)
+    assert report.outcomes.groupby("arm").size().tolist() == [8] * 4
+    arms: dict[str, Transcripts] = {}
+    evaluate_safety(chatml_model, prompts, edit=edit, system="help people", on_arm=arms.__setitem__, **KEPT)
+    assert {t.messages[0].content for t in arms[TOP]} == {"help people"}
+    rolled = roll_out(chatml_model, prompts, system="help people", max_answer=6)
+    assert [t.answer_ids for t in arms[UNEDITED]] == [t.answer_ids for t in rolled]
+
+
+def test_a_system_message_that_the_thinking_was_not_written_under_is_refused(
+    llama: LensModel, thoughts: Transcripts
+) -> None:
+    edit = zero(HEADS, scope="closing")
+    with pytest.raises(DataError, match="written without a system message"):
+        evaluate_safety(llama, thoughts, edit=edit, system="help people", **KEPT)
+    under = roll_out(llama, thoughts, system="help people", max_thinking=5, max_answer=6)
+    report = evaluate_safety(llama, under, edit=edit, system="help people", **KEPT)
+    assert len(report.outcomes) > 0
+
+
+def test_a_finished_arm_must_have_answered_the_same_thinking(llama: LensModel, thoughts: Transcripts) -> None:
+    other = thoughts.map(lambda t: t.replace(thinking="hm", thinking_ids=None))
+    with pytest.raises(DataError, match="finished arm 'unedited' does not answer"):
+        evaluate_safety(llama, thoughts, edit=zero(HEADS, scope="closing"), done={UNEDITED: other}, **KEPT)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_arms_that_were_killed_together_go_on_behind_their_last_batch(
+    llama: LensModel, thoughts: Transcripts, temperature: float
+) -> None:
+    batches: dict[str, list[Transcripts]] = {}
+    options = {**KEPT, "edit": zero(HEADS, scope="closing"), "batch_size": 10, "temperature": temperature}
+    whole = evaluate_safety(
+        llama, thoughts, **options, on_batch=lambda name, made: batches.setdefault(name, []).append(made)
+    )
+    assert {len(parts) for parts in batches.values()} == {len(thoughts) // 2}
+    # Killed between the two arms of the third block.
+    begun = {name: Transcripts(t for part in parts[:2] for t in part) for name, parts in batches.items()}
+    begun[UNEDITED] = begun[UNEDITED] + batches[UNEDITED][2]
+    made: list[str] = []
+    again = evaluate_safety(llama, thoughts, **options, begun=begun, on_batch=lambda name, _: made.append(name))
+    assert made.count(TOP) == len(batches[TOP]) - 2
+    assert made.count(UNEDITED) == len(batches[UNEDITED]) - 3
+    pd.testing.assert_frame_equal(again.outcomes, whole.outcomes)
+
+
+def test_samples_of_an_answer_share_their_thinking(llama: LensModel, thoughts: Transcripts) -> None:
+    arms: dict[str, Transcripts] = {}
+    options = {**KEPT, "edit": zero(HEADS, scope="closing"), "samples": 3, "temperature": 1.5}
+    report = evaluate_safety(llama, thoughts, **options, on_arm=arms.__setitem__)
+    assert report.outcomes.groupby(["arm", "prompt"]).size().eq(3).all()
+    own = {t.id: t.thinking_ids for t in thoughts}
+    assert all(t.thinking_ids == own[t.extra["sample_of"]] for t in arms[TOP])
+    assert len({t.answer_ids for t in arms[TOP][:3]}) > 1

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import written
+from slow_generation import Change, changed
 from transformers import PreTrainedModel
 
 from cliffscope.errors import DataError, EditError
 from cliffscope.evaluation import side_effects
 from cliffscope.evaluation.arms import TOP, UNEDITED
 from cliffscope.evaluation.side_effects import KL, PERPLEXITY, SideEffects, measure_side_effects
-from cliffscope.heads.edits import HeadRef, compose, scale, zero
+from cliffscope.heads.edits import EditKind, HeadEdit, HeadRef, Scope, compose, scale, zero
 from cliffscope.model.load import LensModel
 from cliffscope.resampling import bootstrap_mean, bootstrap_ratio
 from cliffscope.transcripts.records import Outcome, Transcripts
@@ -70,6 +71,65 @@ def test_the_divergence_is_the_plain_one(
         pytest.approx(float(high), rel=1e-3),
     )
     assert 0 < found["ci_low"] < found["value"] < found["ci_high"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "scope"),
+    [("zero", "closing"), ("zero", "thinking"), ("zero", "prompt"), ("by position", "closing")],
+)
+def test_the_divergence_of_an_edit_of_a_span_is_the_plain_one(
+    model: LensModel, answered: Transcripts, scope: str, kind: str
+) -> None:
+    """Whole sequences through plain transformers, one at a time, edited by hooks of the tests at the span alone."""
+    rows = [tokenize(t, model.tokenizer, model.template, with_answer=True) for t in answered]
+    labels = [[str(span) for span in row.labels()] for row in rows]
+    edit, value = zero(HEADS, scope=scope), None
+    if kind == "by position":
+        values = np.random.default_rng(0).normal(size=(2, 3, model.shape.d_head)).astype(np.float32)
+        edit, value = (
+            HeadEdit(heads=HEADS, kind=EditKind.PATCH, values=values, scope=Scope.parse(scope)),
+            torch.tensor(values),
+        )
+    changes = [
+        Change(layer=ref.layer, head=ref.head, scope=scope, value=None if value is None else value[i])
+        for i, ref in enumerate(HEADS)
+    ]
+    expected = []
+    for row, spans in zip(rows, labels, strict=True):
+        ids = row.token_ids.tolist()
+        plain = shares(model.hf, ids)
+        with changed(model, spans, changes):
+            other = shares(model.hf, ids)
+        first = spans.index("answer") if scope == "closing" else spans.index("thinking")
+        expected.append(float((plain.exp() * (plain - other)).sum(-1)[first - 1 : -1].mean()))
+    found = row_of(measure_side_effects(model, edit, transcripts=answered, controls=0), KL, TOP)
+    assert found["value"] == pytest.approx(np.mean(expected), rel=1e-3, abs=1e-6)
+    assert found["value"] > 1e-3
+    assert (found["n"], found["scope"]) == (5, scope)
+
+
+def test_random_sets_of_a_span_are_edited_there_too_and_nothing_stays(
+    llama: LensModel, answered: Transcripts, unchanged: object
+) -> None:
+    check = unchanged(llama)
+    frame = measure_side_effects(llama, zero(HEADS, scope="closing"), transcripts=answered, controls=3).frame
+    check()
+    assert set(frame["scope"]) == {"closing"}
+    assert frame["value"].gt(0).all()
+
+
+def test_an_answer_without_a_token_has_nothing_that_an_edit_of_the_closing_changes(
+    llama: LensModel, answered: Transcripts
+) -> None:
+    some = Transcripts([answered[0].replace(id="short", answer="", answer_ids=()), *answered[1:]])
+    found = measure_side_effects(llama, zero(HEADS, scope="closing"), transcripts=some, controls=0)
+    assert row_of(found, KL, TOP)["n"] == 4
+    assert [(o.id, o.stage) for o in found.omitted] == [("short", "side_effects")]
+
+
+def test_texts_have_no_spans(llama: LensModel, answered: Transcripts) -> None:
+    with pytest.raises(EditError, match="Texts have no closing"):
+        measure_side_effects(llama, zero(HEADS, scope="closing"), transcripts=answered, texts=TEXTS, controls=0)
 
 
 def test_perplexity_is_the_plain_one_over_all_tokens(llama: LensModel) -> None:

@@ -326,7 +326,7 @@ def safety_of(**cells: tuple[Sequence[str], Sequence[str]]) -> SafetyReport:
     rows = [
         {
             **{"arm": arm, "kind": kinds.get(arm, "random"), "group": group, "id": f"{group}{i}", "outcome": outcome},
-            **{"prompt": f"{group}{i}", "partial": False},
+            **{"prompt": f"{group}{i}", "partial": False, "forced": False},
         }
         for arm, groups in zip(arms, cells.values(), strict=True)
         for group, outcomes in zip(("harmful", "harmless"), groups, strict=True)

@@ -1,7 +1,7 @@
 """Which conditions does a comparison have?
 
-The unedited model, the edited one, and the same edit of as many random heads in the same layers: an edit of any heads
-changes something, and only what random heads do not do is due to the heads that were chosen.
+The unedited model, the edited one, and the same edit of as many random heads in the same layers and scope: an edit of
+any heads changes something, and only what random heads do not do is due to the heads that were chosen.
 """
 
 import logging
@@ -34,6 +34,32 @@ class Arm:
     """What is done to the model."""
 
 
+def scope_of(edit: HeadEdit | EditPlan | None) -> str:
+    """Where an edit acts: a scope, several of them in words, or "" for no edit."""
+    return ", ".join(sorted({str(part.scope) for part in edit.edits})) if edit is not None else ""
+
+
+def keeps_thinking(edit: HeadEdit | EditPlan | None) -> bool:
+    """Whether an edit is evaluated on thinking that is there already.
+
+    Args:
+        edit: of one scope, or a plan.
+
+    Returns:
+        True where no part acts at all positions: what is edited is then some span of a text that stays as it is.
+
+    Raises:
+        EditError: some parts act at all positions, others do not, so that the thinking would be both.
+    """
+    everywhere = {part.scope == Scope.ALL for part in edit.edits} if edit is not None else {True}
+    if len(everywhere) > 1:
+        raise EditError(
+            f"The plan has parts of scopes {scope_of(edit)}. With scope 'all' the thinking is generated under the "
+            "edit, with any other it is kept: evaluate them apart."
+        )
+    return everywhere == {False}
+
+
 def arm_names(controls: int) -> list[str]:
     """Names of the arms of a comparison with so many random sets, or more than it turns out to have."""
     return [UNEDITED, TOP, *(f"random {i + 1}" for i in range(controls))]
@@ -51,7 +77,7 @@ def plan_arms(
 
     Args:
         model: the model.
-        edit: the edit to be tested, with scope `all`; None for the unedited arm alone.
+        edit: the edit to be tested; None for the unedited arm alone.
         controls: random sets, all different; fewer where the layers do not have as many.
         control_edit: makes the same edit of other heads, such as `lambda heads: cs.mean(model, heads, transcripts)`;
             None takes `edit.on`, which kinds without values have.
@@ -61,21 +87,23 @@ def plan_arms(
         Arms, unedited first.
 
     Raises:
-        EditError: the edit's scope is not `all`, the model lacks a head, or no random set differs from the edit's.
+        EditError: the model lacks a head, a random set's edit has another scope, or no random set differs from the
+            edit's.
     """
     arms = [Arm(name=UNEDITED, kind="unedited", edit=None)]
     if edit is None:
         return tuple(arms)
     edit.check(model)
-    if edit.scope is not Scope.ALL:
-        raise EditError(
-            f"The edit has scope {str(edit.scope)!r}; answers are generated under edits of scope 'all' alone. Make it "
-            "with scope='all'."
-        )
     arms.append(Arm(name=TOP, kind="top", edit=edit))
     make = control_edit or _other_heads(edit)
     for i, heads in enumerate(_random_sets(model.shape, edit.heads, controls, seed)):
         arms.append(Arm(name=f"random {i + 1}", kind="random", edit=make(heads)))
+    others = {scope_of(arm.edit) for arm in arms[2:]} - {scope_of(edit)}
+    if others:
+        raise EditError(
+            f"The edit has scope {scope_of(edit)}, those of the random sets {', '.join(sorted(others))}. Let "
+            "control_edit make edits of the same scope: they are to differ in their heads alone."
+        )
     return tuple(arms)
 
 

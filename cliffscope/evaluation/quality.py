@@ -13,7 +13,7 @@ import pandas as pd
 
 from cliffscope.errors import DataError
 from cliffscope.judging.thinking import states_refusal
-from cliffscope.transcripts.records import Transcript
+from cliffscope.transcripts.records import FORCED, Transcript
 
 EXPECTED = "expected"
 """Key in a prompt's `extra`: the answer, or a list of answers of which each is right."""
@@ -21,7 +21,7 @@ RUN = 4
 """Words of a run that counts as repeated."""
 COLUMNS = (
     *("arm", "kind", "group", "id", "prompt", "outcome", "partial", "answer_tokens", "repetition", "exact"),
-    "thinking_refuses",
+    *("thinking_refuses", "forced"),
 )
 _WORD = re.compile(r"\w+|[^\w\s]")
 
@@ -36,7 +36,8 @@ def answer_rows(arm: str, kind: str, transcripts: Iterable[Transcript]) -> pd.Da
 
     Returns:
         Columns: arm, kind, group (`harmful` or `harmless`), id, prompt (id of the prompt, the same for its samples),
-        outcome, partial, answer_tokens, repetition, exact, thinking_refuses. NaN where there is nothing to measure.
+        outcome, partial, answer_tokens, repetition, exact, thinking_refuses, forced (whether the closing was fed at the
+        thinking budget). NaN where there is nothing to measure.
 
     Raises:
         DataError: `extra["expected"]` is neither text nor a list of texts.
@@ -75,6 +76,7 @@ def _row(arm: str, kind: str, transcript: Transcript) -> tuple[object, ...]:
         nothing if answer is None else repetition(answer),
         _exact(transcript),
         nothing if thinking is None else float(states_refusal(thinking)),
+        bool(transcript.extra.get(FORCED)),
     )
 
 

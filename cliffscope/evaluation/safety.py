@@ -1,17 +1,17 @@
 """What does an edit do to attack success and to harmless use?
 
 1. Every arm (unedited, edited, random head sets of the same size) answers the same prompts with the same budgets.
+   Under an edit of the closing, the thinking or the prompt, they all answer each transcript's own thinking, token for
+   token, under the edit; under an edit at all positions, as a checkpoint would hold it, each arm thinks for itself.
 2. One judge reads every answer.
-3. ASR = complied / judged over harmful prompts, over-refusal = refused / judged over harmless ones, with Wilson
-   intervals; unfinished and unjudged answers are counted beside them, never as safe.
+3. ASR over harmful prompts, over-refusal over harmless ones, with intervals (outcomes.py).
 4. Each arm is paired with the unedited one, prompt by prompt: difference with bootstrap interval, McNemar's p.
 5. What answers are like beside that (length, repetition, exactness, refusals stated in the thinking) stands apart.
 
-Several answers a prompt are not independent: intervals then come from drawing prompts again, not answers. Knows edits
-and judges, not probes: the edit is whatever it is given.
+Knows edits and judges, not readouts: the edit is whatever it is given.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -20,9 +20,12 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from cliffscope.errors import DataError
-from cliffscope.evaluation.arms import TOP, UNEDITED, Arm, MakeEdit, plan_arms
+from cliffscope.evaluation.arms import TOP, UNEDITED, Arm, MakeEdit, keeps_thinking, plan_arms, scope_of
+from cliffscope.evaluation.outcomes import GROUPS, count_outcomes, prompt_rates
 from cliffscope.evaluation.quality import answer_rows
-from cliffscope.generation.rollout import Budget, continue_roll_out, sample_prompts
+from cliffscope.generation.answering import STAGE, answer_arms
+from cliffscope.generation.rollout import check_left, continue_roll_out, sample_prompts
+from cliffscope.generation.speaking import Budget
 from cliffscope.heads.editing import edited_everywhere
 from cliffscope.heads.edits import EditPlan, HeadEdit
 from cliffscope.judging.judges import judge as judge_answers
@@ -30,15 +33,13 @@ from cliffscope.judging.lookup import find_judge
 from cliffscope.judging.protocols import Judge
 from cliffscope.model.load import LensModel
 from cliffscope.notebook import Plotted
-from cliffscope.resampling import bootstrap_mean, bootstrap_ratio, paired_bootstrap_difference
-from cliffscope.stats import Interval, mcnemar, wilson
-from cliffscope.transcripts.records import Omission, Outcome, Transcripts
+from cliffscope.resampling import bootstrap_mean, paired_bootstrap_difference
+from cliffscope.stats import mcnemar
+from cliffscope.transcripts.records import Message, Omission, Transcripts
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
-GROUPS = {"harmful": (True, Outcome.COMPLIED), "harmless": (False, Outcome.REFUSED)}
-"""Group of prompts: (harmful, the outcome that its rate counts)."""
 QUALITIES = ("partial", "thinking_refuses", "answer_tokens", "repetition", "exact")
 """What `SafetyReport.quality` measures."""
 
@@ -50,18 +51,24 @@ class SafetyReport(Plotted):
     arms: tuple[Arm, ...]
     """The arms, unedited first."""
     outcomes: pd.DataFrame
-    """One row an answer: the columns of `answers.answer_rows`."""
+    """One row an answer: the columns of `quality.answer_rows`."""
     omitted: tuple[Omission, ...]
     """Prompts that an arm could not answer or the judge not read, and why."""
     seed: int
     """Of the bootstrap."""
 
+    @property
+    def scope(self) -> str:
+        """Where the tested edit acts, such as "closing"; "" where none was tested."""
+        return next((scope_of(arm.edit) for arm in self.arms if arm.edit is not None), "")
+
     def to_frame(self) -> pd.DataFrame:
         """One row an arm and group.
 
-        Columns: arm, kind, group, n, refused, complied, unfinished, unjudged, rate, ci_low, ci_high, partial.
-        `rate` is the ASR for harmful prompts and over-refusal for harmless ones; NaN where nothing was judged.
-        `partial` is how many of `complied` refused in part.
+        Columns: arm, kind, group, n, refused, complied, unfinished, unjudged, rate, ci_low, ci_high, partial, forced,
+        scope. `rate` is the ASR for harmful prompts and over-refusal for harmless ones; NaN where nothing was judged.
+        `partial` is how many of `complied` refused in part, `forced` how many of `n` answer thinking that was closed
+        at its budget and not by the model. `scope` is where the arm's edit acts, "" where none does.
         """
         rows = [
             self._row(arm, group)
@@ -84,7 +91,7 @@ class SafetyReport(Plotted):
 
         Columns: arm, kind, group, measure, n, value, ci_low, ci_high. Measures are means over answers: `partial` (share
         that refuse in part), `thinking_refuses` (share whose thinking states a refusal), `answer_tokens`, `repetition`
-        (see `answers.repetition`) and `exact` (share that is exactly the expected answer). A measure that no answer
+        (see `quality.repetition`) and `exact` (share that is exactly the expected answer). A measure that no answer
         has is left out. Intervals are bootstrap intervals over prompts.
         """
         rows = []
@@ -139,41 +146,13 @@ class SafetyReport(Plotted):
         return self.outcomes[(self.outcomes["arm"] == arm) & (self.outcomes["group"] == group)]
 
     def _row(self, arm: Arm, group: str) -> dict[str, object]:
-        cell = self._cell(arm.name, group)
-        counts = cell["outcome"].value_counts()
-        found = {str(outcome): int(counts.get(str(outcome), 0)) for outcome in Outcome}
-        judged = found["refused"] + found["complied"]
-        hits = found[str(GROUPS[group][1])]
-        interval = self._interval(cell, str(GROUPS[group][1]))
-        return {
-            "arm": arm.name,
-            "kind": arm.kind,
-            "group": group,
-            "n": int(counts.sum()),
-            **found,
-            "rate": hits / judged if judged else float("nan"),
-            "ci_low": interval.low,
-            "ci_high": interval.high,
-            "partial": int(cell["partial"].sum()),
-        }
-
-    def _interval(self, cell: pd.DataFrame, target: str) -> Interval:
-        judged = cell[cell["outcome"].isin(_JUDGED)]
-        hits = judged["outcome"] == target
-        if cell["prompt"].is_unique:
-            return wilson(int(hits.sum()), len(judged))
-        by_prompt = hits.groupby(judged["prompt"])
-        return bootstrap_ratio(by_prompt.sum().to_numpy(), by_prompt.size().to_numpy(), seed=self.seed)
+        counts = count_outcomes(self._cell(arm.name, group), group, seed=self.seed)
+        return {"arm": arm.name, "kind": arm.kind, "group": group, **counts, "scope": scope_of(arm.edit)}
 
     def _pair(self, arm: Arm, group: str) -> dict[str, object] | None:
         """Over prompts that both arms have a judged answer to: mean over each prompt's samples, then the difference."""
-        target = str(GROUPS[group][1])
-        means = []
-        for name in (arm.name, UNEDITED):
-            cell = self._cell(name, group)
-            judged = cell[cell["outcome"].isin(_JUDGED)]
-            means.append((judged["outcome"] == target).groupby(judged["prompt"], sort=False).agg(["mean", "size"]))
-        both = means[0].merge(means[1], left_index=True, right_index=True, suffixes=("", "_unedited"))
+        rates, unedited = (prompt_rates(self._cell(name, group), group) for name in (arm.name, UNEDITED))
+        both = rates.merge(unedited, left_index=True, right_index=True, suffixes=("", "_unedited"))
         if both.empty:
             return None
         edited, plain = both["mean"].to_numpy(float), both["mean_unedited"].to_numpy(float)
@@ -190,15 +169,16 @@ class SafetyReport(Plotted):
         }
 
     def __repr__(self) -> str:
-        """One line: ASR unedited, edited and random, and n."""
+        """One line: ASR unedited, edited and random, the scope of the edit, and n."""
         n = len(self._cell(UNEDITED, "harmful"))
         top = f", {TOP} {self.rate(TOP):.2f}" if len(self.arms) > 1 else ""
-        return f"SafetyReport(ASR unedited {self.rate(UNEDITED):.2f}{top}, random {self.random_rate():.2f}, n={n})"
+        scope = f", scope {self.scope}" if self.scope else ""
+        rates = f"ASR unedited {self.rate(UNEDITED):.2f}{top}, random {self.random_rate():.2f}"
+        return f"SafetyReport({rates}{scope}, n={n})"
 
 
 _PAIR_COLUMNS = ["arm", "group", "n", "difference", "ci_low", "ci_high", "mcnemar_p"]
 _QUALITY_COLUMNS = ["arm", "kind", "group", "measure", "n", "value", "ci_low", "ci_high"]
-_JUDGED = (str(Outcome.REFUSED), str(Outcome.COMPLIED))
 
 
 def evaluate_safety(
@@ -225,34 +205,41 @@ def evaluate_safety(
     """Measures ASR and over-refusal unedited, under an edit, and under random edits of the same size.
 
     Args:
-        model: the model; edits are applied to its weights and undone.
-        prompts: harmful and harmless ones, with `harmful` set; others than those the edit was chosen on. An
-            `extra["expected"]` (text, or a list of texts) is what the answer should be exactly.
-        edit: with scope `all`; None measures the unedited model alone.
+        model: the model; every edit is undone.
+        prompts: harmful and harmless ones, with `harmful` set; others than those the edit was chosen on. Under an edit
+            that is not at all positions they are transcripts, since their own thinking is answered; a model that does
+            not think needs prompts alone. An `extra["expected"]` (text, or a list of texts) is what the answer should
+            be exactly.
+        edit: None measures the unedited model alone. With scope `closing`, `thinking` or `prompt` each transcript's
+            thinking is kept, and only answers are generated, under the edit: what heads are ranked by is then what is
+            evaluated. With scope `all` each arm generates thinking and answer under the edit, as an exported checkpoint
+            would.
         controls: random head sets, at least 20 for a claim.
         control_edit: makes the same edit of other heads, where `edit` cannot tell (kinds with values, plans).
         judge: reads the answers; a name or an object, see `find_judge`.
-        max_thinking: tokens of thinking at most, equal for all arms.
+        max_thinking: tokens of thinking at most, equal for all arms; where thinking is kept, it does not matter.
         max_answer: tokens of answer at most, equal for all arms.
         temperature: 0 is greedy.
         force_closing: close thinking that reaches its budget; otherwise it is unfinished.
         samples: answers a prompt; more than one needs a temperature.
-        system: system message, equal for all arms.
+        system: system message, equal for all arms; kept thinking must have been written under it.
         seed: of sampling, random sets and bootstrap.
-        batch_size: rows at most; None finds it from the free memory.
+        batch_size: rows at most, of all arms together where thinking is kept; None finds it from the free memory.
         done: judged arms that are there already, by name; they are not run again.
         begun: batches that an earlier call handed to `on_batch`, by arm; they are not generated again.
         on_arm: called with each finished arm's name and judged transcripts.
         on_batch: called with an arm's name and the transcripts of each finished batch, not judged yet.
 
     Returns:
-        The report.
+        The report. Transcripts whose thinking is missing or never closed cannot be answered; they are omitted from
+        every arm, each with its reason.
 
     Raises:
         DataError: there is no such judge, a prompt has no `harmful` label, there is none, or a finished arm answers
             other prompts.
-        EditError: the edit's scope is not `all`, the model lacks a head, or there is no random set.
-        GenerationError: the budgets are not positive, or memory does not suffice for one row.
+        EditError: the edit mixes scope `all` with others, the model lacks a head, or there is no random set.
+        GenerationError: the budgets are not positive, memory does not suffice for one row, or no transcript can be
+            answered.
 
     Example:
         >>> import cliffscope as cs
@@ -267,7 +254,7 @@ def evaluate_safety(
     asked = sample_prompts(prompts, samples)
     arms = plan_arms(model, edit, controls=controls, control_edit=control_edit, seed=seed)
     finished = dict(done or {})
-    _check_done(asked, finished)
+    _check_done(asked, finished, thinking=keeps_thinking(edit))
     budget = Budget(
         max_thinking=max_thinking,
         max_answer=max_answer,
@@ -275,21 +262,15 @@ def evaluate_safety(
         force_closing=force_closing,
         seed=seed,
     )
-    for arm in arms:
-        if arm.name not in finished:
-            answered = _answer(
-                model,
-                asked,
-                arm,
-                budget,
-                system=system,
-                batch_size=batch_size,
-                begun=(begun or {}).get(arm.name),
-                on_batch=on_batch,
-            )
-            finished[arm.name] = judge_answers(answered, reader)
-            if on_arm is not None:
-                on_arm(arm.name, finished[arm.name])
+    left = [arm for arm in arms if arm.name not in finished]
+    answer = _answer_kept if keeps_thinking(edit) else _answer_anew
+    answers = answer(model, asked, left, budget, system=system, batch_size=batch_size, begun=begun or {}, hand=on_batch)
+    for name, answered in answers:
+        finished[name] = judge_answers(answered, reader)
+        if on_arm is not None:
+            on_arm(name, finished[name])
+    if keeps_thinking(edit):
+        finished = _all_answered(finished)
     return _report(arms, finished, seed)
 
 
@@ -350,10 +331,11 @@ def _check_labels(prompts: Transcripts) -> None:
         )
 
 
-def _check_done(prompts: Transcripts, done: Mapping[str, Transcripts]) -> None:
-    asked = {t.id: t.prompt for t in prompts}
+def _check_done(prompts: Transcripts, done: Mapping[str, Transcripts], *, thinking: bool = False) -> None:
+    """Raises DataError where a finished arm answers other prompts, or other thinking where that is kept."""
+    asked = {t.id: (t.prompt, t.thinking if thinking else None) for t in prompts}
     for name, answered in done.items():
-        strange = [t.id for t in answered if asked.get(t.id) != t.prompt]
+        strange = [t.id for t in answered if asked.get(t.id) != (t.prompt, t.thinking if thinking else None)]
         missing = set(asked) - {t.id for t in answered} - {o.id for o in answered.omitted}
         if strange or missing:
             raise DataError(
@@ -362,18 +344,72 @@ def _check_done(prompts: Transcripts, done: Mapping[str, Transcripts]) -> None:
             )
 
 
-def _answer(
+Hand = Callable[[str, Transcripts], None]
+
+
+def _answer_anew(
     model: LensModel,
     asked: Transcripts,
-    arm: Arm,
+    arms: Sequence[Arm],
     budget: Budget,
     *,
     system: str | None,
     batch_size: int | None,
-    begun: Transcripts | None,
-    on_batch: Callable[[str, Transcripts], None] | None,
-) -> Transcripts:
-    edit = nullcontext() if arm.edit is None else edited_everywhere(model, arm.edit)
-    hand = None if on_batch is None else partial(on_batch, arm.name)
-    with edit:
-        return continue_roll_out(model, asked, budget, system=system, batch_size=batch_size, done=begun, on_batch=hand)
+    begun: Mapping[str, Transcripts],
+    hand: Hand | None,
+) -> Iterator[tuple[str, Transcripts]]:
+    """Each arm in turn thinks and answers, with its edit in the weights."""
+    for arm in arms:
+        with nullcontext() if arm.edit is None else edited_everywhere(model, arm.edit):
+            answered = continue_roll_out(
+                model,
+                asked,
+                budget,
+                system=system,
+                batch_size=batch_size,
+                done=begun.get(arm.name),
+                on_batch=None if hand is None else partial(hand, arm.name),
+            )
+        yield arm.name, answered
+
+
+def _answer_kept(
+    model: LensModel,
+    asked: Transcripts,
+    arms: Sequence[Arm],
+    budget: Budget,
+    *,
+    system: str | None,
+    batch_size: int | None,
+    begun: Mapping[str, Transcripts],
+    hand: Hand | None,
+) -> Iterator[tuple[str, Transcripts]]:
+    """All arms answer each transcript's own thinking, which is read once."""
+    edits = {arm.name: arm.edit for arm in arms}
+    with_system = _with_system(asked, system, thinks=model.template.thinks)
+    answers = answer_arms(model, with_system, edits, budget, batch_size=batch_size, done=begun, on_batch=hand)
+    for answered in answers.values():
+        check_left(answered)
+    yield from answers.items()
+
+
+def _with_system(asked: Transcripts, system: str | None, *, thinks: bool) -> Transcripts:
+    bare = [t.id for t in asked if t.messages[0].role != "system"] if system is not None else []
+    if bare and thinks:
+        raise DataError(
+            f"system={system!r} was given, but {len(bare)} transcripts, such as {bare[0]!r}, have thinking that was "
+            "written without a system message. Generate them with roll_out(system=...), or leave it out here."
+        )
+    if not bare or system is None:
+        return asked
+    first = Message(role="system", content=system)
+    return asked.map(lambda t: t.replace(messages=(first, *t.messages)) if t.id in bare else t)
+
+
+def _all_answered(finished: Mapping[str, Transcripts]) -> dict[str, Transcripts]:
+    """What every arm could answer, so that arms that came from elsewhere are compared on the same transcripts."""
+    omitted = {o.id for answered in finished.values() for o in answered.omitted if o.stage == STAGE}
+    return {
+        name: Transcripts((t for t in answered if t.id not in omitted), omitted=answered.omitted)
+        for name, answered in finished.items()
+    }

@@ -1,8 +1,10 @@
 """What else does an edit change?
 
 1. KL divergence of the next-token distributions, unedited from edited, at every token that the unedited model wrote in
-   transcripts (harmless ones, usually): 0 where the edit changes nothing.
-2. Perplexity on given text, unedited and edited.
+   transcripts (harmless ones, usually): 0 where the edit changes nothing. The transcripts' own tokens are fed, so that
+   an edit acts on exactly the spans of its scope; one of the closing alone can change the answer alone, and only
+   there it is measured.
+2. Perplexity on given text, unedited and edited. A text has no spans: it needs an edit at all positions.
 3. The same for random sets of as many heads, since any edit changes something.
 
 Exact: every position, the whole vocabulary, plain forward passes; logits are held for as many positions at a time as
@@ -20,15 +22,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cliffscope.errors import DataError
-from cliffscope.evaluation.arms import Arm, MakeEdit, plan_arms
-from cliffscope.heads.editing import edited_everywhere
-from cliffscope.heads.edits import EditPlan, HeadEdit
+from cliffscope.errors import DataError, EditError
+from cliffscope.evaluation.arms import Arm, MakeEdit, keeps_thinking, plan_arms, scope_of
+from cliffscope.heads.editing import edited_everywhere, edited_hooks
+from cliffscope.heads.edits import EditPlan, HeadEdit, Scope
 from cliffscope.model.load import Batch, LensModel
 from cliffscope.notebook import Plotted
 from cliffscope.resampling import bootstrap_mean, bootstrap_ratio
 from cliffscope.transcripts.records import Omission, Transcripts
-from cliffscope.transcripts.transcript import Span, tokenize_all
+from cliffscope.transcripts.transcript import Span, TokenizedTranscript, tokenize_all
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -36,7 +38,8 @@ if TYPE_CHECKING:
 KL, PERPLEXITY = "kl", "perplexity"
 ROOM_BYTES = 256 * 2**20
 """Bytes of one array of logits; three such arrays are held."""
-_COLUMNS = ["arm", "kind", "measure", "n", "value", "ci_low", "ci_high", "unit"]
+STAGE = "side_effects"
+_COLUMNS = ["arm", "kind", "measure", "n", "value", "ci_low", "ci_high", "unit", "scope"]
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -44,7 +47,7 @@ class SideEffects(Plotted):
     """What an edit changes beside refusal."""
 
     frame: pd.DataFrame
-    """arm, kind, measure (`kl`, `perplexity`), n, value, ci_low, ci_high, unit."""
+    """arm, kind, measure (`kl`, `perplexity`), n, value, ci_low, ci_high, unit, scope (where the edit acts)."""
     omitted: tuple[Omission, ...]
     """Transcripts and texts that could not be used, and why."""
 
@@ -92,10 +95,12 @@ def measure_side_effects(
     """Compares an edited model with the unedited one, token by token.
 
     Args:
-        model: the model; edits are applied to its weights and undone.
-        edit: with scope `all`.
+        model: the model; every edit is undone.
+        edit: of any scope. With scope `closing` the divergence is over the tokens of the answers, with any other over
+            those of thinking, closing and answer.
         transcripts: that the unedited model wrote, for the divergence; harmless ones tell what normal use loses.
-        texts: for the perplexity; one longer than the context is cut into pieces that fit.
+        texts: for the perplexity, under an edit of scope `all`; one longer than the context is cut into pieces that
+            fit.
         controls: random head sets.
         control_edit: makes the same edit of other heads; None takes `edit.on`.
         seed: of sets and intervals.
@@ -107,7 +112,8 @@ def measure_side_effects(
 
     Raises:
         DataError: neither transcripts nor texts, or none of them can be used.
-        EditError: as in `plan_arms`.
+        EditError: as in `plan_arms`, texts under an edit of another scope than `all`, or values that do not fit the
+            positions.
 
     Example:
         >>> import cliffscope as cs
@@ -120,7 +126,12 @@ def measure_side_effects(
     if not len(transcripts) and not len(texts):
         raise DataError("Nothing was given to measure side effects on. Give transcripts=..., texts=..., or both.")
     arms = plan_arms(model, edit, controls=controls, control_edit=control_edit, seed=seed)
-    written, omitted = _written(model, transcripts)
+    if texts and keeps_thinking(edit):
+        raise EditError(
+            f"Texts have no {scope_of(edit)}, so that an edit of this scope changes nothing in them. Leave out texts, "
+            "or give an edit of scope 'all'."
+        )
+    written, omitted = _written(model, transcripts, answers_alone=scope_of(edit) == str(Scope.CLOSING))
     read, owners, short = _read(model, texts)
     if not written and not read:
         raise DataError(f"Nothing is left to measure on: {(*omitted, *short)[0].reason}. Give other transcripts.")
@@ -162,6 +173,8 @@ class _Sequence:
 
     ids: list[int]
     first: int
+    transcript: TokenizedTranscript | None = None
+    """Whose tokens they are; None of a text."""
 
 
 @dataclass(eq=False)
@@ -178,13 +191,21 @@ class _Counter:
             self.progress(self.count)
 
 
-def _written(model: LensModel, transcripts: Transcripts) -> tuple[list[_Sequence], tuple[Omission, ...]]:
+def _written(
+    model: LensModel, transcripts: Transcripts, *, answers_alone: bool = False
+) -> tuple[list[_Sequence], tuple[Omission, ...]]:
+    """What the model wrote: everything behind the prompt, or the answers alone."""
     tokens, omitted = tokenize_all(
         transcripts, model.tokenizer, model.template, with_answer=True, max_length=model.shape.context
     )
-    return [
-        _Sequence(ids=[int(i) for i in t.token_ids], first=max(1, t.span(Span.PROMPT).stop)) for t in tokens
-    ], omitted
+    last_before = Span.CLOSING if answers_alone else Span.PROMPT
+    rows = [
+        _Sequence(ids=[int(i) for i in t.token_ids], first=max(1, t.span(last_before).stop), transcript=t)
+        for t in tokens
+    ]
+    empty = [row.transcript.id for row in rows if row.transcript is not None and row.first >= len(row.ids)]
+    nothing = [Omission(stage=STAGE, reason="its answer has no token to measure on", id=name) for name in empty]
+    return [row for row in rows if row.first < len(row.ids)], (*omitted, *nothing)
 
 
 def _read(model: LensModel, texts: Sequence[str]) -> tuple[list[_Sequence], np.ndarray, tuple[Omission, ...]]:
@@ -196,7 +217,7 @@ def _read(model: LensModel, texts: Sequence[str]) -> tuple[list[_Sequence], np.n
     for number, text in enumerate(texts):
         ids = [int(i) for i in model.tokenizer.encode(text)]
         if len(ids) < 2:
-            short.append(Omission(stage="side_effects", reason="text of less than two tokens", id=f"text-{number + 1}"))
+            short.append(Omission(stage=STAGE, reason="text of less than two tokens", id=f"text-{number + 1}"))
         cut = [ids[start : start + context] for start in range(0, len(ids), context)]
         pieces += [_Sequence(ids=piece, first=1) for piece in cut if len(piece) > 1]
         owners += [number for piece in cut if len(piece) > 1]
@@ -220,7 +241,7 @@ def _divergence_rows(
         if arm.edit is not None:
             low, high = bootstrap_mean(values, seed=seed)
             value = (float(values.mean()), float(low), float(high))
-            found.append((arm.name, arm.kind, KL, len(rows), *value, "nats a token"))
+            found.append((arm.name, arm.kind, KL, len(rows), *value, "nats a token", scope_of(arm.edit)))
     return found
 
 
@@ -240,7 +261,7 @@ def _perplexity_rows(
         total = np.array([values[owners == text].sum() for text in texts])
         interval = bootstrap_ratio(total, tokens, seed=seed)
         value = np.exp([total.sum() / tokens.sum(), interval.low, interval.high]).tolist()
-        found.append((arm.name, arm.kind, PERPLEXITY, len(texts), *value, "tokens"))
+        found.append((arm.name, arm.kind, PERPLEXITY, len(texts), *value, "tokens", scope_of(arm.edit)))
     return found
 
 
@@ -250,6 +271,8 @@ class _Window:
 
     rows: np.ndarray
     """Which rows."""
+    transcripts: tuple[TokenizedTranscript, ...]
+    """What their tokens are; empty for texts."""
     batch: Batch
     """Their ids, padded."""
     where: Tensor
@@ -283,6 +306,7 @@ def _windows(model: LensModel, rows: list[_Sequence], done: _Counter) -> Iterato
             counts = (where + 1 >= first) & (where + 1 < length)
             yield _Window(
                 rows=np.array(part),
+                transcripts=tuple(t for t in (rows[i].transcript for i in part) if t is not None),
                 batch=batch,
                 where=where,
                 targets=batch.ids[:, where + 1],
@@ -295,8 +319,7 @@ def _log_shares(
     model: LensModel, window: _Window, edit: HeadEdit | EditPlan | None
 ) -> Float[Tensor, "row position vocabulary"]:
     """Log probabilities of the next token at the window's positions."""
-    context: AbstractContextManager[None] = nullcontext() if edit is None else edited_everywhere(model, edit)
-    with context, torch.inference_mode():
+    with _edited(model, edit, window.transcripts), torch.inference_mode():
         output = model.hf(
             input_ids=window.batch.ids,
             attention_mask=window.batch.mask,
@@ -305,3 +328,11 @@ def _log_shares(
             logits_to_keep=window.where,
         )
         return torch.log_softmax(output.logits.float(), -1)
+
+
+def _edited(
+    model: LensModel, edit: HeadEdit | EditPlan | None, transcripts: Sequence[TokenizedTranscript]
+) -> AbstractContextManager[None]:
+    if edit is None:
+        return nullcontext()
+    return edited_hooks(model, edit, transcripts) if keeps_thinking(edit) else edited_everywhere(model, edit)

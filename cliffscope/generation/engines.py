@@ -16,7 +16,8 @@ from typing import Protocol, runtime_checkable
 
 from cliffscope.errors import GenerationError
 from cliffscope.generation.endpoints import Endpoint, Reply, Request, ask_all
-from cliffscope.generation.rollout import ROLL_OUT_STAGE, Budget, bare_prompt, roll_out
+from cliffscope.generation.rollout import bare_prompt, roll_out
+from cliffscope.generation.speaking import Budget
 from cliffscope.model.load import LensModel
 from cliffscope.transcripts.records import Omission, Transcript, Transcripts
 from cliffscope.transcripts.templates import Template, find_template, split_reply
@@ -138,7 +139,7 @@ class ServerEngine:
         reasons |= replies.failed
         template = find_template(self.template)
         answered = [_answered(t, replies.replies[t.id], template) for t in questions if t.id in replies.replies]
-        omitted = [Omission(stage=ROLL_OUT_STAGE, reason=reasons[t.id], id=t.id) for t in questions if t.id in reasons]
+        omitted = [Omission(stage=STAGE, reason=reasons[t.id], id=t.id) for t in questions if t.id in reasons]
         return Transcripts(answered, omitted=(*prompts.omitted, *omitted))
 
 

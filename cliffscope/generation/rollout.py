@@ -1,51 +1,41 @@
 """What does the model think and answer?
 
-1. Prompts are rendered. Those that do not fit the context are omitted, with the reason.
-2. They are sorted by length and decoded in batches. The batch size is derived from the free memory, and halved if
-   memory runs out.
-3. Each finished batch is handed to the caller, who can store it; stored transcripts are not generated again.
-4. Answers are returned in the order of the prompts.
+1. Prompts are rendered; those that do not fit the context are omitted, with the reason.
+2. They are sorted by length and decoded in batches whose size is found from the free memory, and halved where that was
+   too much after all.
+3. Each finished batch is handed out, so that it can be kept; what was kept is not generated again.
+4. Answers come back in the prompts' order, whatever the batches were.
 
-Greedy by default, so that the model's first choice is measured. Decoding itself is in decoding.py.
+Greedy by default: what is measured is then the model's first choice. Decoding itself is in decoding.py, answers on
+thinking that is there already in answering.py.
 """
 
-import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-
-import torch
+from dataclasses import dataclass, replace
 
 from cliffscope.errors import DataError, GenerationError
-from cliffscope.generation.decoding import Budget, Decoded, decode
-from cliffscope.memory import free_bytes, is_out_of_memory
+from cliffscope.generation.batches import BatchSize, check_batch_size, find_batch_size
+from cliffscope.generation.decoding import decode
+from cliffscope.generation.row_edits import SpanEdit
+from cliffscope.generation.speaking import Budget, Decoded
 from cliffscope.model.load import LensModel
-from cliffscope.transcripts.records import Message, Omission, Outcome, Transcript, Transcripts
-from cliffscope.transcripts.transcript import Span, tokenize
+from cliffscope.transcripts.records import FORCED, Message, Omission, Outcome, Transcript, Transcripts
+from cliffscope.transcripts.transcript import (
+    CLOSING_IDS,
+    Span,
+    TokenizedTranscript,
+    spliced_thinking,
+    tokenize,
+)
 
-__all__ = [
-    "Budget",
-    "bare_prompt",
-    "check_left",
-    "continue_roll_out",
-    "find_batch_size",
-    "roll_out",
-    "sample_prompts",
-]
-
-log = logging.getLogger(__name__)
-ROLL_OUT_STAGE = "roll_out"
-MAX_ROWS = 64
-"""Maximum rows of a batch whose size is derived: larger ones gain little speed, and an interruption loses more."""
-HALVED = "batch_halved_to"
-"""Key in `extra` of transcripts that were generated after memory ran out: the batch size from then on."""
-_MEMORY_SHARE = 0.5
-"""Share of the free memory that a batch may use."""
+STAGE = "roll_out"
 
 
 def roll_out(
     model: LensModel,
     prompts: Transcripts,
     *,
+    edit: SpanEdit | None = None,
     max_thinking: int = 1024,
     max_answer: int = 128,
     temperature: float = 0.0,
@@ -61,27 +51,30 @@ def roll_out(
     """Generates thinking and answer for each prompt.
 
     Args:
-        model: the model; edit its weights around the call to generate under an edit.
-        prompts: transcripts; any thinking and answer that they have are replaced.
-        max_thinking: maximum tokens of thinking.
-        max_answer: maximum tokens of answer.
+        model: the model.
+        prompts: transcripts; thinking and answer they already have are replaced.
+        edit: of any scope, under which thinking and answer are generated; `all` acts up to and including the answer.
+            Values that differ by position need a scope whose text is not generated: the prompt, or the closing.
+        max_thinking: tokens of thinking at most.
+        max_answer: tokens of answer at most.
         temperature: 0 is greedy.
         force_closing: close thinking that reaches its budget; otherwise it is left unfinished.
-        system: system message for each prompt that has none.
-        seed: seed of the sampling; the result depends on neither order nor batches.
-        samples: answers for each prompt; more than one needs a temperature, and ids then end in "/sample-1" and so on.
-        batch_size: maximum rows in a batch; None derives it from the free memory. It is halved if memory runs out.
+        system: system message put before each prompt that has none.
+        seed: of the sampling; the result does not depend on order or batch.
+        samples: answers a prompt; more than one needs a temperature, and ids end in "/sample-1" and so on.
+        batch_size: rows at most; None finds it from the free memory. It is halved where memory runs out.
         done: transcripts that an earlier call handed to `on_batch`; they are returned and not generated again.
         on_batch: called with the transcripts of each finished batch.
         progress: called with the number of transcripts done.
 
     Returns:
-        Transcripts in the order of the prompts, with the exact generated ids. Prompts that do not fit the context are
-        omitted, with the reason. If memory ran out, `extra["batch_halved_to"]` holds the new batch size.
+        Transcripts in the prompts' order, with the exact generated ids; prompts that do not fit the context are
+        omitted, each with its reason. Where memory ran out, `extra["batch_halved_to"]` says so.
 
     Raises:
-        GenerationError: a budget is not positive, or a single row does not fit into memory.
-        DataError: the `done` transcripts answer different prompts.
+        GenerationError: the budgets are not positive, or memory does not suffice for one row.
+        DataError: what is done already answers other prompts.
+        EditError: the edit does not fit the model, or its values the positions.
 
     Example:
         >>> import cliffscope as cs
@@ -98,71 +91,78 @@ def roll_out(
         seed=seed,
     )
     if samples > 1 and not temperature:
-        raise GenerationError(f"samples={samples} at temperature 0 would all be equal. Pass a temperature above 0.")
-    questions = sample_prompts(prompts, samples)
+        raise GenerationError(f"samples={samples} at temperature 0 would all be the same. Give a temperature.")
+    asked = sample_prompts(prompts, samples)
     return continue_roll_out(
-        model, questions, budget, system=system, batch_size=batch_size, done=done, on_batch=on_batch, progress=progress
+        model,
+        asked,
+        budget,
+        edit=edit,
+        system=system,
+        batch_size=batch_size,
+        done=done,
+        on_batch=on_batch,
+        progress=progress,
     )
 
 
 def continue_roll_out(
     model: LensModel,
-    prompts: Transcripts,
+    asked: Transcripts,
     budget: Budget,
     *,
+    edit: SpanEdit | None = None,
     system: str | None = None,
     batch_size: int | None = None,
     done: Transcripts | None = None,
     on_batch: Callable[[Transcripts], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Transcripts:
-    """Generates one transcript for each prompt under a checked budget; see `roll_out`."""
-    if batch_size is not None and batch_size < 1:
-        raise GenerationError(f"batch_size={batch_size}: expected at least 1 row.")
-    questions = prompts.map(lambda t: bare_prompt(t, system))
-    finished = _finished(questions, done)
-    rows, omitted = _prepare(model, questions, budget)
-    rows.sort(key=lambda row: -len(row.ids))
-    size = batch_size or find_batch_size(model, max((len(row.ids) for row in rows), default=0) + budget.room(model))
-    batches = _Batches(model=model, budget=budget, size=size)
+    """What `roll_out` does once the samples of each prompt are apart and the budget is checked; see there."""
+    check_batch_size(batch_size)
+    asked = asked.map(lambda t: bare_prompt(t, system))
+    finished = _finished(asked, done)
+    rows, omitted = _prepare(model, asked, budget)
+    rows.sort(key=lambda row: -row.tokens.n_pos)
+    size = batch_size or find_batch_size(model, max((row.tokens.n_pos for row in rows), default=0) + budget.room(model))
+    batches = _Batches(model=model, budget=budget, edit=edit, size=BatchSize(rows=size))
     for start in range(0, len(rows), size):
-        # Batches are cut from all rows, so that a resumed call has the same batch-mates as an uninterrupted one.
+        # Batches are cut from all rows, so that a resumed call has the batch-mates of an uninterrupted one.
         batch = [row for row in rows[start : start + size] if row.transcript.id not in finished]
-        for part in batches.run(batch):
-            finished |= {t.id: t for t in part}
+        for made in batches.run(batch):
+            finished |= {t.id: t for t in made}
             if on_batch is not None:
-                on_batch(part)
+                on_batch(made)
             if progress is not None:
                 progress(len(finished))
-    answered = [finished[t.id] for t in questions if t.id in finished]
-    return Transcripts(answered, omitted=(*questions.omitted, *omitted))
+    kept = [finished[t.id] for t in asked if t.id in finished]
+    return Transcripts(kept, omitted=(*asked.omitted, *omitted))
 
 
 def check_left(transcripts: Transcripts) -> None:
-    """Raises GenerationError with the first reason if every prompt of a roll-out was omitted."""
+    """Raises GenerationError, with the first reason, if every prompt of a roll-out was omitted."""
     if not len(transcripts):
         why = f": {transcripts.omitted[0].kind}" if transcripts.omitted else ""
         raise GenerationError(
-            f"No transcript is left: every prompt was omitted{why}. Lower the budgets, or choose different prompts."
+            f"No transcript is left: every prompt was omitted{why}. Lower the budgets or give other prompts."
         )
 
 
 def sample_prompts(prompts: Transcripts, samples: int) -> Transcripts:
-    """Repeats each prompt for the number of answers that it gets.
+    """Each prompt as often as it is to be answered.
 
     Args:
         prompts: with unique ids.
-        samples: answers for each prompt, at least 1.
+        samples: answers a prompt, at least 1.
 
     Returns:
-        The prompts themselves for one sample; otherwise copies with new ids and the prompt's id in
-        `extra["sample_of"]`.
+        The prompts themselves for one sample; else copies with ids of their own, `extra["sample_of"]` the prompt's id.
 
     Raises:
-        GenerationError: `samples` is below 1.
+        GenerationError: fewer than one sample.
     """
     if samples < 1:
-        raise GenerationError(f"samples={samples}: expected at least 1 answer for each prompt.")
+        raise GenerationError(f"samples={samples}: expected at least 1 answer a prompt.")
     if samples == 1:
         return prompts
     copies = (
@@ -174,11 +174,11 @@ def sample_prompts(prompts: Transcripts, samples: int) -> Transcripts:
 
 
 def bare_prompt(transcript: Transcript, system: str | None = None) -> Transcript:
-    """Strips a transcript to its prompt.
+    """A transcript as it is before anything is generated.
 
     Args:
-        transcript: a transcript, with or without an answer.
-        system: system message to add unless the messages already start with one.
+        transcript: whatever it holds already.
+        system: system message put before its messages if they begin with none.
 
     Returns:
         Its messages, without thinking, answer and outcome.
@@ -196,93 +196,75 @@ def bare_prompt(transcript: Transcript, system: str | None = None) -> Transcript
     )
 
 
-def find_batch_size(model: LensModel, length: int) -> int:
-    """The number of rows whose caches take at most half of the free memory.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Prompt:
+    """One prompt as ids."""
 
-    Args:
-        model: the loaded model.
-        length: tokens of the longest row.
-
-    Returns:
-        A power of two from 1 to `MAX_ROWS`.
-    """
-    rows = max(1, min(MAX_ROWS, int(_MEMORY_SHARE * free_bytes(model.device) / max(1, row_bytes(model, length)))))
-    return 1 << (rows.bit_length() - 1)
-
-
-def row_bytes(model: LensModel, length: int) -> int:
-    """Bytes that a row of `length` tokens takes during generation, for its cache and its logits."""
-    shape, each = model.shape, torch.empty(0, dtype=model.dtype).element_size()
-    # Twice, since a growing cache and a shrinking batch are copied. The logits are three arrays in fp32 or wider.
-    cache = 2 * 2 * length * shape.n_layers * shape.n_kv_heads * shape.d_head * each
-    return cache + 3 * 4 * len(model.tokenizer)
+    transcript: Transcript
+    tokens: TokenizedTranscript
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class _Prompt:
-    """A prompt with its ids."""
-
-    transcript: Transcript
-    ids: list[int]
-
-
-@dataclass(eq=False, kw_only=True)
 class _Batches:
     """Decodes batches, in halves once memory has run out."""
 
     model: LensModel
     budget: Budget
-    size: int
-    halved: bool = False
+    edit: SpanEdit | None
+    size: BatchSize
 
     def run(self, rows: list[_Prompt]) -> Iterator[Transcripts]:
-        """Yields the transcripts of one batch: in one part or, if memory runs out, in several."""
+        """The transcripts of one batch, in one part or, where memory runs out, in several as they are finished."""
         while rows:
-            part = rows[: self.size]
-            decoded = self._decode(part)
-            if decoded is not None:
-                yield Transcripts(self._finish(row, result) for row, result in zip(part, decoded, strict=True))
+            part = rows[: self.size.rows]
+            made = self._decoded(part)
+            if made is not None:
+                yield Transcripts(self._finish(row, decoded) for row, decoded in zip(part, made, strict=True))
                 rows = rows[len(part) :]
 
-    def _decode(self, rows: Sequence[_Prompt]) -> list[Decoded] | None:
-        """The results, or None if memory ran out; the batch size has then been halved."""
-        try:
-            return decode(self.model, [row.ids for row in rows], [row.transcript.id for row in rows], self.budget)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if len(rows) == 1:
-                raise GenerationError(
-                    f"There is not enough memory to generate {rows[0].transcript.id!r} alone ({len(rows[0].ids)} "
-                    f"prompt tokens, up to {self.budget.room(self.model)} after them). Lower the budgets, or load the "
-                    "model in a smaller dtype."
-                ) from error
-            self.size, self.halved = max(1, len(rows) // 2), True
-            log.warning("Memory ran out with %d rows; continuing with %d rows in a batch.", len(rows), self.size)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return None
+    def _decoded(self, rows: Sequence[_Prompt]) -> list[Decoded] | None:
+        """What was generated, or None where memory ran out; then the size has been halved."""
+        tokens = [row.tokens for row in rows]
+        return self.size.attempt(
+            lambda: decode(self.model, tokens, self.budget, [self.edit] * len(rows)),
+            len(rows),
+            alone=(
+                f"Memory does not suffice to generate {rows[0].transcript.id!r} alone ({tokens[0].n_pos} tokens of "
+                f"prompt, {self.budget.room(self.model)} after it at most). Lower the budgets, or load the model in a "
+                "smaller dtype."
+            ),
+        )
 
     def _finish(self, row: _Prompt, decoded: Decoded) -> Transcript:
         decode_ids, thinks = self.model.tokenizer.decode, self.model.template.thinks
-        halved = {HALVED: self.size} if self.halved else {}
+        stale = {CLOSING_IDS, "verdict"}
+        extra = {key: value for key, value in row.transcript.extra.items() if key not in stale}
         return row.transcript.replace(
             thinking=decode_ids(list(decoded.thinking)) if thinks else None,
             thinking_ids=decoded.thinking if thinks else None,
             answer=decode_ids(list(decoded.answer), skip_special_tokens=True) if decoded.closed else None,
             answer_ids=decoded.answer if decoded.closed else None,
             closed=decoded.closed,
-            extra={**row.transcript.extra, "forced_closing": decoded.forced, **halved},
+            extra={**extra, FORCED: decoded.forced, **_closing_note(self.model, decoded), **self.size.note},
         )
 
 
-def _finished(questions: Transcripts, done: Transcripts | None) -> dict[str, Transcript]:
-    messages = {t.id: t.messages for t in questions}
-    strangers = [t.id for t in done or () if messages.get(t.id) != t.messages]
-    if strangers:
+def _closing_note(model: LensModel, decoded: Decoded) -> dict[str, object]:
+    """The closing's ids, where they are not those that are spliced behind such thinking anyway."""
+    if not (decoded.closed and model.template.thinks):
+        return {}
+    spliced = spliced_thinking(decoded.thinking, model.tokenizer, model.template)
+    written = [*decoded.thinking, *decoded.closing]
+    return {} if [*spliced[0], *spliced[1]] == written else {CLOSING_IDS: list(decoded.closing)}
+
+
+def _finished(asked: Transcripts, done: Transcripts | None) -> dict[str, Transcript]:
+    known = {t.id: t.messages for t in asked}
+    strange = [t.id for t in done or () if known.get(t.id) != t.messages]
+    if strange:
         raise DataError(
-            f"{len(strangers)} of {len(done or ())} finished transcripts, such as {strangers[0]!r}, do not answer "
-            "these prompts. Pass the prompts that they were generated from, or start again without them."
+            f"{len(strange)} of {len(done or ())} transcripts that are done already, such as {strange[0]!r}, answer "
+            "other prompts than those given. Start again without them, or give the prompts they were made from."
         )
     return {t.id: t for t in done or ()}
 
@@ -292,25 +274,28 @@ def _prepare(model: LensModel, prompts: Sequence[Transcript], budget: Budget) ->
     room = budget.room(model)
     for transcript in prompts:
         try:
-            ids = _prompt_ids(model, transcript)
+            tokens = _prompt_tokens(model, transcript)
         except DataError as error:
-            omitted.append(Omission(stage=ROLL_OUT_STAGE, reason=str(error), id=transcript.id))
+            omitted.append(Omission(stage=STAGE, reason=str(error), id=transcript.id))
             continue
-        if len(ids) + room > model.shape.context:
+        if tokens.n_pos + room > model.shape.context:
             reason = (
-                f"prompt of {len(ids)} tokens and budgets of {room}, including the closing, exceed the context of "
-                f"{model.shape.context}; lower the budgets or drop the prompt"
+                f"prompt of {tokens.n_pos} tokens and budgets of {room}, closing included, exceed the context of "
+                f"{model.shape.context}; lower the budgets or drop it"
             )
-            omitted.append(Omission(stage=ROLL_OUT_STAGE, reason=reason, id=transcript.id))
+            omitted.append(Omission(stage=STAGE, reason=reason, id=transcript.id))
             continue
-        rows.append(_Prompt(transcript=transcript, ids=ids))
+        rows.append(_Prompt(transcript=transcript, tokens=tokens))
     return rows, omitted
 
 
-def _prompt_ids(model: LensModel, transcript: Transcript) -> list[int]:
+def _prompt_tokens(model: LensModel, transcript: Transcript) -> TokenizedTranscript:
+    """A prompt up to where generation begins: behind the prompt, or without thinking behind its own tail."""
     if not transcript.prompt.strip():
-        raise DataError(f"The prompt of {transcript.id!r} is empty. Add text, or drop it.")
+        raise DataError(f"The prompt of {transcript.id!r} is empty. Give it text, or drop it.")
     thinks = model.template.thinks
     tokens = tokenize(transcript.replace(thinking="" if thinks else None), model.tokenizer, model.template)
-    # Without thinking, the closing is the tail of the prompt, so generation starts after it.
-    return [int(i) for i in tokens.token_ids[: tokens.span(Span.PROMPT).stop if thinks else tokens.n_pos]]
+    if not thinks:
+        return tokens
+    stop = tokens.span(Span.PROMPT).stop
+    return replace(tokens, token_ids=tokens.token_ids[:stop], bounds=(stop,) * 4)

@@ -32,7 +32,7 @@ from cliffscope.model.export import (
 from cliffscope.model.load import LensModel
 
 EDIT = "cliffscope_edit.json"
-_SAFETY_COLUMNS = ("arm", "group", "n", "complied", "refused", "unfinished", "rate", "ci_low", "ci_high")
+_SAFETY_COLUMNS = ("arm", "group", "n", "complied", "refused", "unfinished", "rate", "ci_low", "ci_high", "scope")
 _EFFECT_COLUMNS = ("arm", "measure", "n", "value", "ci_low", "ci_high", "unit")
 _RANDOM = "random"
 
@@ -153,11 +153,24 @@ def _model_card(
         why.strip() or "No reason was given.",
         "## Measured",
         *_measured(safety, _SAFETY_COLUMNS, "Outcomes (`rate`: ASR on harmful prompts, over-refusal on harmless ones)"),
+        *_scope_note(safety, side_effects),
         *_measured(side_effects, _EFFECT_COLUMNS, "Side effects, edited against unedited"),
     ]
     if safety is None and side_effects is None:
         parts.append("Nothing that was measured was given to this export. Measure before relying on the edit.")
     return "\n\n".join(parts) + "\n"
+
+
+def _scope_note(*tables: pd.DataFrame | None) -> list[str]:
+    """That what was measured is not what the checkpoint does, where the edit was measured over another scope."""
+    scopes = {str(scope) for table in tables if table is not None and "scope" in table for scope in table["scope"]}
+    others = sorted(scopes - {"", "all"})
+    if not others:
+        return []
+    return [
+        f"These were measured with the edit on the {', '.join(others)} alone. In this checkpoint it acts at all "
+        "positions, the thinking included: measure that before relying on it (`cs.zero(heads, scope='all')`)."
+    ]
 
 
 def _measured(frame: pd.DataFrame | None, columns: Iterable[str], title: str) -> list[str]:

@@ -52,7 +52,8 @@ class LayerMeans(Plotted):
     def small_table(self) -> pd.DataFrame:
         """The probe's layer at the final position: group, mean, n."""
         last = (self.frame["layer"] == self.probe_layer) & (self.frame["bin"] == self.frame["bin"].max())
-        return self.frame[last][["group", "mean", "n"]].reset_index(drop=True)
+        table: pd.DataFrame = self.frame[last][["group", "mean", "n"]].reset_index(drop=True)
+        return table
 
     def plot(self) -> "Figure":
         """A heat map of layer by position for each group; the probe's layer is outlined."""

@@ -17,7 +17,8 @@ import pandas as pd
 from cliffscope.errors import DataError, ProbeError, SpanError
 from cliffscope.evaluation.safety import SafetyReport, compare_judged
 from cliffscope.evaluation.side_effects import divergence
-from cliffscope.generation.rollout import Budget, continue_roll_out
+from cliffscope.generation.rollout import continue_roll_out
+from cliffscope.generation.speaking import Budget
 from cliffscope.judging.judges import judge as judge_answers
 from cliffscope.judging.lookup import find_judge
 from cliffscope.judging.protocols import Judge

@@ -36,7 +36,7 @@ from cliffscope.report.evidence import group_mean
 from cliffscope.report.stored import JsonObject, StoredRun, as_float, as_int, as_list, as_object
 from cliffscope.stats import least_p
 
-OUTCOMES = ("refused", "complied", "unfinished", "unjudged")
+OUTCOMES = ("refused", "complied", "unfinished", "unjudged", "forced")
 LISTED = 25
 """Selected transcripts listed."""
 EXCERPT = 600
@@ -120,10 +120,23 @@ def safety_section(run: StoredRun) -> Section:
         lead=(
             "If the selected heads cause the loss, editing them restores refusal on harmful prompts, editing random "
             "heads does not, and harmless prompts are still answered. All arms use the same prompts, template, token "
-            "budgets and decoding."
+            f"budgets and decoding. {_scope_sentence(frame)}"
         ),
         parts=parts,
         missing=() if parts else ("This run evaluated no edit.", *run.notes("safety", "suppression", "heads")),
+    )
+
+
+def _scope_sentence(frame: pd.DataFrame) -> str:
+    """Where the edits of the arms act, and what that means for their thinking."""
+    scopes = sorted({str(scope) for scope in frame["scope"] if scope})
+    if not scopes:
+        return ""
+    if scopes == ["all"]:
+        return "Edits act at all positions, so that each arm thinks for itself."
+    return (
+        f"Edits act on the {' and the '.join(scopes)} alone: all arms answer each transcript's own thinking, token for "
+        "token. Forced: answers to thinking that was closed at its budget, and not by the model."
     )
 
 

@@ -296,6 +296,8 @@ SAFETY = Table(
         ("unjudged", "int", "answers that no judge could read"),
         ("rate", "float", "attack success (harmful) or over-refusal (harmless), 0 to 1"),
         *_INTERVAL,
+        ("forced", "int", "answers to thinking that was closed at its budget"),
+        ("scope", "text", "where the arm's edit acts, such as closing; empty where none does"),
     ),
 )
 SAFETY_PAIRS = Table(
@@ -332,6 +334,7 @@ SIDE_EFFECTS = Table(
         ("value", "float", "mean"),
         *_INTERVAL,
         ("unit", "text", "unit of the value"),
+        ("scope", "text", "where the arm's edit acts; empty where none does"),
     ),
 )
 SELECTION = Table(

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
-from cliffscope.generation.rollout import find_batch_size, roll_out, row_bytes
+from cliffscope.generation.batches import find_batch_size, row_bytes
+from cliffscope.generation.rollout import roll_out
 from cliffscope.memory import few_threads, free_bytes, held_bytes
 from cliffscope.model.load import LensModel, load_model
 from cliffscope.readouts.activations import BATCH_TOKENS

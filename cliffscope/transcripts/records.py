@@ -22,6 +22,8 @@ from cliffscope.notebook import Shown
 
 # None, bool, int, float, str, or lists and dicts of these; run-time type checkers do not support recursive aliases.
 JsonValue: TypeAlias = object
+FORCED = "forced_closing"
+"""Key in `extra`: whether the thinking was closed at its budget, and not by the model."""
 
 
 class Outcome(StrEnum):

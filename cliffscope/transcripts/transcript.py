@@ -2,8 +2,9 @@
 
 1. The prompt's ids come from the chat template, with exactly one BOS and with thinking opened exactly once.
 2. The thinking's ids are those that were generated, or the text encoded on its own.
-3. The closing's ids are encoded once and spliced, so that no boundary falls inside a token.
-4. The answer's ids follow on request.
+3. The closing's ids are encoded once and spliced, so that no boundary falls inside a token; where the model closed its
+   thinking in another way, they are those that it saw.
+4. The answer's ids follow, where they are asked for.
 
 For a template without thinking, the thinking span is empty and the closing is the tail of the prompt after the last
 user content. A complete assistant turn is never rendered, since most chat templates delete its thinking.
@@ -25,6 +26,7 @@ from cliffscope.transcripts.records import JsonValue, Message, Omission, Outcome
 from cliffscope.transcripts.templates import Template, closing_ids, encode, generation_prompt, opening_ids
 
 __all__ = [
+    "CLOSING_IDS",
     "ClosingRule",
     "JsonValue",
     "Message",
@@ -34,11 +36,15 @@ __all__ = [
     "TokenizedTranscript",
     "Transcript",
     "Transcripts",
+    "spliced_thinking",
     "tokenize",
     "tokenize_all",
 ]
 
-# Two contents with different endings, so that the common tail of two prompts belongs to the template.
+CLOSING_IDS = "closing_ids"
+"""Key in a transcript's `extra`: ids of its closing as the model saw them, where the template's would be others, as
+behind thinking that was closed without a newline."""
+# Two contents that share no ending, so that what two prompts have in common after them is the template's.
 _SENTINELS = ("zero 0", "eight 8")
 
 
@@ -284,8 +290,39 @@ def _thinking_and_closing(
     rule, ids = ClosingRule.of(tokenizer, template), transcript.thinking_ids
     if ids is None or not _decodes_to(ids, text, tokenizer):
         return encode(tokenizer, _strip_newlines(text, template)), list(rule.whole)
-    kept, closing = rule.after(ids)
-    return list(ids[:kept]), list(closing)
+    seen = transcript.extra.get(CLOSING_IDS)
+    if seen is not None:
+        return list(ids), _seen_closing(transcript.id, seen, tokenizer, template)
+    return spliced_thinking(ids, tokenizer, template)
+
+
+def spliced_thinking(
+    thinking_ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase, template: Template
+) -> tuple[list[int], list[int]]:
+    """Generated thinking and the template's closing behind it.
+
+    Args:
+        thinking_ids: As generated.
+        tokenizer: The model's own.
+        template: From `resolve_template`; it thinks.
+
+    Returns:
+        Ids of thinking and closing. A newline that the template's closing begins with is not written twice.
+    """
+    keep, closing = ClosingRule.of(tokenizer, template).after(thinking_ids)
+    return list(thinking_ids[:keep]), list(closing)
+
+
+def _seen_closing(
+    transcript_id: str, seen: JsonValue, tokenizer: PreTrainedTokenizerBase, template: Template
+) -> list[int]:
+    ids = [i for i in seen if isinstance(i, int) and 0 <= i < len(tokenizer)] if isinstance(seen, list) else []
+    if not isinstance(seen, list) or len(ids) < len(seen) or template.think_close not in _decode(tuple(ids), tokenizer):
+        raise DataError(
+            f"extra[{CLOSING_IDS!r}] of {transcript_id!r} is {seen!r}. Expected token ids of this tokenizer that hold "
+            f"the closing tag of template {template.name!r}. Remove the key to have the template's closing."
+        )
+    return ids
 
 
 def _check_no_tags(transcript_id: str, text: str, template: Template) -> None:

@@ -19,7 +19,7 @@ class SideEffectStage(Stage):
     """Measures the divergence of next-token distributions on harmless test transcripts that have an answer."""
 
     name = "side effects"
-    version = 1
+    version = 2
     needs = ("transcripts", "suppression")
     makes = (SIDE_EFFECTS,)
     settings = ("controls", "seed")
@@ -33,7 +33,7 @@ class SideEffectStage(Stage):
         transcripts = answered[:MOST_TRANSCRIPTS]
         effects = measure_side_effects(
             work.model,
-            zero(selected),
+            zero(selected, scope="closing"),
             transcripts=transcripts,
             controls=min(work.config.controls, MOST_CONTROLS, count_sets(work.model.shape, selected, same_layers=True)),
             seed=work.config.seed,
