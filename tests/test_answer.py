@@ -34,11 +34,11 @@ from cliffscope.heads.sweep import sweep_branches
 from cliffscope.model import unembedding
 from cliffscope.model.load import LensModel, load_model
 from cliffscope.readouts.answer import fit_answer_readout
-from cliffscope.readouts.files import load_answer_readout, save_answer_readout
 from cliffscope.readouts.openings import find_openings, least_alike, opening_of
 from cliffscope.readouts.readout import read_final
 from cliffscope.stats import auroc
 from cliffscope.store import open_run
+from cliffscope.study.saved_readouts import load_answer_readout, save_answer_readout
 from cliffscope.transcripts.records import Outcome, Transcript, Transcripts
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 

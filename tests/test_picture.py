@@ -9,12 +9,10 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
-from cliffscope.study.run import Run, silent
 
 from cliffscope.model.checkpoints import ASSETS
-from cliffscope.store import open_run
-from cliffscope.study import runner as study
 from cliffscope.study.config import StudyConfig
+from cliffscope.study.runner import run_study
 
 FIGURES = Path(__file__).parents[1] / "docs" / "figures"
 
@@ -34,10 +32,7 @@ def test_the_picture_shows_the_means_that_the_demo_measures(tmp_path: Path) -> N
     config = StudyConfig(
         model="planted-llama", out=str(tmp_path / "run"), max_thinking=128, max_answer=32, temperature=1.0
     )
-    with open_run(config.out, {}) as store:
-        run = Run(config=config, store=store, progress=silent)
-        for name in ("transcripts", "probe", "traces", "heads", "edited"):
-            study._STAGES[name](run)
+    run_study(config, until="reading")
     tables = [pd.read_parquet(tmp_path / "run" / f"{name}.parquet") for name in ("aligned", "edited_aligned")]
     measured = {str(name): part for table in tables for name, part in table.groupby("group")}
     drawn = go.Figure(json.loads((FIGURES / "cliff.json").read_text()))

@@ -16,7 +16,7 @@ from typing import Protocol, runtime_checkable
 
 from cliffscope.errors import GenerationError
 from cliffscope.generation.endpoints import Endpoint, Reply, Request, ask_all
-from cliffscope.generation.rollout import bare_prompt, roll_out
+from cliffscope.generation.rollout import STAGE, bare_prompt, roll_out
 from cliffscope.generation.speaking import Budget
 from cliffscope.model.load import LensModel
 from cliffscope.transcripts.records import Omission, Transcript, Transcripts

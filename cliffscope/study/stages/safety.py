@@ -71,7 +71,7 @@ def _compare_arms(work: Workspace, key: str, edit: HeadEdit, controls: int) -> S
     with work.answers(key) as answers:
         done = answers.finished_arms(names)
         if config.transcripts is None and not config.temperature:
-            # Greedy answers on the same thinking are these; sampled ones are drawn anew, so that arms share their draws.
+            # Greedy answers on the same thinking are these; sampled ones are drawn anew: arms share their draws.
             done[UNEDITED] = prompts
         finished = set(done)
 
