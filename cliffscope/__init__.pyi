@@ -14,6 +14,7 @@ from .generation.engines import ServerEngine as ServerEngine
 from .generation.rollout import roll_out as roll_out
 from .heads.agreement import compare_rankings as compare_rankings
 from .heads.agreement import split_half as split_half
+from .heads.confirmation import confirm_heads as confirm_heads
 from .heads.controls import control_sets as control_sets
 from .heads.donors import mean as mean
 from .heads.early_closings import EarlyClosings as EarlyClosings

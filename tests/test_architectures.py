@@ -284,7 +284,7 @@ def test_the_answer_readout_is_the_plain_models_distribution(
         for i, row in enumerate(rows):
             ids, closing = row.token_ids[: row.final + 1].tolist(), row.span(Span.CLOSING)
             assert_close(clean[i], log_odds_of(lambda ids: case.states(ids)[1], ids, openings))
-            zeroed = [(layer, head, closing) for layer, head in places]
+            zeroed = [(layer, head, closing, 0.0) for layer, head in places]
             expected = [log_odds_of(lambda ids, z=z: case.states(ids, z)[1], ids, openings) for z in zeroed]
             assert_close(swept.edited[i], expected)
             assert np.ptp(expected) > 1e-3, "no head matters"

@@ -82,6 +82,7 @@ PUBLIC = [
     "compare_answers",
     "compare_rankings",
     "compose",
+    "confirm_heads",
     "control_sets",
     "dose_response",
     "edited_weights",
