@@ -101,6 +101,7 @@ PUBLIC = [
     "scale",
     "score_pool",
     "select_by_cliff",
+    "select_from_suppression",
     "split_half",
     "trace_early_closings",
     "trace_refusal",
