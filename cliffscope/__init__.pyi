@@ -62,6 +62,7 @@ from .report.page import write_comparison as write_comparison
 from .report.page import write_report as write_report
 from .selection.choice import Selection as Selection
 from .selection.choice import select_by_cliff as select_by_cliff
+from .selection.choice import select_from_suppression as select_from_suppression
 from .selection.criteria import Criterion as Criterion
 from .selection.scoring import PoolScores as PoolScores
 from .selection.scoring import score_pool as score_pool

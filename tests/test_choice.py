@@ -7,11 +7,13 @@ import pytest
 from conftest import random_probe, written
 
 from cliffscope.errors import DataError, ProbeError
+from cliffscope.heads.edits import HeadRef, zero
+from cliffscope.heads.suppression import Suppression
 from cliffscope.model.load import LensModel
 from cliffscope.readouts.cliff import Plateau
 from cliffscope.readouts.trace import Cliffs, trace_refusal
 from cliffscope.selection import choice as selection_module
-from cliffscope.selection.choice import Selection, select_by_cliff, select_from_cliffs
+from cliffscope.selection.choice import Selection, select_by_cliff, select_from_cliffs, select_from_suppression
 from cliffscope.transcripts.datasets import read_transcripts
 from cliffscope.transcripts.records import Omission, Outcome, Transcripts
 
@@ -205,3 +207,44 @@ def test_thinking_that_never_closed_is_counted_and_not_chosen(llama: LensModel, 
     assert "t3" not in ids_of(found)
     assert Omission(stage="select", reason="thinking never closed", id="t3") in found.omitted
     assert found.pool == 9
+
+
+def suppression_of(effects: dict[str, float]) -> Suppression:
+    """Suppression of these transcripts, from unedited logits of -1."""
+    unedited = np.full(len(effects), -1, np.float32)
+    return Suppression(
+        ids=tuple(effects),
+        groups=("harmful, complied",) * len(effects),
+        edit=zero([HeadRef(layer=0, head=0)], scope="closing"),
+        unedited=unedited,
+        edited=unedited + np.array(list(effects.values()), np.float32),
+        random_same_layers=np.zeros((0, len(effects)), np.float32),
+        random_all_layers=np.zeros((0, len(effects)), np.float32),
+        readout="answer",
+        refused_logit=3.0,
+        can_tell=True,
+        seed=0,
+        path="packed",
+    )
+
+
+def test_the_largest_suppression_is_chosen_without_a_probe(pool: Transcripts) -> None:
+    effects = {f"t{i}": effect for i, effect in enumerate([0.5, 3.0, -1.0, 2.0, 0.0])}
+    chosen = select_from_suppression(suppression_of(effects), pool, number=2)
+    assert ids_of(chosen) == ["t1", "t3"]
+    assert chosen.criterion == "suppression"
+    assert chosen.to_frame()["id"].tolist() == ["t1", "t3", "t0", "t4", "t2"]
+    assert chosen.to_frame()[["plateau", "final", "cliff"]].isna().all(axis=None)
+    assert (chosen.pool, len(chosen.omitted)) == (5, 5)
+    assert {o.reason for o in chosen.omitted} == {"suppression not measured"}
+    assert "No transcript has both" in chosen.plot().layout.annotations[0].text
+
+
+def test_only_candidates_whose_suppression_was_measured_are_chosen(pool: Transcripts) -> None:
+    measured = suppression_of({"t0": 1.0, "t1": 5.0})
+    refused = Transcripts(t.replace(outcome=Outcome.REFUSED) if t.id == "t1" else t for t in pool)
+    assert ids_of(select_from_suppression(measured, refused, fraction=1.0)) == ["t0"]
+    with pytest.raises(DataError, match="measured"):
+        select_from_suppression(measured, pool[2:])
+    with pytest.raises(DataError, match="needs the column 'suppression'"):
+        select_from_cliffs(cliffs_of([0.1, 0.2]), pool, criterion="suppression")

@@ -24,6 +24,7 @@ TABLE = pd.DataFrame(
         "plateau_max": [0.9, 0.95, 0.6],
         "plateau_mean": [0.8, 0.6, 0.5],
         "final": [0.1, 0.3, 0.05],
+        "suppression": [0.5, -1.0, 2.0],
         "valid": [True, True, False],
         "reason": ["", "", "cannot tell"],
     }

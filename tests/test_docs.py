@@ -36,6 +36,7 @@ WORDS = {
         "edit",
     ),
     *("suppression heads", "organism", "asr", "over-refusal"),
+    *("readout", "opening", "suppression", "early closing", "selective, broad"),
 }
 
 

@@ -111,6 +111,7 @@ PUBLIC = [
     "scale",
     "score_pool",
     "select_by_cliff",
+    "select_from_suppression",
     "split_half",
     "text_baseline",
     "trace_early_closings",

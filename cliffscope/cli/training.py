@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from cliffscope.selection.scoring import PoolEngine
 
 CriterionOption = Annotated[
-    str, typer.Option(help="cliff, misalignment, final, random, rule, length, judge, or package.module:name.")
+    str,
+    typer.Option(help="cliff, misalignment, final, suppression, random, rule, length, judge, or package.module:name."),
 ]
 PoolOption = Annotated[Path, typer.Option("--pool", help="JSONL or Parquet file of transcripts, or a folder of them.")]
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import pandas as pd
 
 from cliffscope.errors import DataError
+from cliffscope.heads.suppression import Suppression
 from cliffscope.judging.thinking import states_refusal
 from cliffscope.model.load import LensModel
 from cliffscope.notebook import Plotted
@@ -134,9 +135,10 @@ def select_by_cliff(
     omitted = [Omission(stage=SELECT_STAGE, reason=why, id=name) for name, why in reasons.items()]
     spans = {row.id: row.span(Span.THINKING) for row in traces.tokens}
     return _select(
-        traces.cliffs(plateau=plateau),
+        traces.cliffs(plateau=plateau).frame,
         candidates,
         {name: span.stop - span.start for name, span in spans.items()},
+        plateau=plateau,
         fraction=fraction,
         number=number,
         criterion=rule,
@@ -165,9 +167,10 @@ def select_from_cliffs(
     """
     check_size(fraction, number)
     return _select(
-        cliffs,
+        cliffs.frame,
         pool,
         _lengths(pool),
+        plateau=cliffs.plateau,
         fraction=fraction,
         number=number,
         criterion=CRITERIA.get(criterion),
@@ -175,6 +178,58 @@ def select_from_cliffs(
         balance=balance,
         seed=seed,
         omitted=omitted,
+    )
+
+
+def select_from_suppression(
+    measured: Suppression,
+    pool: Transcripts,
+    *,
+    fraction: float = 0.017,
+    number: int | None = None,
+    deduplicate: bool = True,
+    balance: bool = False,
+) -> Selection:
+    """Chooses the transcripts to which an edit of heads gives most refusal back; see `select_by_cliff`.
+
+    Args:
+        measured: the result of `measure_suppression` on the pool.
+        pool: transcripts; those labelled harmless, refused or unfinished, or not measured, are left out and counted.
+        fraction: share of the candidates to choose, in (0, 1].
+        number: examples to choose, instead of a fraction.
+        deduplicate: keep only the first in rank of prompts that differ only in case and spaces.
+        balance: let the transcripts' sources take turns.
+
+    Returns:
+        The selection; plateau, final and cliff are NaN, since no probe was read.
+
+    Raises:
+        DataError: the fraction is outside (0, 1], or no measured transcript of the pool is a candidate.
+    """
+    check_size(fraction, number)
+    frame = measured.to_frame()[["id", "suppression"]]
+    names = set(frame["id"])
+    reasons = {t.id: _reason_to_omit(t.harmful, t.outcome, t.closed) for t in pool}
+    reasons = {name: why or ("" if name in names else "suppression not measured") for name, why in reasons.items()}
+    candidates = Transcripts(t for t in pool if not reasons[t.id])
+    if not len(candidates):
+        raise DataError(
+            f"None of the {len(pool)} transcripts of the pool is a candidate: harmful, finished, complied, and "
+            "measured. Measure the suppression of transcripts that complied."
+        )
+    unread = dict.fromkeys(("plateau_mean", "plateau_max", "final"), float("nan"))
+    return _select(
+        frame.assign(**unread, valid=False, reason="no probe was read"),
+        candidates,
+        _lengths(candidates),
+        plateau="mean",
+        fraction=fraction,
+        number=number,
+        criterion=CRITERIA.get("suppression"),
+        deduplicate=deduplicate,
+        balance=balance,
+        seed=0,
+        omitted=tuple(Omission(stage=SELECT_STAGE, reason=why, id=name) for name, why in reasons.items() if why),
     )
 
 
@@ -244,10 +299,11 @@ def select_from_pool(
 
 
 def _select(
-    cliffs: Cliffs,
+    measured: pd.DataFrame,
     pool: Transcripts,
     n_thinking: Mapping[str, int],
     *,
+    plateau: Plateau,
     fraction: float,
     number: int | None,
     criterion: Criterion,
@@ -257,7 +313,7 @@ def _select(
     omitted: tuple[Omission, ...],
 ) -> Selection:
     by_id = {t.id: t for t in pool}
-    frame = cliffs.frame[cliffs.frame["id"].isin(by_id)]
+    frame = measured[measured["id"].isin(by_id)]
     transcripts = [by_id[i] for i in frame["id"]]
     candidates = frame.assign(
         source=[t.source for t in transcripts],
@@ -270,7 +326,7 @@ def _select(
         candidates,
         number=number or max(1, round(fraction * len(by_id))),
         criterion=criterion,
-        plateau=cliffs.plateau,
+        plateau=plateau,
         deduplicate=deduplicate,
         balance=balance,
         seed=seed,

@@ -4,9 +4,10 @@
    The larger the value, the earlier the example is chosen.
 2. `cliff` (plateau minus final), `misalignment` (the paper's, with the maximum as plateau) and `final` (lowest final
    score first) need a trace on which the probe can tell.
-3. `random`, `rule` (the thinking states a refusal), `length` (longest thinking) and `judge` (lowest refusal
+3. `suppression` is the causal counterpart of the cliff, for candidates whose suppression was measured.
+4. `random`, `rule` (the thinking states a refusal), `length` (longest thinking) and `judge` (lowest refusal
    probability) are baselines that any new criterion has to beat.
-4. `choose` ranks the candidates, keeps the first of equal prompts, and lets sources take turns on request.
+5. `choose` ranks the candidates, keeps the first of equal prompts, and lets sources take turns on request.
 
 Tables in, tables out. This file knows no model and no text.
 """
@@ -36,6 +37,7 @@ CANDIDATE_COLUMNS: Mapping[str, str] = MappingProxyType(
         "plateau": "the plateau that the caller chose, mean or maximum",
         "final": "score at the final position",
         "cliff": "`plateau` minus `final`",
+        "suppression": "what an edit of heads at the closing adds to the readout's logit; only where it was measured",
         "draw": "random number in [0, 1) that depends on the seed and the id alone",
     }
 )
@@ -108,7 +110,10 @@ class Criterion:
         """
         missing = [column for column in self.columns if column not in candidates]
         if missing:
-            raise DataError(f"Criterion {self.name!r} needs the column {missing[0]!r}, which the table lacks.")
+            raise DataError(
+                f"Criterion {self.name!r} needs the column {missing[0]!r}, which the table lacks: "
+                f"{CANDIDATE_COLUMNS.get(missing[0], 'no column of candidates')}."
+            )
         try:
             values = self.values(candidates[list(self.columns)].copy())
         except KeyError as error:
@@ -154,6 +159,12 @@ for _criterion in (
         columns=("final",),
         values=lambda table: -table["final"].astype(float),
         needs_trace=True,
+    ),
+    Criterion(
+        name="suppression",
+        summary="the largest suppression, where it was measured (`select_from_suppression`)",
+        columns=("suppression",),
+        values=lambda table: table["suppression"],
     ),
     Criterion(
         name="random",
@@ -211,7 +222,7 @@ def choose(
 
     Args:
         candidates: one row a candidate: the columns of `CANDIDATE_COLUMNS` except plateau, cliff and draw, and `valid`
-            with its `reason`.
+            with its `reason`; `suppression` only if the criterion reads it.
         number: examples to choose; fewer if there are not enough.
         criterion: what to rank by; a name or an object.
         plateau: "mean" or "max".
