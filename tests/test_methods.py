@@ -145,7 +145,8 @@ def test_every_method_gives_the_same_columns(
     ).to_frame()
     assert len(table) == 64
     assert table["rank"].tolist() == list(range(1, 65))
-    assert table[["effect", "effect_score", "ci_low", "ci_high", "p", "q"]].notna().all(axis=None)
+    assert table[["effect", "effect_score", "ci_low", "ci_high"]].notna().all(axis=None)
+    assert table[["p", "q"]].notna().all(axis=1).tolist() == (table["layer"] <= probe.layer).tolist()
     assert table[["effect_harmless", "effect_refused"]].notna().all(axis=None)
     assert set(table["method"]) == {method}
 

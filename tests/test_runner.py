@@ -29,7 +29,7 @@ STAGES = (
     *("transcripts", "readouts", "traces", "heads", "suppression", "reading"),
     *("safety", "side effects", "selection", "report"),
 )
-TOPICS = ["answer", "probe", "cliff", "heads", "suppression", "intervention", "side effects", "selection"]
+TOPICS = ["suppression", "heads", "intervention", "side effects", "answer", "cliff", "probe", "selection"]
 FILES = {
     *("manifest.json", "transcripts.jsonl", "transcripts.parquet", "omitted.parquet", "report.html"),
     *("answer.json", "probe.json", "probe.safetensors", "probe_layers.parquet", "text_baseline.json"),
@@ -44,7 +44,7 @@ FILES = {
         "safety_pairs.parquet",
         "safety_quality.parquet",
     ),
-    *("side_effects.parquet", "arms.json"),
+    *("side_effects.parquet", "arms.json", "confirmed_heads.parquet", "arm-unedited.jsonl"),
     *("arm-top-heads.jsonl", "arm-random-1.jsonl", "arm-random-2.jsonl", "arm-random-3.jsonl"),
     *("selection.parquet", "selection.jsonl"),
 }
@@ -131,7 +131,7 @@ def test_a_study_leaves_every_file_and_finds_what_was_planted(whole: Study) -> N
 def test_no_cliff_is_claimed_of_an_organism_whose_complied_prompts_score_about_one_half(whole: Study) -> None:
     cliffs = pd.read_parquet(whole.path / "cliffs.parquet").query("split == 'test' and outcome == 'complied'")
     final = cliffs["final"][cliffs["harmful"].astype(bool)]
-    assert 0.3 < final.mean() < 0.5
+    assert 0.3 < final.mean() < 0.7
     assert whole.verdict["cliff"].startswith("No refusal cliff can be claimed, since the probe may read harm there")
 
 
@@ -322,16 +322,16 @@ def test_the_unedited_arm_is_kept_too_where_transcripts_are_given(
     """With transcripts of somebody else's making, the unedited arm is generated like the others."""
     from cliffscope.evaluation import safety as evaluation
 
-    generate, ran = evaluation.continue_roll_out, list[int]()
+    judge, ran = evaluation.judge_answers, list[int]()
 
     def fail_at_the_third(*args: object, **options: object) -> object:
         ran.append(1)
         if len(ran) == 3:
             raise CliffScopeError("the machine caught fire")
-        return generate(*args, **options)
+        return judge(*args, **options)
 
     config = config_of(tmp_path / "run", transcripts=str(whole.path / "transcripts.jsonl"), limit=None, controls=1)
-    monkeypatch.setattr(evaluation, "continue_roll_out", fail_at_the_third)
+    monkeypatch.setattr(evaluation, "judge_answers", fail_at_the_third)
     with pytest.raises(CliffScopeError, match="fire"):
         run_study(config)
     assert {"arm-unedited.jsonl", "arm-top-heads.jsonl"} <= files_of(Path(config.out))
@@ -346,7 +346,7 @@ def test_an_organism_that_complies_with_nothing_is_told_so(tmp_path: Path) -> No
     assert notes == [
         {
             "stage": "heads",
-            "text": "Heads were not ranked: 0 harmful transcripts of the fit and validate splits and 0 of the test "
+            "text": "Heads were not ranked: 0 harmful prompts of the fit and validate splits and 0 of the test "
             "split were complied with; 4 of each are needed.",
         }
     ]
