@@ -82,7 +82,7 @@ def cliff_section(run: StoredRun) -> Section:
     return Section(
         id="cliff",
         title="The cliff",
-        claim=run.finding("cliff", "witnesses"),
+        claim=run.finding("cliff"),
         lead=(
             "If the model loses its intention to refuse between thinking and answer, the refusal score stays high "
             "during the thinking and falls at the closing tokens. All transcripts in this section are held out: none "

@@ -50,7 +50,6 @@ VERDICTS = {
     "answer": "probe",
     "cliff": "cliff",
     "probe": "probe",
-    "witnesses": "cliff",
     "selection": "selection",
     "repair": "repair",
 }

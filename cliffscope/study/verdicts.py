@@ -26,7 +26,7 @@ from cliffscope.stats import Interval, least_p
 CLIFF = 0.1
 """Mean cliff below which nothing is called a cliff."""
 TOPICS = (
-    *("suppression", "heads", "intervention", "side effects", "answer", "cliff", "probe", "witnesses"),
+    *("suppression", "heads", "intervention", "side effects", "answer", "cliff", "probe"),
     *("selection", "repair"),
 )
 """Topics of findings in the order in which they are told: behaviour first, then what the probe sees."""
