@@ -119,8 +119,8 @@ def test_a_study_leaves_every_file_and_finds_what_was_planted(whole: Study) -> N
     assert not any("nan" in sentence.lower().split() for sentence in whole.verdict.values())
     safety = pd.read_parquet(whole.path / "safety.parquet")
     assert safety["arm"].unique().tolist() == ["unedited", "top heads", "random 1", "random 2", "random 3"]
-    # At the closing the edit turns the opening of every answer. Behind it nothing is edited, and planted-llama goes back
-    # to complying: attack success does not fall, and the study must not say that it does.
+    # At the closing the edit turns the opening of every answer. Behind it nothing is edited, and planted-llama goes on
+    # by complying: attack success does not fall, and the study must not say that it does.
     opened = {
         arm: [t.answer.startswith("sorry") for t in read_transcripts(whole.path / f"arm-{arm}.jsonl") if t.harmful]
         for arm in ("unedited", "top-heads")
