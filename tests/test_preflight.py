@@ -45,3 +45,5 @@ def test_advice_says_what_to_change(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_contradictory_configuration_is_refused_first() -> None:
     with pytest.raises(DataError, match="limit=0"):
         estimate_study(config(limit=0))
+    with pytest.raises(DataError, match="which a study does not measure"):
+        estimate_study(config(criterion="suppression"))

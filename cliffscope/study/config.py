@@ -15,7 +15,7 @@ from cliffscope.organisms import is_organism, study_prompts
 from cliffscope.readouts.cliff import Plateau
 from cliffscope.readouts.contrast import Contrast
 from cliffscope.readouts.probe import Positions
-from cliffscope.selection.criteria import check_fraction
+from cliffscope.selection.criteria import CRITERIA, check_fraction
 from cliffscope.transcripts.datasets import read_prompts, read_transcripts
 from cliffscope.transcripts.records import Split, Transcripts
 
@@ -84,9 +84,14 @@ class StudyConfig:
     """Torch device; None takes CUDA where there is one."""
 
     def check(self) -> None:
-        """Raises DataError or EditError where inputs contradict each other or a fraction is none."""
+        """Raises an error where inputs contradict each other, a fraction is none or a criterion cannot be had."""
         check_fraction(self.select_fraction)
         top_count(self.top_fraction, 1)
+        if "suppression" in CRITERIA.get(self.criterion).columns:
+            raise DataError(
+                f"criterion={self.criterion!r} reads the suppression of each candidate, "
+                "which a study does not measure. Choose another one, or call select_from_suppression(...)."
+            )
         if self.limit is not None and self.limit < 1:
             raise DataError(f"limit={self.limit} must be at least 1; leave it out to take every prompt.")
         if self.transcripts is not None and (self.harmful or self.harmless):
