@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -42,7 +43,7 @@ def main() -> None:
                 "over_transformers": round(statistics.median(ratios), 2),
                 "first_seconds": round(first, 1),
                 "from_the_copy_seconds": round(again, 2),
-                "load_average": os.getloadavg()[0],
+                "load_average": psutil.getloadavg()[0],
             },
             indent=1,
         )

@@ -17,8 +17,6 @@ Prints JSON.
 
 import argparse
 import json
-import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,10 +25,13 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
+import psutil
 import torch
+from memory_peak import peak_above_now
 
 from cliffscope.heads.edits import HeadRef, Scope
 from cliffscope.heads.sweep import Sweep, sweep_branches
+from cliffscope.memory import held_bytes
 from cliffscope.model.load import LensModel, load_model
 from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.readouts.reports import ProbeReport, calibration_of, region_report
@@ -64,7 +65,7 @@ def main() -> None:
         command = [sys.executable, __file__, "--memory-of", str(options.longest), "--model", options.model]
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         found["memory"] = json.loads(out.splitlines()[-1])
-    print(json.dumps({**found, "load_average": os.getloadavg()[0]}, indent=1))
+    print(json.dumps({**found, "load_average": psutil.getloadavg()[0]}, indent=1))
 
 
 def parse() -> argparse.Namespace:
@@ -132,20 +133,14 @@ def peak_above_model(options: argparse.Namespace) -> str:
     """Peak resident memory of this process above what it holds after loading, as JSON."""
     model = load_model(options.model)
     probe, transcript = random_probe(model), long_transcript(model, options.memory_of)
-    with open("/proc/self/statm", encoding="utf-8") as pages:
-        loaded = int(pages.read().split()[1]) * resource.getpagesize()
-    # Loading may have peaked above what it left; only a fresh mark shows what the sweep adds.
-    with open("/proc/self/clear_refs", "w", encoding="utf-8") as marks:
-        marks.write("5")
-    swept = sweep(model, probe, [transcript], Scope.CLOSING)
-    with open("/proc/self/status", encoding="utf-8") as status:
-        peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    loaded = held_bytes(torch.device("cpu"))
+    above, swept = peak_above_now(lambda: sweep(model, probe, [transcript], Scope.CLOSING))
     gib = 1 / 2**30
     return json.dumps(
         {
             "tokens": transcript.n_pos,
             "loaded_gib": round(loaded * gib, 2),
-            "above_gib": round((peak - loaded) * gib, 2),
+            "above_gib": round(above * gib, 2),
             "path": swept.path,
         }
     )

@@ -13,11 +13,11 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
 
+from cliffscope import __version__
 from cliffscope.errors import DataError, StoreError
 from cliffscope.notebook import Shown
 from cliffscope.progress import Progress, silent
@@ -113,7 +113,7 @@ def run_study(
                 config=KIND,
                 settings={name: value for name, value in asdict(config).items() if name != "out"},
                 command=command or f"cliffscope.run_study({config!r})",
-                cliffscope=version("cliffscope"),
+                cliffscope=__version__,
                 inputs=digests.known,
             )
         for step in steps:
