@@ -30,7 +30,7 @@ from cliffscope.model.load import Batch, LensModel
 from cliffscope.notebook import Plotted
 from cliffscope.resampling import bootstrap_mean, bootstrap_ratio
 from cliffscope.transcripts.records import Omission, Transcripts
-from cliffscope.transcripts.transcript import Span, TokenizedTranscript, tokenize_all
+from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -195,9 +195,7 @@ def _written(
     model: LensModel, transcripts: Transcripts, *, answers_alone: bool = False
 ) -> tuple[list[_Sequence], tuple[Omission, ...]]:
     """What the model wrote: everything behind the prompt, or the answers alone."""
-    tokens, omitted = tokenize_all(
-        transcripts, model.tokenizer, model.template, with_answer=True, max_length=model.shape.context
-    )
+    tokens, omitted = model.tokenize_all(transcripts, with_answer=True)
     last_before = Span.CLOSING if answers_alone else Span.PROMPT
     rows = [
         _Sequence(ids=[int(i) for i in t.token_ids], first=max(1, t.span(last_before).stop), transcript=t)

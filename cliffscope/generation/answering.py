@@ -22,7 +22,7 @@ from cliffscope.generation.row_edits import SpanEdit, acts_before_closing
 from cliffscope.generation.speaking import Budget, Decoded
 from cliffscope.model.load import LensModel
 from cliffscope.transcripts.records import Omission, Outcome, Transcript, Transcripts
-from cliffscope.transcripts.transcript import TokenizedTranscript, tokenize
+from cliffscope.transcripts.transcript import TokenizedTranscript
 
 STAGE = "answer"
 MOST_ANSWERS = 256
@@ -271,7 +271,7 @@ def _tokens(model: LensModel, transcript: Transcript, budget: Budget) -> Tokeniz
             f"The thinking of {transcript.id!r} never closed, so that there is nothing to answer. Raise max_thinking, "
             "or let roll_out force the closing."
         )
-    tokens = tokenize(transcript, model.tokenizer, model.template)
+    tokens = model.tokenization.tokens(transcript, limited=False)
     _ = tokens.final
     if tokens.n_pos + budget.max_answer > model.shape.context:
         raise DataError(

@@ -25,7 +25,6 @@ from cliffscope.transcripts.transcript import (
     Span,
     TokenizedTranscript,
     spliced_thinking,
-    tokenize,
 )
 
 STAGE = "roll_out"
@@ -294,7 +293,8 @@ def _prompt_tokens(model: LensModel, transcript: Transcript) -> TokenizedTranscr
     if not transcript.prompt.strip():
         raise DataError(f"The prompt of {transcript.id!r} is empty. Give it text, or drop it.")
     thinks = model.template.thinks
-    tokens = tokenize(transcript.replace(thinking="" if thinks else None), model.tokenizer, model.template)
+    bare = transcript.replace(thinking="" if thinks else None)
+    tokens = model.tokenization.tokens(bare, limited=False)
     if not thinks:
         return tokens
     stop = tokens.span(Span.PROMPT).stop

@@ -27,7 +27,7 @@ from cliffscope.readouts.readout import Readout
 from cliffscope.readouts.trace import RefusalTraces, group_name
 from cliffscope.resampling import bootstrap_mean
 from cliffscope.transcripts.records import Omission, Transcript, Transcripts
-from cliffscope.transcripts.transcript import ClosingRule, Span, TokenizedTranscript, tokenize_all
+from cliffscope.transcripts.transcript import ClosingRule, Span, TokenizedTranscript
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -266,7 +266,7 @@ def _with_thinking(
     model: LensModel, transcripts: Transcripts
 ) -> tuple[list[TokenizedTranscript], tuple[Omission, ...]]:
     """Tokens of transcripts that think, and what was left out; raises SpanError where nothing is left."""
-    every, omitted = tokenize_all(transcripts, model.tokenizer, model.template, max_length=model.shape.context)
+    every, omitted = model.tokenize_all(transcripts)
     tokens = [row for row in every if row.span(Span.THINKING).stop > row.span(Span.THINKING).start]
     names = {row.id for row in tokens}
     reason = "no thinking, so that there is no earlier token to close after"

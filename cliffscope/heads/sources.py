@@ -27,7 +27,7 @@ from cliffscope.model.load import LensModel
 from cliffscope.notebook import Plotted
 from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.transcripts.records import Transcript
-from cliffscope.transcripts.transcript import Span, TokenizedTranscript, tokenize
+from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -161,7 +161,7 @@ def trace_all_sources(
         head.check(model)
         if head.layer > probe.layer:
             raise SpanError(f"{head} writes above layer {probe.layer}, where the probe reads. Choose a head below.")
-    tokens = tokenize(transcript, model.tokenizer, model.template, max_length=model.shape.context)
+    tokens = model.tokenization.tokens(transcript)
     texts = tuple(str(model.tokenizer.decode([int(i)])) for i in tokens.token_ids[: tokens.final + 1])
     closing, weight = tokens.span(Span.CLOSING).start, torch.from_numpy(probe.weight)
     tolerance = TOLERANCE.get(model.dtype, 1e-1)

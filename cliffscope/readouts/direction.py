@@ -32,7 +32,7 @@ from cliffscope.readouts.readout import Readout, read_final
 from cliffscope.resampling import bootstrap_mean
 from cliffscope.stats import Interval, random_set_p
 from cliffscope.transcripts.records import Omission, Transcripts
-from cliffscope.transcripts.transcript import Span, TokenizedTranscript, tokenize_all
+from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -164,7 +164,7 @@ def check_direction(
     """
     _check(model, probe, readout, where, strength, draws)
     span = Span(where)
-    tokens, omitted = tokenize_all(transcripts, model.tokenizer, model.template, max_length=model.shape.context)
+    tokens, omitted = model.tokenize_all(transcripts)
     width = {row.id: row.span(span).stop - row.span(span).start for row in tokens}
     rows = [row for row in tokens if width[row.id]]
     empty = [Omission(stage=STAGE, reason=f"no {where} to change", id=i) for i, n in width.items() if not n]

@@ -28,7 +28,7 @@ from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.readouts.regions import late_thinking
 from cliffscope.resampling import bootstrap_mean
 from cliffscope.transcripts.records import Omission, Transcript, Transcripts
-from cliffscope.transcripts.transcript import Span, TokenizedTranscript, tokenize_all
+from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -306,7 +306,7 @@ def trace_refusal(
         SpanError: not one transcript could be traced; the message holds the first reason.
     """
     probe.check_model(model)
-    tokens, omitted = tokenize_all(transcripts, model.tokenizer, model.template, max_length=model.shape.context)
+    tokens, omitted = model.tokenize_all(transcripts)
     if not tokens:
         why = omitted[0].reason if omitted else "none was given"
         raise SpanError(f"None of {len(transcripts)} transcripts can be traced: {why}. Give transcripts with thinking.")

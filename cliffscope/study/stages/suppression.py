@@ -16,7 +16,6 @@ from cliffscope.study import verdicts
 from cliffscope.study.artefacts import CONFIRMATION, HEADS, HEADS_FACTS, SELECTED_HEADS, SUPPRESSION
 from cliffscope.study.stages.base import Finding, Stage, StageOutputs, Workspace
 from cliffscope.transcripts.records import Outcome, Split, Transcripts
-from cliffscope.transcripts.transcript import tokenize_all
 
 MOST_CANDIDATES = 16
 """Significant heads that are confirmed one by one, each in a sweep of its own."""
@@ -141,5 +140,5 @@ def head_refs(frame: pd.DataFrame) -> Sequence[HeadRef]:
 
 def _unedited(work: Workspace, readout: Readout, transcripts: Transcripts) -> Float32[np.ndarray, " n"]:
     model = work.model
-    tokens, _ = tokenize_all(transcripts, model.tokenizer, model.template, max_length=model.shape.context)
+    tokens, _ = model.tokenize_all(transcripts)
     return read_final(model, readout, tokens)
