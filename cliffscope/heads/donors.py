@@ -45,9 +45,9 @@ class DonorTokens:
     def read(cls, model: LensModel, donors: Donors) -> "DonorTokens":
         """Tokenizes donors; raises DataError where one cannot be used."""
         if isinstance(donors, Mapping):
-            found = {name: _tokens(model, Transcripts([donor]))[0] for name, donor in donors.items()}
-            pool = {t.id: t for t in found.values()}
-            return cls(pool=tuple(pool.values()), matched=found, name=f"matched: {_describe(donors.values())}")
+            tokens = {name: _tokens(model, Transcripts([donor]))[0] for name, donor in donors.items()}
+            pool = {t.id: t for t in tokens.values()}
+            return cls(pool=tuple(pool.values()), matched=tokens, name=f"matched: {_describe(donors.values())}")
         return cls(pool=tuple(_tokens(model, donors)), matched=None, name=_describe(donors))
 
 
@@ -102,11 +102,11 @@ def choose_donors(
     return [_choose(donors, transcript, scope, rng) for transcript in transcripts]
 
 
-def donor_change(model: LensModel, chosen: Sequence[TokenizedTranscript], scope: Scope, kind: EditKind) -> Change:
+def donor_change(model: LensModel, drawn: Sequence[TokenizedTranscript], scope: Scope, kind: EditKind) -> Change:
     """Every head set to what it writes in another transcript: the first one given to the first, and so on."""
-    unique = {t.id: t for t in chosen}
+    unique = {t.id: t for t in drawn}
     outputs = dict(zip(unique, gather_outputs(model, list(unique.values()), scope), strict=True))
-    return Change(kind=kind, values=tuple(outputs[t.id] for t in chosen))
+    return Change(kind=kind, values=tuple(outputs[t.id] for t in drawn))
 
 
 def mean(
@@ -145,10 +145,10 @@ def mean_outputs(
     counts = torch.zeros(width)
 
     def add(_index: int, layer: int, z: Tensor) -> None:
-        own = z if scope is Scope.CLOSING else z.mean(0, keepdim=True)
-        totals[layer, width - len(own) :] += own
+        added = z if scope is Scope.CLOSING else z.mean(0, keepdim=True)
+        totals[layer, width - len(added) :] += added
         if layer == shape.attention_layers[0]:
-            counts[width - len(own) :] += 1
+            counts[width - len(added) :] += 1
 
     used = [t for t in reference if _width(t, scope)]
     if not used:
@@ -162,13 +162,13 @@ def gather_outputs(
 ) -> list[Float[Tensor, "layer position head d_head"]]:
     """`hook_z` of every layer and head over a scope, fp32 on the CPU, one tensor a transcript."""
     shape = model.shape
-    kept = [torch.zeros(shape.n_layers, _width(t, scope), shape.n_heads, shape.d_head) for t in transcripts]
+    outputs = [torch.zeros(shape.n_layers, _width(t, scope), shape.n_heads, shape.d_head) for t in transcripts]
 
     def keep(index: int, layer: int, z: Tensor) -> None:
-        kept[index][layer] = z
+        outputs[index][layer] = z
 
     _visit_outputs(model, transcripts, scope, keep)
-    return kept
+    return outputs
 
 
 def _visit_outputs(
@@ -194,14 +194,14 @@ def _choose(
 ) -> TokenizedTranscript:
     width = _width(transcript, scope)
     if donors.matched is not None:
-        own = donors.matched.get(transcript.id)
-        if own is None or _width(own, scope) != width:
-            found = "none" if own is None else f"{own.id!r} with {_width(own, scope)} positions"
+        match = donors.matched.get(transcript.id)
+        if match is None or _width(match, scope) != width:
+            actual = "none" if match is None else f"{match.id!r} with {_width(match, scope)} positions"
             raise EditError(
-                f"{transcript.id!r} has {width} positions in scope {str(scope)!r}, its donor is {found}. Match each "
+                f"{transcript.id!r} has {width} positions in scope {str(scope)!r}, its donor is {actual}. Match each "
                 "transcript with a donor of the same length, or use scope='closing'."
             )
-        return own
+        return match
     fitting = [t for t in donors.pool if t.id != transcript.id and _width(t, scope) == width]
     if not fitting:
         widths = sorted({_width(t, scope) for t in donors.pool})[:6]
@@ -213,11 +213,11 @@ def _choose(
 
 
 def _tokens(model: LensModel, transcripts: Transcripts) -> list[TokenizedTranscript]:
-    found, omitted = model.tokenize_all(transcripts)
-    if omitted or not found:
+    tokens, omitted = model.tokenize_all(transcripts)
+    if omitted or not tokens:
         why = omitted[0].reason if omitted else "none was given"
         raise DataError(f"{len(omitted)} of {len(transcripts)} donors cannot be used: {why}")
-    return found
+    return tokens
 
 
 def _width(transcript: TokenizedTranscript, scope: Scope) -> int:

@@ -167,7 +167,7 @@ def trace_all_sources(
     tolerance = TOLERANCE.get(model.dtype, 1e-1)
     # That the parts add up to the logit is checked there; a head's sources must add up to its own part.
     parts = decompose_logit(model, probe, [tokens])
-    found = []
+    sources = []
     for head, (pattern, values, z) in zip(heads, _read(model, tokens, heads), strict=True):
         if not torch.allclose(pattern @ values, z, atol=tolerance * float(z.abs().max() + 1)):
             raise _inexact(model, head)
@@ -176,7 +176,7 @@ def trace_all_sources(
         scale = float(pattern[-1] @ (values.abs() @ written.abs())) + 1
         if abs(shares[-1].sum() - parts.heads[0, head.layer, head.head]) > tolerance * scale:
             raise _inexact(model, head)
-        found.append(
+        sources.append(
             HeadSources(
                 head=head,
                 kv_group=model.shape.kv_group(head.head),
@@ -186,21 +186,21 @@ def trace_all_sources(
                 shares=shares,
             )
         )
-    return found
+    return sources
 
 
 def _read(
     model: LensModel, tokens: TokenizedTranscript, heads: Sequence[HeadRef]
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
     """[query, source] pattern, [source, d_head] values and [query, d_head] output of each head."""
-    kept: dict[tuple[HeadRef, str], Tensor] = {}
+    captured: dict[tuple[HeadRef, str], Tensor] = {}
 
     def keeper(head: HeadRef, name: str, index: int) -> Callable[[Tensor, object], None]:
         def keep(value: Tensor, hook: object) -> None:
             # Values and output have heads behind positions, the pattern before them.
             del hook
-            own = value[0, index] if name == "hook_pattern" else value[0, :, index]
-            kept[head, name] = own.detach().float().cpu()
+            of_head = value[0, index] if name == "hook_pattern" else value[0, :, index]
+            captured[head, name] = of_head.detach().float().cpu()
 
         return keep
 
@@ -212,13 +212,13 @@ def _read(
     ids = torch.from_numpy(tokens.token_ids[: tokens.final + 1])[None].to(model.device)
     with torch.inference_mode():
         model.bridge.run_with_hooks(ids, return_type=None, fwd_hooks=hooks)
-    found = []
+    read = []
     for head in heads:
-        seen = [kept[head, name] for name in _HOOKS if (head, name) in kept]
+        seen = [captured[head, name] for name in _HOOKS if (head, name) in captured]
         if len(seen) < len(_HOOKS) or seen[1].shape != seen[2].shape:
             raise _inexact(model, head)
-        found.append((seen[0], seen[1], seen[2]))
-    return found
+        read.append((seen[0], seen[1], seen[2]))
+    return read
 
 
 def _inexact(model: LensModel, head: HeadRef) -> UnsupportedModelError:

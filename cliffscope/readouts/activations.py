@@ -72,8 +72,8 @@ def project_residuals(
     def reduce(layer: int, residual: Float[Tensor, "pos d_model"], _row: int, _start: int) -> Tensor:
         return residual @ directions[layer].to(residual.device)
 
-    found = _reduce(model, transcripts, reduce, progress, edit)
-    return [logits + bias[:, None] for logits in found]
+    projected = _reduce(model, transcripts, reduce, progress, edit)
+    return [logits + bias[:, None] for logits in projected]
 
 
 def gather_residuals(
@@ -94,15 +94,15 @@ def gather_residuals(
     Returns:
         For each transcript, in the order given, fp32 residuals.
     """
-    wanted = [torch.from_numpy(np.sort(p)) for p in positions]
+    ascending = [torch.from_numpy(np.sort(p)) for p in positions]
 
     def reduce(_layer: int, residual: Float[Tensor, "pos d_model"], row: int, start: int) -> Tensor:
-        own = wanted[row][(wanted[row] >= start) & (wanted[row] < start + len(residual))]
-        return residual[(own - start).to(residual.device)]
+        inside = ascending[row][(ascending[row] >= start) & (ascending[row] < start + len(residual))]
+        return residual[(inside - start).to(residual.device)]
 
-    found = _reduce(model, transcripts, reduce, progress)
+    gathered = _reduce(model, transcripts, reduce, progress)
     # Back from ascending positions to the order that was asked for.
-    return [residuals[:, np.argsort(np.argsort(p))] for residuals, p in zip(found, positions, strict=True)]
+    return [residuals[:, np.argsort(np.argsort(p))] for residuals, p in zip(gathered, positions, strict=True)]
 
 
 def project_layer(
@@ -130,17 +130,17 @@ def project_layer(
         Index of a transcript and its logits; the longest transcripts first.
     """
     direction = torch.from_numpy(weight)
-    found: list[Tensor] = []
+    parts: list[Tensor] = []
 
     def visit(index: int, hidden: Float[Tensor, "batch pos d_model"], _start: int) -> None:
         if index == layer:
-            found.append((hidden.float() @ direction.to(hidden.device) + bias).cpu())
+            parts.append((hidden.float() @ direction.to(hidden.device) + bias).cpu())
 
     for rows in length_batches([t.n_pos for t in transcripts], batch_tokens):
         with model.only_blocks(0, layer):
             run_decoder(model, [transcripts[row] for row in rows], visit, edit)
-        logits = torch.cat(found, 1).numpy()
-        found.clear()
+        logits = torch.cat(parts, 1).numpy()
+        parts.clear()
         for i, row in enumerate(rows):
             yield row, logits[i, : transcripts[row].n_pos].copy()
 
@@ -187,11 +187,11 @@ def _acting(
     return nullcontext() if edit is None else edit.hooks(model, rows, start=start)
 
 
-class _ReservedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class _ReservedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers leaves it unannotated.
     """Keys and values of a known number of tokens: written in place, where growing would copy all of them a chunk."""
 
     def __init__(self, length: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated.
         self.length = length
         self.reserved: tuple[Tensor, Tensor] | None = None
 
@@ -242,16 +242,16 @@ def _reduce(
     done: list[Reduced] = [np.empty(0, dtype=np.float32)] * len(transcripts)
     finished = 0
     for rows in length_batches([t.n_pos for t in transcripts]):
-        kept: dict[int, dict[int, list[Tensor]]] = {row: {} for row in rows}
+        reduced: dict[int, dict[int, list[Tensor]]] = {row: {} for row in rows}
 
-        def visit(layer: int, hidden: Tensor, start: int, rows: list[int] = rows, kept: _Kept = kept) -> None:
+        def visit(layer: int, hidden: Tensor, start: int, rows: list[int] = rows, reduced: _Kept = reduced) -> None:
             for i, row in enumerate(rows):
                 residual = hidden[i, : transcripts[row].n_pos - start].float()
-                kept[row].setdefault(layer, []).append(reduce(layer, residual, row, start).cpu())
+                reduced[row].setdefault(layer, []).append(reduce(layer, residual, row, start).cpu())
 
         run_decoder(model, [transcripts[row] for row in rows], visit, edit)
         for row in rows:
-            done[row] = torch.stack([torch.cat(parts) for _, parts in sorted(kept[row].items())]).numpy()
+            done[row] = torch.stack([torch.cat(parts) for _, parts in sorted(reduced[row].items())]).numpy()
         finished += len(rows)
         if progress is not None:
             progress(finished)

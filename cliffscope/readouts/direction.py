@@ -162,7 +162,7 @@ def check_direction(
         ProbeError: probe and readout do not fit the model or each other, an argument is out of range, or no transcript
             has such positions.
     """
-    _check(model, probe, readout, where, strength, draws)
+    _check(model, probe, readout, where=where, strength=strength, draws=draws)
     span = Span(where)
     tokens, omitted = model.tokenize_all(transcripts)
     width = {row.id: row.span(span).stop - row.span(span).start for row in tokens}
@@ -232,7 +232,7 @@ class _Step:
             handle.remove()
 
 
-def _check(model: LensModel, probe: RefusalProbe, readout: Readout, where: str, strength: float, draws: int) -> None:
+def _check(model: LensModel, probe: RefusalProbe, readout: Readout, *, where: str, strength: float, draws: int) -> None:
     probe.check_model(model)
     readout.check_model(model)
     if where not in ("closing", "thinking"):

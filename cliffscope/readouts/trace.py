@@ -167,30 +167,30 @@ class RefusalTraces(Plotted):
         self,
         *,
         by: Callable[[Transcript], str] | None = None,
-        beside: "Mapping[str, RefusalTraces] | None" = None,
+        further: "Mapping[str, RefusalTraces] | None" = None,
     ) -> "Figure":
         """Mean traces by group, aligned on spans.
 
         Args:
             by: names the group of a transcript; None takes harmfulness and outcome. Give
                 `lambda t: t.source` for a curve a data set.
-            beside: further traces by name, such as those of the same transcripts with heads edited; a curve each.
+            further: other traces by name, such as those of the same transcripts with heads edited; a curve each.
 
         Raises:
-            DataError: a name of `beside` is that of a group.
+            DataError: a name of `further` is that of a group.
         """
         from cliffscope.figures.trace import bands_of, mean_trace
 
         groups = _grouped(self.transcripts, by or group_name)
-        double = sorted(set(groups) & set(beside or {}))
+        double = sorted(set(groups) & set(further or {}))
         if double:
-            raise DataError(f"beside={double[0]!r}: a group has that name already. Give the traces another one.")
-        width = max(closing_width(own.tokens) for own in (self, *(beside or {}).values()))
+            raise DataError(f"further={double[0]!r}: a group has that name already. Give the traces another one.")
+        width = max(closing_width(traces.tokens) for traces in (self, *(further or {}).values()))
         tables = [self.aligned(groups, closing=width)]
-        for name, other in (beside or {}).items():
+        for name, other in (further or {}).items():
             tables.append(other.aligned({name: [t.id for t in other.transcripts]}, closing=width))
-        table = pd.concat([found for found in tables if len(found)] or tables)
-        return mean_trace(*bands_of(table), n=self._n_with(beside or {}))
+        table = pd.concat([rows for rows in tables if len(rows)] or tables)
+        return mean_trace(*bands_of(table), n=self._n_with(further or {}))
 
     def plot_tokens(self, transcript_id: str) -> "Figure":
         """One transcript as text, each token on a ground of its score; with a slider where its layers were kept.
@@ -237,35 +237,37 @@ class RefusalTraces(Plotted):
         """One line: n, layer, how many were left out."""
         return f"RefusalTraces(n={len(self.tokens)}, layer {self.probe.layer}, left out {len(self.omitted)})"
 
-    def _n_with(self, beside: "Mapping[str, RefusalTraces]") -> int:
-        return len({t.id for own in (self, *beside.values()) for t in own.transcripts})
+    def _n_with(self, further: "Mapping[str, RefusalTraces]") -> int:
+        return len({t.id for traces in (self, *further.values()) for t in traces.transcripts})
 
     def _one(self, transcript_id: str) -> tuple[TokenizedTranscript, Float[np.ndarray, "layer _"]]:
         """A transcript's tokens, and its scores at every layer that was kept."""
         for row, logits in zip(self.tokens, self.logits, strict=True):
             if row.id == transcript_id:
                 return row, expit(self.layer_logits.get(transcript_id, logits[None]))
-        known = ", ".join(repr(row.id) for row in self.tokens[:3])
-        raise DataError(f"No transcript {transcript_id!r} was traced; there are {len(self.tokens)}, such as {known}.")
+        examples = ", ".join(repr(row.id) for row in self.tokens[:3])
+        raise DataError(
+            f"No transcript {transcript_id!r} was traced; there are {len(self.tokens)}, such as {examples}."
+        )
 
     def _cliff_row(self, i: int, plateau: Plateau) -> dict[str, object]:
         row, transcript = self.tokens[i], self.transcripts[i]
-        found = cliff_of(row, self.logits[i])
-        reason = why_invalid(found, self.probe)
-        height = found.plateau_max if plateau == "max" else found.plateau_mean
-        drop_token = self.token_texts(row)[found.drop_position] if found.drop_position >= 0 else ""
+        cliff = cliff_of(row, self.logits[i])
+        reason = why_invalid(cliff, self.probe)
+        height = cliff.plateau_max if plateau == "max" else cliff.plateau_mean
+        drop_token = self.token_texts(row)[cliff.drop_position] if cliff.drop_position >= 0 else ""
         return {
             "id": row.id,
             "group": group_name(transcript),
             "harmful": transcript.harmful,
             "outcome": str(transcript.outcome),
-            "plateau_max": found.plateau_max,
-            "plateau_mean": found.plateau_mean,
-            "plateau_late": found.plateau_late,
-            "final": found.final,
-            "cliff": height - found.final,
-            "drop_position": found.drop_position,
-            "drop": found.drop,
+            "plateau_max": cliff.plateau_max,
+            "plateau_mean": cliff.plateau_mean,
+            "plateau_late": cliff.plateau_late,
+            "final": cliff.final,
+            "cliff": height - cliff.final,
+            "drop_position": cliff.drop_position,
+            "drop": cliff.drop,
             "drop_token": drop_token,
             "valid": not reason,
             "reason": reason,
@@ -310,8 +312,8 @@ def trace_refusal(
     if not tokens:
         why = omitted[0].reason if omitted else "none was given"
         raise SpanError(f"None of {len(transcripts)} transcripts can be traced: {why}. Give transcripts with thinking.")
-    wanted = set(layers_of)
-    deep = [t for t in tokens if t.id in wanted]
+    deep_ids = set(layers_of)
+    deep = [t for t in tokens if t.id in deep_ids]
     every = project_residuals(model, deep, probe.layer_weights, probe.layer_biases, edit=edit) if deep else []
     read: dict[int, Float32[np.ndarray, " _"]] = {}
     for row, values in project_layer(model, tokens, probe.layer, probe.weight, probe.bias, edit=edit):
@@ -325,12 +327,12 @@ def trace_refusal(
         for t, ok in zip(tokens, finite, strict=True)
         if not ok
     ]
-    known = {t.id: t for t in transcripts}
-    kept = [i for i, ok in enumerate(finite) if ok]
+    by_id = {t.id: t for t in transcripts}
+    traced = [i for i, ok in enumerate(finite) if ok]
     return RefusalTraces(
-        transcripts=tuple(known[tokens[i].id] for i in kept),
-        tokens=tuple(tokens[i] for i in kept),
-        logits=tuple(logits[i] for i in kept),
+        transcripts=tuple(by_id[tokens[i].id] for i in traced),
+        tokens=tuple(tokens[i] for i in traced),
+        logits=tuple(logits[i] for i in traced),
         layer_logits={t.id: values for t, values in zip(deep, every, strict=True)},
         probe=probe,
         tokenizer=model.tokenizer,
