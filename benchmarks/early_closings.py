@@ -24,9 +24,9 @@ import pandas as pd
 import psutil
 import torch
 
-from cliffscope.heads.early import early_closings
 from cliffscope.heads.early_closings import EarlyClosings, trace_early_closings
 from cliffscope.heads.edits import HeadRef, zero
+from cliffscope.heads.packed_closings import early_closings
 from cliffscope.model.load import LensModel, load_model
 from cliffscope.readouts.answer import AnswerReadout
 from cliffscope.readouts.openings import describe, read_openings

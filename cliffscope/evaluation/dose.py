@@ -23,7 +23,7 @@ from cliffscope.heads.controls import random_sets
 from cliffscope.heads.edits import zero
 from cliffscope.heads.methods import Method
 from cliffscope.heads.ranking import HeadRanking, top_count
-from cliffscope.heads.usable import check_finite, choose_method, prepare_task
+from cliffscope.heads.tasks import check_finite, choose_method, prepare_task
 from cliffscope.judging.lookup import find_judge
 from cliffscope.judging.protocols import Judge
 from cliffscope.model.load import LensModel

@@ -22,7 +22,7 @@ from cliffscope.heads.donors import Donors
 from cliffscope.heads.edits import HeadRef, Scope
 from cliffscope.heads.methods import Effects, Method, Task
 from cliffscope.heads.statistics import ALPHA, HeadKind, decisive, decisive_p, kinds_of
-from cliffscope.heads.usable import check_finite, choose_method, prepare_task, usable_tokens
+from cliffscope.heads.tasks import check_finite, choose_method, prepare_task, usable_tokens
 from cliffscope.model.load import LensModel
 from cliffscope.notebook import Shown
 from cliffscope.readouts.readout import Readout

@@ -2,8 +2,8 @@
 
 For every thinking token the closing is put after it, and the readout is read at the closing's end: a curve over the
 thinking of what the answer would be. Where a probe's trace says what the state at a token holds, this says what the
-model would do with it. `early.py` says how it is computed, and what each number equals: a plain forward pass of the
-transcript cut behind that token.
+model would do with it. `packed_closings.py` says how it is computed, and what each number equals: a plain forward pass
+of the transcript cut behind that token.
 
 Tables and curves are made here from arrays; knows no architecture.
 """
@@ -19,8 +19,8 @@ from scipy.special import expit
 from transformers import PreTrainedTokenizerBase
 
 from cliffscope.errors import DataError, SpanError
-from cliffscope.heads.early import early_closings, early_logits
 from cliffscope.heads.edits import EditPlan, HeadEdit
+from cliffscope.heads.packed_closings import early_closings, early_logits
 from cliffscope.model.load import LensModel
 from cliffscope.notebook import Plotted
 from cliffscope.readouts.readout import Readout

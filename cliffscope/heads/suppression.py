@@ -27,7 +27,7 @@ from cliffscope.heads.branches import Branch, Change
 from cliffscope.heads.controls import count_sets, random_sets
 from cliffscope.heads.edits import EditPlan, HeadEdit, HeadRef, Scope
 from cliffscope.heads.sweep import sweep_branches
-from cliffscope.heads.usable import usable_tokens
+from cliffscope.heads.tasks import usable_tokens
 from cliffscope.model.load import LensModel, ModelShape
 from cliffscope.notebook import Plotted
 from cliffscope.readouts.readout import Readout, read_final
