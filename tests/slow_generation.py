@@ -36,6 +36,9 @@ class Slow:
     """What the oracle generated."""
 
     seen: list[int]
+    """Everything, from the prompt to the answer."""
+    spans: list[str]
+    """Of everything before the answer."""
     thinking: list[int]
     closing: list[int]
     answer: list[int] | None
@@ -114,7 +117,9 @@ def slow_roll_out(
             thinking.append(token)
     if token == END or (token != CLOSE and not force_closing):
         ended = [token] if token == END else []
-        return Slow(seen=[*prompt, *thinking, *ended], thinking=thinking, closing=[], answer=None, forced=False)
+        spans = [PROMPT] * len(prompt) + [THINKING] * len(thinking)
+        seen = [*prompt, *thinking, *ended]
+        return Slow(seen=seen, spans=spans, thinking=thinking, closing=[], answer=None, forced=False)
     forced = token != CLOSE
     if forced:
         closing = [CLOSE, BLANK] if token in (NEWLINE, BLANK) else [NEWLINE, CLOSE, BLANK]
@@ -123,6 +128,9 @@ def slow_roll_out(
         closing = [NEWLINE, CLOSE, BLANK] if newline else [CLOSE, BLANK]
         thinking = thinking[:-1] if newline else thinking
     before = [*prompt, *thinking, *closing]
-    spans = [PROMPT] * len(prompt) + [THINKING] * len(thinking) + [CLOSING] * len(closing)
+    # A newline of its own before a closing that was forced is the newline that the closing begins with.
+    n_thinking = len(thinking) - (forced and token == NEWLINE)
+    spans = [PROMPT] * len(prompt) + [THINKING] * n_thinking
+    spans += [CLOSING] * (len(before) - len(spans))
     answer = slow_answer(model, before, spans, changes, max_answer=max_answer)
-    return Slow(seen=[*before, *answer], thinking=thinking, closing=closing, answer=answer, forced=forced)
+    return Slow(seen=[*before, *answer], spans=spans, thinking=thinking, closing=closing, answer=answer, forced=forced)
