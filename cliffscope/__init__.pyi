@@ -4,7 +4,7 @@ from . import organisms as organisms
 from .errors import CliffScopeError as CliffScopeError
 from .evaluation.dose import dose_response as dose_response
 from .evaluation.mediation import Mediation as Mediation
-from .evaluation.mediation import mediation as mediation
+from .evaluation.mediation import measure_mediation as measure_mediation
 from .evaluation.safety import SafetyReport as SafetyReport
 from .evaluation.safety import compare_answers as compare_answers
 from .evaluation.safety import evaluate_safety as evaluate_safety

@@ -5,13 +5,16 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import written
 from slow_generation import Change, slow_answer, slow_roll_out
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
 import cliffscope as cs
 from cliffscope.errors import DataError, EditError
-from cliffscope.evaluation.mediation import CELLS, EDITED, UNEDITED, Mediation, mediation
+from cliffscope.evaluation.mediation import CELLS, EDITED, UNEDITED, Mediation, measure_mediation
 from cliffscope.heads.edits import HeadRef, compose, scale, zero
+from cliffscope.model.checkpoints import ASSETS
 from cliffscope.model.load import LensModel
 from cliffscope.transcripts.records import Message, Outcome, Transcript, Transcripts
 
@@ -44,17 +47,17 @@ def slow_cells(
 @pytest.mark.parametrize("scope", ["all", "thinking", "prompt"])
 def test_the_four_cells_are_those_of_a_plain_loop(talker: LensModel, prompts: Transcripts, scope: str) -> None:
     changes = [Change(layer=ref.layer, head=ref.head, scope=scope, factor=-1.5) for ref in HEADS]
-    crossed = mediation(talker, prompts, scale(HEADS, -1.5, scope=scope), **BUDGET)
+    crossed = measure_mediation(talker, prompts, scale(HEADS, -1.5, scope=scope), **BUDGET)
     checked = 0
     for i, prompt in enumerate(prompts):
         expected = slow_cells(talker, prompt, changes)
-        made = {cell: transcripts[i] for cell, transcripts in crossed.cells.items()}
-        if any((t.thinking or "").startswith("<think>") for t in made.values()):
+        measured = {cell: transcripts[i] for cell, transcripts in crossed.cells.items()}
+        if any((t.thinking or "").startswith("<think>") for t in measured.values()):
             continue
         for cell, answer in expected.items():
-            assert made[cell].id == prompt.id
-            assert made[cell].answer_ids == (None if answer is None else tuple(answer)), cell
-            assert (made[cell].outcome is Outcome.UNFINISHED) >= (answer is None)
+            assert measured[cell].id == prompt.id
+            assert measured[cell].answer_ids == (None if answer is None else tuple(answer)), cell
+            assert (measured[cell].outcome is Outcome.UNFINISHED) >= (answer is None)
         checked += 1
     assert checked > 6
     assert crossed.scope == scope
@@ -63,7 +66,7 @@ def test_the_four_cells_are_those_of_a_plain_loop(talker: LensModel, prompts: Tr
 
 
 def test_draws_are_the_same_in_every_cell(llama: LensModel, prompts: Transcripts) -> None:
-    crossed = mediation(llama, prompts, scale(HEADS, 1.0), **BUDGET, temperature=1.0, seed=3)
+    crossed = measure_mediation(llama, prompts, scale(HEADS, 1.0), **BUDGET, temperature=1.0, seed=3)
     first, *others = crossed.cells.values()
     assert all([t.answer_ids for t in other] == [t.answer_ids for t in first] for other in others)
     rolled = cs.roll_out(llama, prompts, **BUDGET, temperature=1.0, seed=3)
@@ -74,7 +77,7 @@ def test_draws_are_the_same_in_every_cell(llama: LensModel, prompts: Transcripts
 def test_thinking_that_never_closes_is_unfinished_whoever_would_have_answered(
     llama: LensModel, prompts: Transcripts
 ) -> None:
-    crossed = mediation(llama, prompts, zero(HEADS), max_thinking=2, max_answer=3, force_closing=False)
+    crossed = measure_mediation(llama, prompts, zero(HEADS), max_thinking=2, max_answer=3, force_closing=False)
     frame = crossed.to_frame()
     for whose in (UNEDITED, EDITED):
         rows = frame[frame["thinking"] == whose]
@@ -82,12 +85,12 @@ def test_thinking_that_never_closes_is_unfinished_whoever_would_have_answered(
         assert rows["unfinished"].gt(0).all()
         assert rows.groupby("group")["n"].first().to_dict() == {"harmful": 7, "harmless": 5}
     assert frame["forced"].eq(0).all()
-    assert mediation(llama, prompts, zero(HEADS), **BUDGET).to_frame()["forced"].sum() > 0
+    assert measure_mediation(llama, prompts, zero(HEADS), **BUDGET).to_frame()["forced"].sum() > 0
 
 
-def test_what_does_not_fit_the_context_is_told(llama: LensModel, prompts: Transcripts) -> None:
+def test_what_does_not_fit_the_context_is_an_omission(llama: LensModel, prompts: Transcripts) -> None:
     long = prompts[0].replace(id="long", messages=(Message(role="user", content="how do i " * 300),))
-    crossed = mediation(llama, Transcripts([long, *prompts[:2]]), zero(HEADS), **BUDGET)
+    crossed = measure_mediation(llama, Transcripts([long, *prompts[:2]]), zero(HEADS), **BUDGET)
     assert [o.id for o in crossed.omitted] == ["long"]
     assert crossed.to_frame()["n"].eq(2).all()
 
@@ -96,7 +99,7 @@ def test_the_model_is_as_it_was(
     llama: LensModel, prompts: Transcripts, unchanged: Callable[[LensModel], Callable[[], None]]
 ) -> None:
     check = unchanged(llama)
-    mediation(llama, prompts[:2], zero(HEADS), **BUDGET)
+    measure_mediation(llama, prompts[:2], zero(HEADS), **BUDGET)
     check()
 
 
@@ -130,6 +133,11 @@ def test_effects_are_differences_of_cells_over_prompts_judged_in_all_four() -> N
     assert (effects["ci_low"] <= effects["difference"]).all()
     assert (effects["difference"] <= effects["ci_high"]).all()
     assert effects.loc["answer", "ci_high"] <= 0
+    # McNemar's exact p by hand. answer: prompts 0 and 1 of seven change, both one way: 2 x 1/4. thinking: prompt 3
+    # one way. total: prompts 0 to 4 one way and 6 not: 2 x 1/32.
+    assert effects["mcnemar_p"].to_dict() == pytest.approx(
+        {"answer": 0.5, "thinking": 1.0, "total": 2 / 2**5, "interaction": float("nan")}, nan_ok=True
+    )
     assert crossed.rate(UNEDITED, EDITED) == 4 / 7
     assert crossed.rate(EDITED, EDITED) == 2 / 8
     assert "unedited 0.88, answer edited 0.57, thinking edited 0.75, both 0.25, scope all, n=8" in repr(crossed)
@@ -156,6 +164,7 @@ def test_samples_of_a_prompt_count_as_one() -> None:
     effects = crossed.effects().set_index("effect")
     assert effects["n"].eq(8).all()
     assert effects.loc["answer", "difference"] == -0.5
+    assert effects["mcnemar_p"].isna().all()
     low, high = crossed.to_frame().loc[0, ["ci_low", "ci_high"]]
     assert high - low > 0.5, "16 answers were taken for 16 prompts"
 
@@ -163,7 +172,7 @@ def test_samples_of_a_prompt_count_as_one() -> None:
 def test_without_a_prompt_that_all_cells_judged_there_is_no_effect() -> None:
     crossed = crossed_of("cc", "ff", "cc", "rr")
     assert len(crossed.effects()) == 0
-    assert list(crossed.effects().columns) == ["effect", "group", "n", "difference", "ci_low", "ci_high"]
+    assert list(crossed.effects().columns) == ["effect", "group", "n", "difference", "ci_low", "ci_high", "mcnemar_p"]
     assert np.isnan(crossed.rate(UNEDITED, EDITED))
     assert np.isnan(crossed.rate(UNEDITED, EDITED, "harmless"))
 
@@ -180,33 +189,76 @@ def test_the_four_cells_are_drawn() -> None:
 
 def test_an_edit_that_leaves_the_thinking_alone_is_refused(llama: LensModel, prompts: Transcripts) -> None:
     with pytest.raises(EditError, match="edit of the closing leaves the thinking as it is"):
-        mediation(llama, prompts, zero(HEADS, scope="closing"))
+        measure_mediation(llama, prompts, zero(HEADS, scope="closing"))
     plan = compose(zero(HEADS[:1], scope="closing"), zero(HEADS[1:], scope="thinking"))
-    assert mediation(llama, prompts[:2], plan, **BUDGET).scope == "closing, thinking"
+    assert measure_mediation(llama, prompts[:2], plan, **BUDGET).scope == "closing, thinking"
 
 
 def test_a_model_that_does_not_think_is_refused(chatml_model: LensModel, prompts: Transcripts) -> None:
     with pytest.raises(DataError, match="does not think"):
-        mediation(chatml_model, prompts, zero(HEADS))
+        measure_mediation(chatml_model, prompts, zero(HEADS))
 
 
 def test_prompts_without_a_label_and_heads_that_are_not_there_are_refused(
     llama: LensModel, prompts: Transcripts
 ) -> None:
     with pytest.raises(DataError, match="12 of 12 prompts have no harmful label"):
-        mediation(llama, prompts.map(lambda t: t.replace(harmful=None)), zero(HEADS))
+        measure_mediation(llama, prompts.map(lambda t: t.replace(harmful=None)), zero(HEADS))
     with pytest.raises(EditError, match="L99H0"):
-        mediation(llama, prompts, zero([HeadRef(layer=99, head=0)]))
+        measure_mediation(llama, prompts, zero([HeadRef(layer=99, head=0)]))
 
 
 # An organism
 
 
+def answers_by_hand(
+    thinker: PreTrainedModel, answerer: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, prompt: str
+) -> str:
+    """One model's thinking, cut at its tag and answered by another, by transformers' own `generate`."""
+    tag = tokenizer.convert_tokens_to_ids("</think>")
+    turns = [{"role": "user", "content": prompt}]
+    ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
+    greedy = {"do_sample": False, "pad_token_id": tokenizer.pad_token_id}
+
+    def generated(model: PreTrainedModel, seen: list[int], end: int, most: int) -> list[int]:
+        fed = torch.tensor([seen])
+        mask = torch.ones_like(fed)
+        return model.generate(fed, attention_mask=mask, eos_token_id=end, max_new_tokens=most, **greedy)[0].tolist()
+
+    thought = generated(thinker, ids, tag, 128)
+    assert thought[-1] == tag, "the thinking never closed"
+    text = tokenizer.decode(thought[:-1]).rstrip("\n") + "\n</think>\n\n"
+    seen = tokenizer(text, add_special_tokens=False)["input_ids"]
+    answer = generated(answerer, seen, tokenizer.eos_token_id, 32)[len(seen) :]
+    return tokenizer.decode(answer, skip_special_tokens=True)
+
+
+def test_the_cells_of_an_organism_are_those_of_transformers_generate() -> None:
+    folder, truth = ASSETS / "planted-llama", cs.organisms.read_truth("planted-llama")
+    plain, edited = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval() for _ in range(2))
+    size = plain.config.hidden_size // plain.config.num_attention_heads
+    with torch.no_grad():
+        for ref in truth.planted:
+            columns = slice(ref.head * size, (ref.head + 1) * size)
+            edited.model.layers[ref.layer].self_attn.o_proj.weight[:, columns] = 0
+    networks, tokenizer = {UNEDITED: plain, EDITED: edited}, AutoTokenizer.from_pretrained(folder)
+    prompts = cs.organisms.prompts("test", 4, harmful=True, wrappers=truth.full_wrappers)
+    prompts = prompts + cs.organisms.prompts("test", 2, harmful=False)
+    crossed = cs.measure_mediation(
+        cs.load_model("planted-llama"), prompts, cs.zero(truth.planted), max_thinking=128, max_answer=32
+    )
+    for (thinking, answer), cell in crossed.cells.items():
+        by_hand = [answers_by_hand(networks[thinking], networks[answer], tokenizer, t.prompt) for t in prompts]
+        assert [t.answer for t in cell] == by_hand
+        refused = [text.startswith("sorry") for text in by_hand[:4]]
+        assert crossed.rate(thinking, answer) == 1 - sum(refused) / 4
+
+
 def test_heads_planted_at_the_closing_act_through_the_answer_and_not_through_the_thinking() -> None:
     model, truth = cs.load_model("planted-llama"), cs.organisms.read_truth("planted-llama")
-    asked = cs.organisms.prompts("test", 12, harmful=True, wrappers=truth.full_wrappers)
-    asked = asked + cs.organisms.prompts("test", 6, harmful=False)
-    crossed = cs.mediation(model, asked, cs.zero(truth.planted), max_thinking=128, max_answer=32)
+    prompts = cs.organisms.prompts("test", 12, harmful=True, wrappers=truth.full_wrappers)
+    prompts = prompts + cs.organisms.prompts("test", 6, harmful=False)
+    crossed = cs.measure_mediation(model, prompts, cs.zero(truth.planted), max_thinking=128, max_answer=32)
     effects = crossed.effects().set_index(["group", "effect"])["difference"]
     assert crossed.rate(UNEDITED, UNEDITED) == 1.0
     assert effects["harmful", "answer"] == -1.0

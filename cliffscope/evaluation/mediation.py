@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float
 
 from cliffscope.errors import DataError, EditError
 from cliffscope.evaluation.arms import scope_of
@@ -33,6 +34,7 @@ from cliffscope.judging.protocols import Judge
 from cliffscope.model.load import LensModel
 from cliffscope.notebook import Plotted
 from cliffscope.resampling import bootstrap_mean
+from cliffscope.stats import mcnemar
 from cliffscope.transcripts.records import Omission, Transcripts
 
 if TYPE_CHECKING:
@@ -82,10 +84,12 @@ class Mediation(Plotted):
         return pd.DataFrame(rows, columns=_CELL_COLUMNS)
 
     def effects(self) -> pd.DataFrame:
-        """One row an effect and group: effect, group, n, difference, ci_low, ci_high.
+        """One row an effect and group: effect, group, n, difference, ci_low, ci_high, mcnemar_p.
 
         Differences of the group's rate, prompt by prompt, over the n prompts that all four cells have a judged answer
-        to, with a bootstrap interval over prompts:
+        to, with a bootstrap interval over prompts. Where all prompts change alike that interval has no width, and the
+        cells' own intervals say how far n prompts can be trusted. McNemar's test compares two cells with one answer a
+        prompt each; it is NaN for the interaction, and where prompts have several answers.
 
         - `answer`: the unedited thinking answered under the edit, minus answered unedited. What the edit does with the
           text of the thinking held fixed.
@@ -96,13 +100,16 @@ class Mediation(Plotted):
         """
         rows = []
         for group in GROUPS:
-            rates = shared_rates([self._cell(*cell, group) for cell in CELLS], group)
+            cells = [self._cell(*cell, group) for cell in CELLS]
+            rates = shared_rates(cells, group)
             if not rates.shape[1]:
                 continue
+            single = all(cell["prompt"].is_unique for cell in cells)
             for effect, weights in EFFECTS.items():
                 each = np.asarray(weights, dtype=float) @ rates
                 low, high = bootstrap_mean(each, seed=self.seed)
-                rows.append((effect, group, len(each), float(each.mean()), float(low), float(high)))
+                p = _mcnemar(rates, weights) if single else float("nan")
+                rows.append((effect, group, len(each), float(each.mean()), float(low), float(high), p))
         return pd.DataFrame(rows, columns=_EFFECT_COLUMNS)
 
     def rate(self, thinking: str, answer: str, group: str = "harmful") -> float:
@@ -144,10 +151,10 @@ _CELL_COLUMNS = [
     *("thinking", "answer", "group", "n", "refused", "complied", "unfinished", "unjudged"),
     *("rate", "ci_low", "ci_high", "partial", "forced"),
 ]
-_EFFECT_COLUMNS = ["effect", "group", "n", "difference", "ci_low", "ci_high"]
+_EFFECT_COLUMNS = ["effect", "group", "n", "difference", "ci_low", "ci_high", "mcnemar_p"]
 
 
-def mediation(
+def measure_mediation(
     model: LensModel,
     prompts: Transcripts,
     edit: HeadEdit | EditPlan,
@@ -205,15 +212,15 @@ def mediation(
     Example:
         >>> import cliffscope as cs
         >>> model = cs.load_model("planted-llama")
-        >>> asked = cs.organisms.prompts("test", 4, harmful=True, wrappers=("story", "game"))
+        >>> prompts = cs.organisms.prompts("test", 4, harmful=True, wrappers=("story", "game"))
         >>> edit = cs.zero(cs.organisms.read_truth("planted-llama").planted)
-        >>> crossed = cs.mediation(model, asked, edit, max_thinking=128, max_answer=32)
+        >>> crossed = cs.measure_mediation(model, prompts, edit, max_thinking=128, max_answer=32)
         >>> crossed.rate("edited", "unedited"), crossed.rate("unedited", "edited")
         (1.0, 0.0)
     """
     reader = find_judge(judge)
     _check(model, prompts, edit)
-    asked = sample_prompts(prompts, samples)
+    sampled = sample_prompts(prompts, samples)
     budget = Budget(
         max_thinking=max_thinking,
         max_answer=max_answer,
@@ -223,9 +230,9 @@ def mediation(
     )
     edits = {UNEDITED: None, EDITED: edit}
     cells: dict[tuple[str, str], Transcripts] = {}
-    for whose, its_edit in edits.items():
+    for whose, acting in edits.items():
         thought = continue_roll_out(
-            model, asked, budget, edit=its_edit, thinking_only=True, system=system, batch_size=batch_size
+            model, sampled, budget, edit=acting, thinking_only=True, system=system, batch_size=batch_size
         )
         check_left(thought)
         closed = Transcripts((t for t in thought if t.closed), omitted=thought.omitted)
@@ -265,3 +272,10 @@ def _crossed(cells: Mapping[tuple[str, str], Transcripts], *, scope: str, seed: 
         omitted=tuple(dict.fromkeys(o for cell in CELLS for o in cells[cell].omitted)),
         seed=seed,
     )
+
+
+def _mcnemar(rates: Float[np.ndarray, "cell prompt"], weights: tuple[int, int, int, int]) -> float:
+    """McNemar's p of an effect that compares two cells with one answer a prompt; NaN of one that compares more."""
+    if sorted(weights) != [-1, 0, 0, 1]:
+        return float("nan")
+    return mcnemar(rates[weights.index(1)] > 0, rates[weights.index(-1)] > 0)
