@@ -29,6 +29,8 @@ class Change:
     factor: float = 0.0
     value: Tensor | None = None
     """[d_head] for all positions of the scope, or [position, d_head] for one after another."""
+    preserve_norm: bool = False
+    """Whether the layer is scaled back to its norm; for one change a layer."""
 
 
 @dataclass(kw_only=True)
@@ -67,6 +69,8 @@ def changed(model: LensModel, spans: Sequence[str], changes: Sequence[Change]) -
                 z[0, i, columns] *= change.factor
                 if change.value is not None:
                     z[0, i, columns] += change.value if change.value.ndim == 1 else change.value[place]
+                if change.preserve_norm:
+                    z[0, i] *= inputs[0][0, i].norm() / z[0, i].norm()
             return (z, *inputs[1:])
 
         return call

@@ -4,8 +4,9 @@
    write becomes an output bias.
 2. By hooks (any scope), at the positions that each row of the batch has in the scope.
 
-Both compute `hook_z <- factor x hook_z + values` and undo themselves, bit for bit, on any exception. Knows nothing of
-the kinds of edits, nor of readouts and effects.
+Both compute `hook_z <- factor x hook_z + values` and undo themselves, bit for bit, on any exception. An edit that
+preserves norms then scales all heads of the layer by a number that depends on what stands at the position, so that only
+hooks can do it. Knows nothing of the kinds of edits, nor of readouts and effects.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,10 +33,11 @@ def edited_weights(model: LensModel, edit: HeadEdit | EditPlan) -> Iterator[None
         edit: with scope `all`, and one value a head where it has values.
 
     Raises:
-        EditError: another scope, values that differ by position, a head that the model lacks, or weights that are not
-            floating point.
+        EditError: another scope, values that differ by position, norms that are preserved, a head that the model lacks,
+            or weights that are not floating point.
     """
     _check_everywhere(model, edit)
+    check_constant(edit)
     undo: list[Callable[[], object]] = []
     try:
         with torch.no_grad():
@@ -52,7 +54,9 @@ def edited_weights(model: LensModel, edit: HeadEdit | EditPlan) -> Iterator[None
 
 @contextmanager
 def edited_everywhere(model: LensModel, edit: HeadEdit | EditPlan) -> Iterator[None]:
-    """Applies an edit at all positions: in the weights, or by hooks where these are quantised or offloaded.
+    """Applies an edit at all positions: in the weights, or by hooks where these cannot hold it.
+
+    Weights that are quantised or offloaded are left as they are, and no weights preserve norms.
 
     Args:
         model: the model.
@@ -62,15 +66,27 @@ def edited_everywhere(model: LensModel, edit: HeadEdit | EditPlan) -> Iterator[N
         EditError: another scope, values that differ by position, or a head that the model lacks.
     """
     _check_everywhere(model, edit)
-    if all(model.holds_weights(ref.layer) for ref in edit.heads):
+    constant = not any(one.preserve_norm for one in edit.edits)
+    if constant and all(model.holds_weights(ref.layer) for ref in edit.heads):
         with edited_weights(model, edit):
             yield
         return
     with ExitStack() as stack:
         for one in edit.edits:
             for layer in sorted({ref.layer for ref in one.heads}):
-                stack.enter_context(model.head_hook(layer, _fixed(one, layer)))
+                stack.enter_context(model.head_hook(layer, _fixed(one, layer), preserve_norm=one.preserve_norm))
         yield
+
+
+def check_constant(edit: HeadEdit | EditPlan) -> None:
+    """Raises EditError where an edit preserves norms, which no fixed weights do."""
+    for one in edit.edits:
+        if one.preserve_norm:
+            raise EditError(
+                f"{one!r} cannot be held in weights: it scales the attention output by a number of its own at every "
+                "position, which depends on what stands there. Use edited_hooks, or generate under the edit with "
+                "roll_out(edit=...); for weights, take the edit without preserve_norm."
+            )
 
 
 def _fixed(edit: HeadEdit, layer: int) -> Callable[[Float[Tensor, "batch pos head d_head"]], None]:
@@ -125,7 +141,8 @@ def edited_hooks(
                 heads = [one.heads[i].head for i in indices]
                 added = None if values is None else rearrange(values[indices], "head pos d_head -> pos head d_head")
                 changes = [(row, span, heads, added) for row, span in enumerate(spans)]
-                stack.enter_context(model.head_hook(layer, _changer(changes, one.factor, start)))
+                change = _changer(changes, one.factor, start)
+                stack.enter_context(model.head_hook(layer, change, preserve_norm=one.preserve_norm))
         yield
 
 
