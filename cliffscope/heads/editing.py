@@ -130,20 +130,44 @@ def edited_hooks(
     edit.check(model)
     with ExitStack() as stack:
         for one in edit.edits:
-            spans = [one.scope.positions(row) for row in rows]
-            values = None if one.values is None else torch.tensor(one.values, device=model.device)
-            if values is not None:
-                for span in spans:
-                    _check_positions(values.shape[1], span.stop - span.start)
             # Layers that `only_blocks` has cut off above do not run, so that there is nothing to edit in them.
             for layer in sorted({ref.layer for ref in one.heads if ref.layer < len(model.blocks)}):
-                indices = [i for i, ref in enumerate(one.heads) if ref.layer == layer]
-                heads = [one.heads[i].head for i in indices]
-                added = None if values is None else rearrange(values[indices], "head pos d_head -> pos head d_head")
-                changes = [(row, span, heads, added) for row, span in enumerate(spans)]
-                change = _changer(changes, one.factor, start)
+                change = layer_change(model, [one] * len(rows), rows, layer, start)
                 stack.enter_context(model.head_hook(layer, change, preserve_norm=one.preserve_norm))
         yield
+
+
+def layer_change(
+    model: LensModel, edits: Sequence[HeadEdit], rows: Sequence[TokenizedTranscript], layer: int, start: int
+) -> Callable[[Float[Tensor, "batch pos head d_head"]], None]:
+    """What edits do to a layer's `hook_z`, to be written into it; norms are the caller's to preserve.
+
+    Args:
+        model: the model.
+        edits: one a row, with the same factor.
+        rows: the transcript of each row of the batch.
+        layer: the layer.
+        start: position in the transcripts at which the batch starts.
+
+    Raises:
+        EditError: values for another number of positions than the scope has.
+    """
+    added = {id(edit): _added(model, edit, layer) for edit in edits}
+    changes = []
+    for row, (edit, transcript) in enumerate(zip(edits, rows, strict=True)):
+        span, values = edit.scope.positions(transcript), added[id(edit)]
+        if values is not None:
+            _check_positions(len(values), span.stop - span.start)
+        heads = [ref.head for ref in edit.heads if ref.layer == layer]
+        changes.append((row, span, heads, values))
+    return _changer(changes, edits[0].factor if edits else 0.0, start)
+
+
+def _added(model: LensModel, edit: HeadEdit, layer: int) -> Float[Tensor, "value_pos head d_head"] | None:
+    if edit.values is None:
+        return None
+    indices = [i for i, ref in enumerate(edit.heads) if ref.layer == layer]
+    return rearrange(torch.tensor(edit.values[indices], device=model.device), "head pos d_head -> pos head d_head")
 
 
 def change_heads(
