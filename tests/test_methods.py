@@ -205,7 +205,7 @@ def test_a_method_checks_itself(llama: LensModel, complied: Transcripts) -> None
 
 def test_every_method_says_what_it_is() -> None:
     assert [name for name, _ in METHODS] == [
-        *("zero", "norm-preserving", "mean", "resample", "scale", "patch", "patch-reverse", "greedy"),
+        *("zero", "mean", "resample", "scale", "norm-preserving", "patch", "patch-reverse", "greedy"),
         *("attribution", "direct", "cliff"),
     ]
     for name, method in METHODS:

@@ -211,25 +211,25 @@ def test_answers_under_it_are_the_slow_loops_on_thinking_that_is_there(
     talker: LensModel, prompts: Transcripts, scope: str
 ) -> None:
     thought = [t for t in cs.roll_out(talker, prompts, **BUDGET) if t.closed]
-    kept = Transcripts(t for t in thought if not t.thinking.startswith("<think>"))
+    closed = Transcripts(t for t in thought if not t.thinking.startswith("<think>"))
     changes = [Change(layer=ref.layer, head=ref.head, scope=scope, preserve_norm=True) for ref in APART]
-    answered = answer_transcripts(talker, kept, edit=zero(APART, scope=scope, preserve_norm=True), max_answer=6)
+    answered = answer_transcripts(talker, closed, edit=zero(APART, scope=scope, preserve_norm=True), max_answer=6)
     differ = 0
-    for before, after in zip(kept, answered, strict=True):
+    for before, after in zip(closed, answered, strict=True):
         slow = slow_roll_out(talker, before.replace(thinking=None, answer=None), **BUDGET)
         ids = slow.seen[: len(slow.spans)]
         assert list(after.answer_ids) == slow_answer(talker, ids, slow.spans, changes, max_answer=6)
         differ += after.answer_ids != before.answer_ids
-    assert len(kept) > 5
+    assert len(closed) > 5
     assert differ
 
 
 def test_rows_under_other_edits_are_left_alone(talker: LensModel, prompts: Transcripts) -> None:
-    kept = Transcripts(t for t in cs.roll_out(talker, prompts, **BUDGET) if t.closed)
+    closed = Transcripts(t for t in cs.roll_out(talker, prompts, **BUDGET) if t.closed)
     arms = [None, zero(APART), zero(APART, preserve_norm=True), zero(APART, scope="closing", preserve_norm=True)]
-    mixed = [arms[i % len(arms)] for i in range(len(kept))]
-    together = answer_transcripts(talker, kept, edit=mixed, max_answer=6)
-    for i, (t, edit) in enumerate(zip(kept, mixed, strict=True)):
+    mixed = [arms[i % len(arms)] for i in range(len(closed))]
+    together = answer_transcripts(talker, closed, edit=mixed, max_answer=6)
+    for i, (t, edit) in enumerate(zip(closed, mixed, strict=True)):
         alone = answer_transcripts(talker, Transcripts([t]), edit=edit, max_answer=6)
         assert together[i].answer_ids == alone[0].answer_ids
 

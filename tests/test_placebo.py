@@ -124,7 +124,7 @@ def test_values_of_donors_and_preserved_norms_are_matched(
         _, cache = llama.bridge.run_with_cache(torch.from_numpy(donor.token_ids)[None], names_filter=names)
     closing, places = Scope.CLOSING.positions(donor), dict[int, int]()
 
-    def given_the_donors(layer: int, z: Tensor) -> Tensor:
+    def with_the_donors(layer: int, z: Tensor) -> Tensor:
         place = places[layer] = places.get(layer, -1) + 1
         heads = z.clone().view(llama.shape.n_heads, -1)
         for ref in HEADS:
@@ -132,7 +132,7 @@ def test_values_of_donors_and_preserved_norms_are_matched(
                 heads[ref.head] = cache[f"blocks.{layer}.attn.hook_z"][0, closing.start + place, ref.head]
         return heads.flatten()
 
-    with by_hand(llama, Scope.CLOSING.positions(row), drawn, given_the_donors):
+    with by_hand(llama, Scope.CLOSING.positions(row), drawn, with_the_donors):
         expected = logit(llama, probe, row)
     assert patched.directions[0, 0] == pytest.approx(expected - logit(llama, probe, row), rel=1e-3, abs=1e-3)
 
@@ -235,13 +235,13 @@ def test_a_kind_more_leaves_the_others_as_they_are(llama: LensModel, refused: Tr
 def test_kinds_that_are_not_there_and_methods_without_an_edit_are_refused(
     llama: LensModel, refused: Transcripts
 ) -> None:
-    words = (llama, random_probe(llama, 5), refused[:1], HEADS)
+    arguments = (llama, random_probe(llama, 5), refused[:1], HEADS)
     for kinds in (["placebo"], [], "all heads"):
         with pytest.raises(EditError, match="expected a list of kinds of controls, from same layers, all heads, norm"):
-            control_sets(*words, kinds=kinds)
+            control_sets(*arguments, kinds=kinds)
     for method in ("direct", "greedy", "attribution"):
         with pytest.raises(EditError, match=f"method='{method}' makes no edit .* such as 'zero'"):
-            control_sets(*words, kinds=["norm-matched"], method=method)
+            control_sets(*arguments, kinds=["norm-matched"], method=method)
 
 
 def test_planted_heads_do_more_than_any_direction_of_their_size() -> None:

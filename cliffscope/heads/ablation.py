@@ -27,20 +27,6 @@ class Zero(EditMethod):
         return Change()
 
 
-class NormPreserving(EditMethod):
-    """Zero ablation that leaves the layer its norm, as in the code of arXiv 2510.06036."""
-
-    name = "norm-preserving"
-    summary = (
-        "as `zero`, the layer's other heads scaled, position by position, until `hook_z` of the layer has its old norm"
-    )
-
-    def change(self, task: Task) -> Change:
-        """The same for every task."""
-        del task
-        return Change(kind=EditKind.NORM_PRESERVING, preserve_norm=True)
-
-
 class Mean(EditMethod):
     """Mean ablation."""
 
@@ -90,3 +76,17 @@ class Scale(EditMethod):
         """The same for every task."""
         del task
         return Change(kind=EditKind.SCALE, factor=self.factor)
+
+
+class NormPreserving(EditMethod):
+    """Zero ablation that leaves the layer its norm, as in the code of arXiv 2510.06036."""
+
+    name = "norm-preserving"
+    summary = (
+        "as `zero`, the layer's other heads scaled, position by position, until `hook_z` of the layer has its old norm"
+    )
+
+    def change(self, task: Task) -> Change:
+        """The same for every task."""
+        del task
+        return Change(kind=EditKind.NORM_PRESERVING, preserve_norm=True)

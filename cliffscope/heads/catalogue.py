@@ -16,7 +16,7 @@ METHODS: Registry[Method] = Registry(kind="method", group="cliffscope.methods", 
 """Every method by name."""
 
 for _method in (
-    *(Zero(), NormPreserving(), Mean(), Resample(), Scale(), Patch(), PatchReverse()),
+    *(Zero(), Mean(), Resample(), Scale(), NormPreserving(), Patch(), PatchReverse()),
     *(Greedy(), Attribution(), DirectShare(), CliffShare()),
 ):
     METHODS.register(_method.name, _method)
