@@ -3,12 +3,15 @@
 from . import organisms as organisms
 from .errors import CliffScopeError as CliffScopeError
 from .evaluation.dose import dose_response as dose_response
+from .evaluation.mediation import Mediation as Mediation
+from .evaluation.mediation import measure_mediation as measure_mediation
 from .evaluation.safety import SafetyReport as SafetyReport
 from .evaluation.safety import compare_answers as compare_answers
 from .evaluation.safety import evaluate_safety as evaluate_safety
 from .evaluation.side_effects import SideEffects as SideEffects
 from .evaluation.side_effects import measure_side_effects as measure_side_effects
 from .figures.images import save_figure as save_figure
+from .generation.answering import answer_transcripts as answer_transcripts
 from .generation.endpoints import Endpoint as Endpoint
 from .generation.engines import ServerEngine as ServerEngine
 from .generation.rollout import roll_out as roll_out

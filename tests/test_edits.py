@@ -222,6 +222,8 @@ def test_an_edit_round_trips_through_json(heads: list[HeadRef], factor: float, s
     edits = [
         scale(heads, factor, scope=scope),
         zero(heads, scope=scope),
+        zero(heads, scope=scope, preserve_norm=True),
+        scale(heads, factor, scope=scope, preserve_norm=True),
         *(HeadEdit(heads=tuple(heads), kind=EditKind(k), values=values, scope=scope) for k in ("mean", "patch")),
     ]
     for edit in edits:
@@ -244,6 +246,10 @@ def test_an_edit_round_trips_through_json(heads: list[HeadRef], factor: float, s
         {"heads": ["L1H2", "L1H2"], "kind": "zero"},
         {"heads": ["L1H2"], "kind": "scale", "factor": float("nan")},
         {"heads": ["L1H2"], "kind": "zero", "factor": 0.5},
+        {"heads": ["L1H2"], "kind": "zero", "preserve_norm": True},
+        {"heads": ["L1H2"], "kind": "norm-preserving", "preserve_norm": False},
+        {"heads": ["L1H2"], "kind": "norm-preserving", "preserve_norm": "yes"},
+        {"heads": ["L1H2"], "kind": "norm-preserving", "values": [[[1.0]]]},
         {"heads": ["L1H2"], "kind": "mean"},
         {"heads": ["L1H2"], "kind": "mean", "values": [["x"]]},
         {"heads": ["L1H2"], "kind": "mean", "values": [[[float("inf")]]]},
@@ -293,6 +299,8 @@ def test_an_edit_of_another_kind_is_its_numbers(model: LensModel, ids: list[int]
 
 def test_an_edit_prints_what_it_does() -> None:
     assert repr(zero(HEADS)) == "HeadEdit(zero, 3 heads, scope all)"
+    assert repr(zero(HEADS, preserve_norm=True)) == "HeadEdit(norm-preserving, 3 heads, scope all)"
+    assert repr(scale(HEADS, 0.5, preserve_norm=True)) == "HeadEdit(norm-preserving by 0.5, 3 heads, scope all)"
     assert repr(scale(HEADS[:1], 0.5, scope=Scope.CLOSING)) == "HeadEdit(scale by 0.5, 1 heads, scope closing)"
 
 

@@ -205,7 +205,8 @@ def test_a_method_checks_itself(llama: LensModel, complied: Transcripts) -> None
 
 def test_every_method_says_what_it_is() -> None:
     assert [name for name, _ in METHODS] == [
-        *("zero", "mean", "resample", "scale", "patch", "patch-reverse", "greedy", "attribution", "direct", "cliff")
+        *("zero", "mean", "resample", "scale", "norm-preserving", "patch", "patch-reverse", "greedy"),
+        *("attribution", "direct", "cliff"),
     ]
     for name, method in METHODS:
         assert method.name == name

@@ -13,14 +13,25 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float
 
+from cliffscope.errors import DataError
 from cliffscope.resampling import bootstrap_ratio
 from cliffscope.stats import Interval, wilson
-from cliffscope.transcripts.records import Outcome
+from cliffscope.transcripts.records import Outcome, Transcripts
 
 GROUPS = {"harmful": (True, Outcome.COMPLIED), "harmless": (False, Outcome.REFUSED)}
 """Group of prompts: (harmful, the outcome that its rate counts)."""
 JUDGED = (str(Outcome.REFUSED), str(Outcome.COMPLIED))
 """Outcomes that a rate is a share of."""
+
+
+def check_labels(prompts: Transcripts) -> None:
+    """Raises DataError where there is no prompt, or one without a `harmful` label."""
+    unlabelled = [t.id for t in prompts if t.harmful is None]
+    if unlabelled or not len(prompts):
+        raise DataError(
+            f"{len(unlabelled)} of {len(prompts)} prompts have no harmful label, such as {unlabelled[:1]}. ASR and "
+            "over-refusal need prompts with harmful=True or False."
+        )
 
 
 def count_outcomes(answers: pd.DataFrame, group: str, *, seed: int) -> dict[str, object]:

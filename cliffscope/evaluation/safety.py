@@ -21,7 +21,7 @@ import pandas as pd
 
 from cliffscope.errors import DataError
 from cliffscope.evaluation.arms import TOP, UNEDITED, Arm, MakeEdit, keeps_thinking, plan_arms, scope_of
-from cliffscope.evaluation.outcomes import GROUPS, count_outcomes, prompt_rates
+from cliffscope.evaluation.outcomes import GROUPS, check_labels, count_outcomes, prompt_rates
 from cliffscope.evaluation.quality import answer_rows
 from cliffscope.generation.answering import STAGE, answer_arms
 from cliffscope.generation.rollout import check_left, continue_roll_out, sample_prompts
@@ -250,7 +250,7 @@ def evaluate_safety(
         0.0
     """
     reader = find_judge(judge)
-    _check_labels(prompts)
+    check_labels(prompts)
     sampled = sample_prompts(prompts, samples)
     arms = plan_arms(model, edit, controls=controls, control_edit=control_edit, seed=seed)
     finished = dict(done or {})
@@ -309,7 +309,7 @@ def compare_judged(answers: Mapping[str, Transcripts], *, seed: int = 0) -> Safe
         raise DataError("No answers were given. Give {name: transcripts}, the unedited model's first.")
     first, *rest = answers
     finished = {UNEDITED: answers[first], **{name: answers[name] for name in rest}}
-    _check_labels(finished[UNEDITED])
+    check_labels(finished[UNEDITED])
     _check_done(finished[UNEDITED], finished)
     arms = [Arm(name=UNEDITED, kind="unedited", edit=None), *(Arm(name=n, kind="top", edit=None) for n in rest)]
     return _report(tuple(arms), finished, seed)
@@ -322,15 +322,6 @@ def _report(arms: tuple[Arm, ...], finished: Mapping[str, Transcripts], seed: in
         omitted=tuple(dict.fromkeys(o for arm in arms for o in finished[arm.name].omitted)),
         seed=seed,
     )
-
-
-def _check_labels(prompts: Transcripts) -> None:
-    unlabelled = [t.id for t in prompts if t.harmful is None]
-    if unlabelled or not len(prompts):
-        raise DataError(
-            f"{len(unlabelled)} of {len(prompts)} prompts have no harmful label, such as {unlabelled[:1]}. ASR and "
-            "over-refusal need prompts with harmful=True or False."
-        )
 
 
 def _check_done(prompts: Transcripts, done: Mapping[str, Transcripts], *, thinking: bool = False) -> None:

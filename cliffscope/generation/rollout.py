@@ -15,17 +15,12 @@ from dataclasses import dataclass, replace
 
 from cliffscope.errors import DataError, GenerationError
 from cliffscope.generation.batches import BatchSize, check_batch_size, find_batch_size
-from cliffscope.generation.decoding import decode
+from cliffscope.generation.decoding import decode, spans_seen
 from cliffscope.generation.row_edits import SpanEdit
 from cliffscope.generation.speaking import Budget, Decoded
 from cliffscope.model.load import LensModel
 from cliffscope.transcripts.records import FORCED, Message, Omission, Outcome, Transcript, Transcripts
-from cliffscope.transcripts.transcript import (
-    CLOSING_IDS,
-    Span,
-    TokenizedTranscript,
-    spliced_thinking,
-)
+from cliffscope.transcripts.transcript import CLOSING_IDS, Span, TokenizedTranscript
 
 STAGE = "roll_out"
 
@@ -111,20 +106,24 @@ def continue_roll_out(
     budget: Budget,
     *,
     edit: SpanEdit | None = None,
+    thinking_only: bool = False,
     system: str | None = None,
     batch_size: int | None = None,
     done: Transcripts | None = None,
     on_batch: Callable[[Transcripts], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Transcripts:
-    """What `roll_out` does once the samples of each prompt are apart and the budget is checked; see there."""
+    """What `roll_out` does once the samples of each prompt are apart and the budget is checked; see there.
+
+    With `thinking_only` transcripts end where their thinking does, and have no answer.
+    """
     check_batch_size(batch_size)
     prompts = prompts.map(lambda t: bare_prompt(t, system))
     finished = _finished(prompts, done)
     rows, omitted = _prepare(model, prompts, budget)
     rows.sort(key=lambda row: -row.tokens.n_pos)
     size = batch_size or find_batch_size(model, max((row.tokens.n_pos for row in rows), default=0) + budget.room(model))
-    batches = _Batches(model=model, budget=budget, edit=edit, size=BatchSize(rows=size))
+    batches = _Batches(model=model, budget=budget, edit=edit, thinking_only=thinking_only, size=BatchSize(rows=size))
     for start in range(0, len(rows), size):
         # Batches are cut from all rows, so that a resumed call has the batch-mates of an uninterrupted one.
         batch = [row for row in rows[start : start + size] if row.transcript.id not in finished]
@@ -210,6 +209,7 @@ class _Batches:
     model: LensModel
     budget: Budget
     edit: SpanEdit | None
+    thinking_only: bool
     size: BatchSize
 
     def run(self, rows: list[_Prompt]) -> Iterator[Transcripts]:
@@ -225,7 +225,7 @@ class _Batches:
         """What was generated, or None where memory ran out; then the size has been halved."""
         tokens = [row.tokens for row in rows]
         return self.size.attempt(
-            lambda: decode(self.model, tokens, self.budget, [self.edit] * len(rows)),
+            lambda: decode(self.model, tokens, self.budget, [self.edit] * len(rows), thinking_only=self.thinking_only),
             len(rows),
             alone=(
                 f"Memory does not suffice to generate {rows[0].transcript.id!r} alone ({tokens[0].n_pos} tokens of "
@@ -236,13 +236,14 @@ class _Batches:
 
     def _finish(self, row: _Prompt, decoded: Decoded) -> Transcript:
         decode_ids, thinks = self.model.tokenizer.decode, self.model.template.thinks
+        answered = decoded.closed and not self.thinking_only
         stale = {CLOSING_IDS, "verdict"}
         extra = {key: value for key, value in row.transcript.extra.items() if key not in stale}
         return row.transcript.replace(
             thinking=decode_ids(list(decoded.thinking)) if thinks else None,
             thinking_ids=decoded.thinking if thinks else None,
-            answer=decode_ids(list(decoded.answer), skip_special_tokens=True) if decoded.closed else None,
-            answer_ids=decoded.answer if decoded.closed else None,
+            answer=decode_ids(list(decoded.answer), skip_special_tokens=True) if answered else None,
+            answer_ids=decoded.answer if answered else None,
             closed=decoded.closed,
             extra={**extra, FORCED: decoded.forced, **_closing_note(self.model, decoded), **self.size.note},
         )
@@ -252,9 +253,8 @@ def _closing_note(model: LensModel, decoded: Decoded) -> dict[str, object]:
     """The closing's ids, where they are not those that are spliced behind such thinking anyway."""
     if not (decoded.closed and model.template.thinks):
         return {}
-    spliced = spliced_thinking(decoded.thinking, model.tokenizer, model.template)
-    written = [*decoded.thinking, *decoded.closing]
-    return {} if [*spliced[0], *spliced[1]] == written else {CLOSING_IDS: list(decoded.closing)}
+    _, closing, spliced = spans_seen(model, decoded)
+    return {} if spliced else {CLOSING_IDS: closing}
 
 
 def _finished(prompts: Transcripts, done: Transcripts | None) -> dict[str, Transcript]:

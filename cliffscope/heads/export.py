@@ -17,7 +17,7 @@ import torch
 
 from cliffscope import __version__
 from cliffscope.errors import EditError
-from cliffscope.heads.editing import edited_weights
+from cliffscope.heads.editing import check_constant, edited_weights
 from cliffscope.heads.edits import EditPlan, HeadEdit, Scope
 from cliffscope.model.export import (
     CARD,
@@ -97,6 +97,7 @@ def export_edited(
 
 def _check_scope(model: LensModel, edit: HeadEdit | EditPlan) -> None:
     edit.check(model)
+    check_constant(edit)
     if not edit.heads:
         raise EditError("The edit names no head, so there is nothing to export. Give one with heads.")
     if edit.scope is not Scope.ALL:

@@ -259,7 +259,8 @@ def _run_pack(
 
     with ExitStack() as stack:
         for layer, rows in edits_by_layer(job, branches):
-            stack.enter_context(model.head_hook(layer, _branch_edit(job, layer, rows, window, index)))
+            change = _branch_edit(job, layer, rows, window, index)
+            stack.enter_context(model.head_hook(layer, change, preserve_norm=job.change.preserve_norm))
         stack.enter_context(model.only_blocks(first, job.readout.layer))
         stack.enter_context(model.residual_hook(visit))
         model.decoder(

@@ -227,8 +227,8 @@ def rank_heads(
         model: the model.
         readout: what says whether the answer will refuse, fitted on this model and on other transcripts.
         transcripts: usually harmful ones that were complied with.
-        method: `zero`, `mean`, `resample`, `scale`, `patch`, `patch-reverse`, `greedy`, `attribution`, `direct` or
-            `cliff`; one of an installed package, `package.module:name`, or an object of
+        method: `zero`, `mean`, `resample`, `scale`, `norm-preserving`, `patch`, `patch-reverse`, `greedy`,
+            `attribution`, `direct` or `cliff`; one of an installed package, `package.module:name`, or an object of
             `cliffscope.heads.methods.Method`.
         scope: where heads are edited; `closing`, where the cliff is, is packed and fast.
         harmless: transcripts for the control of specificity.

@@ -303,7 +303,7 @@ def _read(
 ) -> tuple[Float32[np.ndarray, "row n"], str]:
     """[row, n] logits: unedited, edited, then of each random set; and the path that they were computed on."""
     if isinstance(edit, HeadEdit) and edit.values is None:
-        change = Change(kind=edit.kind, factor=edit.factor)
+        change = Change(kind=edit.kind, factor=edit.factor, preserve_norm=edit.preserve_norm)
         branches = [edit.heads, *sets]
         swept = sweep_branches(model, readout, tokens, branches, change=change, scope=edit.scope, progress=progress)
         return np.concatenate([swept.clean[None], rearrange(swept.edited, "n branch -> branch n")]), swept.path
