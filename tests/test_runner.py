@@ -149,7 +149,10 @@ def test_no_prompt_is_in_two_splits_and_what_is_told_of_the_test_split_was_not_f
     assert set(table["split"]) == {"fit", "validate", "test"}
     assert (table.groupby("prompt")["split"].nunique() == 1).all()
     test = set(table["id"][table["split"] == "test"])
-    assert {t.id for t in read_transcripts(whole.path / "arm-random-1.jsonl")} == test
+    arm = read_transcripts(whole.path / "arm-random-1.jsonl")
+    written = {t.id: t for t in read_transcripts(whole.path / "transcripts.jsonl")}
+    assert {t.id for t in arm} == {name for name in test if written[name].closed}
+    assert all(t.thinking_ids == written[t.id].thinking_ids for t in arm), "an arm thought for itself"
 
 
 def test_a_finished_study_is_opened_and_not_run_again(whole: Study) -> None:
@@ -347,6 +350,39 @@ def test_the_unedited_arm_is_kept_too_where_transcripts_are_given(
     run_study(config)
     assert len(ran) == 3 + 1, "an arm that was finished was run again"
     assert stages_of(Path(config.out))["report"]
+
+
+def test_arms_that_were_killed_within_a_block_go_on_behind_the_last_one(
+    whole: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cliffscope.generation import answering
+
+    behind, blocks = answering.answer_behind, list[int]()
+
+    def fail_at_the_second(*args: object, **options: object) -> object:
+        blocks.append(1)
+        if len(blocks) == 2:
+            raise CliffScopeError("the machine caught fire")
+        return behind(*args, **options)
+
+    given = str(whole.path / "transcripts.jsonl")
+    config = config_of(tmp_path / "run", transcripts=given, limit=None, controls=1, batch_size=40)
+    monkeypatch.setattr(answering, "answer_behind", fail_at_the_second)
+    with pytest.raises(CliffScopeError, match="fire"):
+        run_study(config)
+    path = Path(config.out)
+    logs = {"arm-unedited.log", "arm-top-heads.log", "arm-random-1.log"}
+    assert logs <= files_of(path)
+    run_study(config)
+    n_blocks = len(blocks) - 1
+    assert n_blocks > 2
+    assert not logs & files_of(path)
+    answers = read_transcripts(path / "arm-unedited.jsonl")
+    own = {t.id: t.answer_ids for t in read_transcripts(given)}
+    assert [t.answer_ids for t in answers] == [own[t.id] for t in answers], "the unedited model answered otherwise"
+    once = run_study(config_of(tmp_path / "once", transcripts=given, limit=None, controls=1, batch_size=40))
+    assert len(blocks) == 2 * n_blocks + 1, "a block that was finished was run again"
+    same_results(path, once.path)
 
 
 def test_an_organism_that_complies_with_nothing_is_told_so(tmp_path: Path) -> None:

@@ -14,10 +14,11 @@ from cliffscope.model.load import LensModel
 from cliffscope.readouts.trace import trace_refusal
 from cliffscope.study.manifest import library_versions
 from cliffscope.study.stages import STAGES
+from cliffscope.study.stages.safety import forced_note
 from cliffscope.study.stages.suppression import suppression_facts
 from cliffscope.study.stages.traces import held_out_first, layer_table
 from cliffscope.study.stages.transcripts import count_outcomes, transcript_table
-from cliffscope.transcripts.records import Outcome, Split, Transcripts
+from cliffscope.transcripts.records import FORCED, Outcome, Split, Transcripts
 
 
 @pytest.fixture(scope="module")
@@ -182,3 +183,14 @@ def test_what_a_stage_needs_comes_before_it_and_no_artefact_has_two_makers() -> 
         for artefact in stage.makes:
             makers.setdefault(artefact.file, []).append(stage.name)
     assert {file for file, stages in makers.items() if len(stages) > 1} <= {"arm-*.log"}
+
+
+def test_many_forced_closings_are_noted_with_the_budget_to_raise(complied_harmful: Transcripts) -> None:
+    def forced(n: int) -> Transcripts:
+        return Transcripts(complied_harmful[0].replace(id=str(i), extra={FORCED: i < n}) for i in range(40))
+
+    assert forced_note(forced(4), 96) == ()
+    (note,) = forced_note(forced(5), 96)
+    assert "5 of 40 test transcripts" in note
+    assert "96 tokens. Raise max_thinking" in note
+    assert forced_note(Transcripts(), 96) == ()

@@ -68,6 +68,9 @@ def evaluate(
     heads: HeadsOption = "",
     factor: FactorOption = 0.0,
     edit: EditOption = None,
+    scope: Annotated[
+        str, typer.Option(help="Where --heads are edited: closing, thinking or prompt (own thinking is kept), or all.")
+    ] = "all",
     controls: Annotated[int, typer.Option(min=0, help="Number of size-matched random head sets.")] = 20,
     judge: JudgeOption = "phrases",
     classifier: ClassifierOption = None,
@@ -96,7 +99,7 @@ def evaluate(
     from cliffscope.study.answers import open_answers
     from cliffscope.study.artefacts import SAFETY, SAFETY_PAIRS, SAFETY_QUALITY
 
-    change, reader = _edit(heads, factor, edit), find_judge(judge_choice(judge, classifier, url))
+    change, reader = _edit(heads, factor, edit, scope), find_judge(judge_choice(judge, classifier, url))
     as_transcripts = prompts.suffix == ".jsonl" and limit is None and harmful is None
     questions = (
         cs.read_transcripts(prompts)
@@ -187,14 +190,14 @@ def export(
     say(as_json, {"out": str(folder), "edit": repr(change)}, f"{change!r} of {model}, written to {folder}")
 
 
-def _edit(heads: str, factor: float, path: Path | None) -> "cs.HeadEdit | EditPlan | None":
+def _edit(heads: str, factor: float, path: Path | None, scope: str = "all") -> "cs.HeadEdit | EditPlan | None":
     """The edit that the options describe; None if they describe none."""
     import cliffscope as cs
     from cliffscope.heads.edits import EditPlan
 
     refs = [cs.HeadRef.parse(text.strip()) for text in heads.split(",") if text.strip()]
     if path is None:
-        return None if not refs else cs.scale(refs, factor) if factor else cs.zero(refs)
+        return None if not refs else cs.scale(refs, factor, scope=scope) if factor else cs.zero(refs, scope=scope)
     if refs:
         raise EditError("--heads and --edit exclude each other. Pass one of them.")
     try:

@@ -91,16 +91,18 @@ def estimate_study(config: StudyConfig) -> Preflight:
         forward, generated = _forward_speed(model), _generation_speed(model, prompts, rows, config)
     n, whole = len(prompts), length + budget
     heads = len(model.shape.places)
+    # Tokens that are read, and tokens that are generated.
     counted = {
-        "transcripts": (n * budget if config.transcripts is None else 0, generated),
-        "probe": (2 * FIT * n * whole, forward),
-        "traces": (n * whole, forward),
+        "transcripts": (0, n * budget if config.transcripts is None else 0),
+        "probe": (2 * FIT * n * whole, 0),
+        "traces": (n * whole, 0),
         # Half of a pack's tokens are saved, since each branch starts at its own layer.
-        "heads": (n * (whole + heads * window / 2), forward),
-        "safety": (TEST * n * (2 + config.controls) * budget, generated),
+        "heads": (n * (whole + heads * window / 2), 0),
+        # Each transcript is read once, and answered by every arm.
+        "safety": (TEST * n * whole, TEST * n * (2 + config.controls) * config.max_answer),
     }
     stages = pd.DataFrame(
-        [(stage, round(count), count / speed) for stage, (count, speed) in counted.items()],
+        [(stage, round(read + new), read / forward + new / generated) for stage, (read, new) in counted.items()],
         columns=["stage", "tokens", "seconds"],
     )
     held = held_bytes(model.device)

@@ -1,4 +1,7 @@
-"""Stage 7: attack success and over-refusal unedited, with the selected heads zeroed, and with random sets zeroed."""
+"""Stage 7: attack success and over-refusal unedited, with the selected heads zeroed, and with random sets zeroed.
+
+Heads are zeroed at the closing, where they were ranked: all arms answer each test transcript's own thinking.
+"""
 
 from cliffscope.evaluation.arms import UNEDITED, arm_names
 from cliffscope.evaluation.safety import SafetyReport, evaluate_safety
@@ -15,14 +18,14 @@ from cliffscope.study.artefacts import (
 )
 from cliffscope.study.stages.base import Finding, Stage, StageOutputs, Workspace
 from cliffscope.study.stages.suppression import head_refs
-from cliffscope.transcripts.records import Split, Transcripts
+from cliffscope.transcripts.records import FORCED, Split, Transcripts
 
 MOST_FORCED = 0.1
 """Share of forced closings above which the study says so first."""
 
 
 class SafetyStage(Stage):
-    """Generates and judges the answers of every arm on labelled test prompts."""
+    """Generates and judges every arm's answers to the thinking of labelled test transcripts."""
 
     name = "safety"
     version = 2
@@ -31,10 +34,14 @@ class SafetyStage(Stage):
     settings = ("judge", "harmless_judge", "controls", "system", "max_thinking", "max_answer", "temperature", "seed")
 
     def run(self, work: Workspace) -> StageOutputs:
-        """Evaluates, or makes nothing where no head was selected."""
+        """Evaluates, or makes nothing where no head was selected or no thinking closed."""
         selected = head_refs(work.selected_heads())
+        transcripts = Transcripts(t for t in work.part(Split.TEST) if t.harmful is not None)
         if not selected:
             return StageOutputs()
+        if not any(t.closed for t in transcripts):
+            reason = f"none of {len(transcripts)} labelled test transcripts has thinking that closed"
+            return StageOutputs(notes=(f"Safety was not measured: {reason}.",))
         requested = work.config.controls
         controls = min(requested, count_sets(work.model.shape, selected, same_layers=True))
         notes = (
@@ -45,55 +52,55 @@ class SafetyStage(Stage):
             if controls < requested
             else ()
         )
-        report = _compare_arms(work, zero(selected, scope="closing"), controls)
+        report = _compare_arms(work, transcripts, zero(selected, scope="closing"), controls)
         return StageOutputs(
             files={SAFETY: report.to_frame(), SAFETY_PAIRS: report.pairs(), SAFETY_QUALITY: report.quality()},
             findings=(Finding(topic="intervention", sentence=verdicts.of_safety(report)),),
-            notes=(*notes, *_forced_note(work)),
+            notes=(*notes, *forced_note(transcripts, work.config.max_thinking)),
             omitted=report.omitted,
         )
 
 
-def _forced_note(work: Workspace) -> tuple[str, ...]:
+def forced_note(transcripts: Transcripts, max_thinking: int) -> tuple[str, ...]:
     """Says so where much of the thinking was closed at its budget: what is cut off may be what decides."""
-    closed = [bool(t.extra.get("forced_closing")) for t in work.part(Split.TEST)]
+    closed = [bool(t.extra.get(FORCED)) for t in transcripts]
     if sum(closed) <= MOST_FORCED * len(closed):
         return ()
     return (
         f"The thinking of {sum(closed)} of {len(closed)} test transcripts was closed at its budget of "
-        f"{work.config.max_thinking} tokens. Raise max_thinking before relying on these results.",
+        f"{max_thinking} tokens. Raise max_thinking before relying on these results.",
     )
 
 
-def _compare_arms(work: Workspace, edit: HeadEdit, controls: int) -> SafetyReport:
+def _compare_arms(work: Workspace, transcripts: Transcripts, edit: HeadEdit, controls: int) -> SafetyReport:
     config, names = work.config, arm_names(controls)
-    prompts = Transcripts(t for t in work.part(Split.TEST) if t.harmful is not None)
+    total = len(names) * len(transcripts)
     with work.answers("safety") as answers:
         done = answers.finished_arms(names)
         if config.transcripts is None and not config.temperature:
             # Greedy answers on the same thinking are these; sampled ones are drawn anew: arms share their draws.
-            done[UNEDITED] = prompts
-        finished = set(done)
+            done[UNEDITED] = transcripts
+        begun = answers.begun_arms(name for name in names if name not in done)
+        n_done = sum(len(answered) for answered in (*done.values(), *begun.values()))
 
-        def keep(name: str, transcripts: Transcripts) -> None:
-            answers.keep(name, transcripts)
-            finished.add(name)
-            work.progress("safety", len(finished), len(names))
+        def keep_batch(name: str, batch: Transcripts) -> None:
+            nonlocal n_done
+            answers.keep_batch(name, batch)
+            n_done += len(batch)
+            work.progress("safety", n_done, total)
 
         return evaluate_safety(
             work.model,
-            prompts,
+            transcripts,
             edit=edit,
             controls=controls,
             judge=work.judge,
-            max_thinking=config.max_thinking,
             max_answer=config.max_answer,
             temperature=config.temperature,
-            system=config.system,
             seed=config.seed,
             batch_size=config.batch_size,
             done=done,
-            begun=answers.begun_arms(name for name in names if name not in done),
-            on_arm=keep,
-            on_batch=answers.keep_batch,
+            begun=begun,
+            on_arm=answers.keep,
+            on_batch=keep_batch,
         )

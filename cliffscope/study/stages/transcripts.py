@@ -23,7 +23,7 @@ class TranscriptStage(Stage):
     """Reads prompts, generates thinking and answers (or reads transcripts), judges the answers, splits by prompt."""
 
     name = "transcripts"
-    version = 1
+    version = 2
     needs = ()
     makes = (TRANSCRIPTS, TRANSCRIPT_TABLE, ARM_LOGS)
     settings = ("limit", "system", "max_thinking", "max_answer", "temperature", "judge", "harmless_judge", "seed")
