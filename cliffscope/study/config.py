@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from cliffscope.errors import DataError
 from cliffscope.heads.ranking import top_count
-from cliffscope.judging.lookup import find_judge
+from cliffscope.judging.lookup import MODEL, find_judge
 from cliffscope.judging.protocols import GroupJudges, Judge
 from cliffscope.organisms import is_organism, study_prompts
 from cliffscope.readouts.cliff import Plateau
@@ -85,6 +85,10 @@ class StudyConfig:
 
     def check(self) -> None:
         """Raises an error where inputs contradict each other, a fraction is none or a criterion cannot be had."""
+        for choice in (self.judge, self.harmless_judge):
+            # A wrong address must be known before the settings are recorded: it may hold a password.
+            if choice is not None and choice.startswith(f"{MODEL}:"):
+                find_judge(choice)
         check_fraction(self.select_fraction)
         top_count(self.top_fraction, 1)
         if "suppression" in CRITERIA.get(self.criterion).columns:
