@@ -16,7 +16,8 @@ from cliffscope.readouts.cliff import Plateau
 from cliffscope.readouts.contrast import Contrast
 from cliffscope.readouts.probe import Positions
 from cliffscope.selection.criteria import CRITERIA, check_fraction
-from cliffscope.transcripts.datasets import read_prompts, read_transcripts
+from cliffscope.transcripts.datasets import read_transcripts
+from cliffscope.transcripts.prompts import read_prompts
 from cliffscope.transcripts.records import Split, Transcripts
 
 ORGANISM_PROMPTS = 480
