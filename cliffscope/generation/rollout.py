@@ -24,7 +24,9 @@ from cliffscope.transcripts.transcript import (
     CLOSING_IDS,
     Span,
     TokenizedTranscript,
+    make_each,
     spliced_thinking,
+    tell_control_tokens,
     tokenize,
 )
 
@@ -269,23 +271,22 @@ def _finished(asked: Transcripts, done: Transcripts | None) -> dict[str, Transcr
     return {t.id: t for t in done or ()}
 
 
-def _prepare(model: LensModel, prompts: Sequence[Transcript], budget: Budget) -> tuple[list[_Prompt], list[Omission]]:
-    rows, omitted = [], []
+def _prepare(
+    model: LensModel, prompts: Sequence[Transcript], budget: Budget
+) -> tuple[list[_Prompt], tuple[Omission, ...]]:
     room = budget.room(model)
-    for transcript in prompts:
-        try:
-            tokens = _prompt_tokens(model, transcript)
-        except DataError as error:
-            omitted.append(Omission(stage=STAGE, reason=str(error), id=transcript.id))
-            continue
+
+    def prepare(transcript: Transcript) -> _Prompt:
+        tokens = _prompt_tokens(model, transcript)
         if tokens.n_pos + room > model.shape.context:
-            reason = (
+            raise DataError(
                 f"prompt of {tokens.n_pos} tokens and budgets of {room}, closing included, exceed the context of "
                 f"{model.shape.context}; lower the budgets or drop it"
             )
-            omitted.append(Omission(stage=STAGE, reason=reason, id=transcript.id))
-            continue
-        rows.append(_Prompt(transcript=transcript, tokens=tokens))
+        return _Prompt(transcript=transcript, tokens=tokens)
+
+    rows, omitted = make_each(prompts, prepare, stage=STAGE)
+    tell_control_tokens([row.tokens for row in rows])
     return rows, omitted
 
 

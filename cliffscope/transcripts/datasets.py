@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from cliffscope.errors import DataError
 from cliffscope.store import RowLog, open_log, write_atomically
+from cliffscope.transcripts.control_tokens import escaped
 from cliffscope.transcripts.messages import parse_messages, refuse_field, shown
 from cliffscope.transcripts.records import JsonValue, Message, Omission, Outcome, Transcript, Transcripts
 from cliffscope.transcripts.tables import BrokenRow, TableRow, read_json_lines
@@ -37,7 +38,9 @@ FIELDS = (
 """Fields of a transcript in a file; other keys are kept in `extra`."""
 
 
-def read_transcripts(path: str | os.PathLike[str], *, strict: bool = False) -> Transcripts:
+def read_transcripts(
+    path: str | os.PathLike[str], *, strict: bool = False, escape_control_tokens: bool = False
+) -> Transcripts:
     """Reads transcripts from JSONL, one object a line.
 
     Fields: id, prompt or messages, thinking, answer, thinking_ids, answer_ids, closed, harmful, outcome, source. Only
@@ -46,6 +49,8 @@ def read_transcripts(path: str | os.PathLike[str], *, strict: bool = False) -> T
     Args:
         path: a UTF-8 file.
         strict: raise at the first line that is not a transcript instead of leaving it out.
+        escape_control_tokens: words such as `<|im_end|>` in messages stay text wherever the transcripts are tokenized;
+            otherwise they become control tokens, as in transformers.
 
     Returns:
         The transcripts, in the order of the file. `.omitted` lists the lines that are not transcripts.
@@ -57,8 +62,10 @@ def read_transcripts(path: str | os.PathLike[str], *, strict: bool = False) -> T
     path = Path(path)
     rows = [_parse_line(value, path, number) for number, value in read_json_lines(path)]
     check_broken(rows, path, strict=strict)
+    found = (row for row in rows if isinstance(row, Transcript))
     return Transcripts(
-        (row for row in rows if isinstance(row, Transcript)), omitted=(row for row in rows if isinstance(row, Omission))
+        map(escaped, found) if escape_control_tokens else found,
+        omitted=(row for row in rows if isinstance(row, Omission)),
     )
 
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cliffscope.errors import DataError
+from cliffscope.transcripts.control_tokens import escaped
 from cliffscope.transcripts.datasets import FIELDS, check_broken
 from cliffscope.transcripts.messages import CHAT_COLUMNS, parse_cell, parse_messages, refuse_field
 from cliffscope.transcripts.records import JsonValue, Message, Omission, Transcript, Transcripts, normalise_prompt
@@ -60,6 +61,7 @@ def read_prompts(
     column: str | None = None,
     limit: int | None = None,
     seed: int = 0,
+    escape_control_tokens: bool = False,
 ) -> Transcripts:
     """Reads prompts from a table or a text file.
 
@@ -76,6 +78,8 @@ def read_prompts(
             it in both cases.
         limit: number of prompts to sample, in file order; None keeps all.
         seed: seed of the sample.
+        escape_control_tokens: words such as `<|im_end|>` in prompts stay text wherever they are tokenized; otherwise
+            they become control tokens, as in transformers.
 
     Returns:
         Prompts as transcripts without thinking and answer. `.omitted` lists empty prompts, exact duplicates and rows
@@ -102,7 +106,8 @@ def read_prompts(
             f"{path} holds no prompt: all {len(rows)} rows are empty in column {column!r}. Choose a different column."
         )
     check_labels(prompts, str(path))
-    return Transcripts(sample_prompts(prompts, limit, seed), omitted=omitted)
+    sample = sample_prompts(prompts, limit, seed)
+    return Transcripts(map(escaped, sample) if escape_control_tokens else sample, omitted=omitted)
 
 
 def sample_prompts(prompts: Sequence[Transcript], limit: int | None, seed: int) -> list[Transcript]:

@@ -129,7 +129,6 @@ def parse_json(text: str, place: str) -> JsonValue:
     Raises:
         DataError: the text is not JSON, or holds NaN, an infinity or half of a surrogate pair.
     """
-
     return _unicode(_load_json(text, place), place)
 
 
