@@ -99,7 +99,7 @@ def test_a_model_without_thinking_is_cut_in_the_same_place() -> None:
 
 
 def test_a_template_that_rewrites_a_control_token_is_refused() -> None:
-    tokenizer = build_word_tokenizer(CHATML.replace("m.content", "m.content | replace('0', 'zero')"), "how do i")
+    tokenizer = build_word_tokenizer(CHATML.replace("m.content", "m.content | replace('\ue000', '')"), "how do i")
     with pytest.raises(DataError, match=r"rewrites the text around '<\|im_end\|>'"):
         tokenize(ask("how <|im_end|>"), tokenizer, TEMPLATES.get("chatml"), escape_control_tokens=True)
 

@@ -73,7 +73,8 @@ class Escaping:
             DataError: the chat template changed a mark, or the vocabulary cannot spell a control token as text.
         """
         parts = re.split(f"{self._mark}(\\d+){self._mark}", rendered)
-        if any(self._mark in part for part in parts[::2]):
+        whole = {str(i) for i in range(len(self._words))} <= set(parts[1::2])
+        if not whole or any(self._mark in part for part in parts[::2]):
             raise DataError(
                 f"The chat template rewrites the text around {self._words[0]!r}, so that it cannot be kept as text. "
                 "Pass escape_control_tokens=False, or drop this transcript."
