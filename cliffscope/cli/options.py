@@ -27,7 +27,7 @@ ColumnOption = Annotated[
 ]
 EscapeOption = Annotated[
     bool,
-    typer.Option("--escape-control-tokens", help="Keep words such as <|im_end|> in prompts text, not control tokens."),
+    typer.Option("--escape-control-tokens", help="Keep control tokens that occur in prompts, such as tags, as text."),
 ]
 JudgeOption = Annotated[
     str,
