@@ -73,10 +73,10 @@ from .study.config import StudyConfig as StudyConfig
 from .study.runner import Study as Study
 from .study.runner import open_study as open_study
 from .study.runner import run_study as run_study
-from .transcripts.datasets import read_prompts as read_prompts
 from .transcripts.datasets import read_transcripts as read_transcripts
 from .transcripts.datasets import write_transcripts as write_transcripts
 from .transcripts.families import Template as Template
+from .transcripts.prompts import read_prompts as read_prompts
 from .transcripts.records import Outcome as Outcome
 from .transcripts.records import Transcript as Transcript
 from .transcripts.records import Transcripts as Transcripts

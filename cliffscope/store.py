@@ -85,7 +85,8 @@ class RunStore:
     def write_json(self, name: str, value: object) -> None:
         """Writes JSON; NaN becomes null, since JSON has no NaN."""
         text = json.dumps(plain(value), ensure_ascii=False, indent=1, allow_nan=False)
-        self._write(name, lambda path: path.write_text(text, encoding="utf-8"))
+        # A path may hold half of a surrogate pair, which is written as JSON's own escape.
+        self._write(name, lambda path: path.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
     def read_json(self, name: str) -> dict[str, object]:
         """Reads what `write_json` wrote."""

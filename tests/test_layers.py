@@ -40,6 +40,7 @@ LAYERS = [
     "stats",
     "notebook",
     "figures",
+    "text",
     "errors",
 ]
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or not p.name.startswith("__"))

@@ -8,6 +8,8 @@ import typer
 
 from cliffscope.cli.options import (
     ClassifierOption,
+    ColumnOption,
+    EscapeOption,
     JsonOption,
     JudgeOption,
     ModelOption,
@@ -65,6 +67,8 @@ def evaluate(
             "--harmful/--harmless", help="Label of all prompts; by default the file's own labels, such as XSTest's."
         ),
     ] = None,
+    column: ColumnOption = None,
+    escape_control_tokens: EscapeOption = False,
     heads: HeadsOption = "",
     factor: FactorOption = 0.0,
     edit: EditOption = None,
@@ -100,11 +104,18 @@ def evaluate(
     from cliffscope.study.artefacts import SAFETY, SAFETY_PAIRS, SAFETY_QUALITY
 
     change, reader = _edit(heads, factor, edit, scope), find_judge(judge_choice(judge, classifier, url))
-    as_transcripts = prompts.suffix == ".jsonl" and limit is None and harmful is None
+    as_transcripts = prompts.suffix == ".jsonl" and limit is None and harmful is None and column is None
     questions = (
-        cs.read_transcripts(prompts)
+        cs.read_transcripts(prompts, escape_control_tokens=escape_control_tokens)
         if as_transcripts
-        else cs.read_prompts(prompts, harmful=harmful, limit=limit, seed=seed)
+        else cs.read_prompts(
+            prompts,
+            harmful=harmful,
+            column=column,
+            limit=limit,
+            seed=seed,
+            escape_control_tokens=escape_control_tokens,
+        )
     )
     with (
         open_run(out, options_of(context)) as store,

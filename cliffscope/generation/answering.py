@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from cliffscope.errors import DataError, GenerationError, SpanError
+from cliffscope.errors import DataError, GenerationError, SpanError, TemplateError
 from cliffscope.generation.batches import BatchSize, check_batch_size, find_batch_size
 from cliffscope.generation.decoding import answer_behind, read
 from cliffscope.generation.row_edits import SpanEdit, acts_before_closing
@@ -255,7 +255,7 @@ def _prepare(
     for index, transcript in enumerate(transcripts):
         try:
             tokens = _tokens(model, transcript, budget)
-        except (DataError, SpanError, GenerationError) as error:
+        except (DataError, SpanError, TemplateError, GenerationError) as error:
             omitted.append(Omission(stage=STAGE, reason=str(error), id=transcript.id))
             continue
         rows.append(_Thought(index=index, transcript=transcript, tokens=tokens))

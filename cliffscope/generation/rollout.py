@@ -20,7 +20,13 @@ from cliffscope.generation.row_edits import SpanEdit
 from cliffscope.generation.speaking import Budget, Decoded
 from cliffscope.model.load import LensModel
 from cliffscope.transcripts.records import FORCED, Message, Omission, Outcome, Transcript, Transcripts
-from cliffscope.transcripts.transcript import CLOSING_IDS, Span, TokenizedTranscript
+from cliffscope.transcripts.transcript import (
+    CLOSING_IDS,
+    Span,
+    TokenizedTranscript,
+    make_each,
+    tell_control_tokens,
+)
 
 STAGE = "roll_out"
 
@@ -268,23 +274,22 @@ def _finished(prompts: Transcripts, done: Transcripts | None) -> dict[str, Trans
     return {t.id: t for t in done or ()}
 
 
-def _prepare(model: LensModel, prompts: Sequence[Transcript], budget: Budget) -> tuple[list[_Prompt], list[Omission]]:
-    rows, omitted = [], []
+def _prepare(
+    model: LensModel, prompts: Sequence[Transcript], budget: Budget
+) -> tuple[list[_Prompt], tuple[Omission, ...]]:
     room = budget.room(model)
-    for transcript in prompts:
-        try:
-            tokens = _prompt_tokens(model, transcript)
-        except DataError as error:
-            omitted.append(Omission(stage=STAGE, reason=str(error), id=transcript.id))
-            continue
+
+    def prepare(transcript: Transcript) -> _Prompt:
+        tokens = _prompt_tokens(model, transcript)
         if tokens.n_pos + room > model.shape.context:
-            reason = (
+            raise DataError(
                 f"prompt of {tokens.n_pos} tokens and budgets of {room}, closing included, exceed the context of "
                 f"{model.shape.context}; lower the budgets or drop it"
             )
-            omitted.append(Omission(stage=STAGE, reason=reason, id=transcript.id))
-            continue
-        rows.append(_Prompt(transcript=transcript, tokens=tokens))
+        return _Prompt(transcript=transcript, tokens=tokens)
+
+    rows, omitted = make_each(prompts, prepare, stage=STAGE)
+    tell_control_tokens([row.tokens for row in rows])
     return rows, omitted
 
 

@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from cliffscope.errors import DataError, JudgeError
+from cliffscope.errors import DataError, JudgeError, UnsupportedModelError
 from cliffscope.judging.guards import ChatFormat, GradeFormat, GuardFormat, LabelFormat, TextFormat, fill, find_format
 from cliffscope.judging.protocols import Verdict
 from cliffscope.transcripts.records import Outcome
@@ -86,6 +86,7 @@ class ClassifierJudge:
 
         Raises:
             DataError: the checkpoint cannot be loaded, or does not suit the format.
+            UnsupportedModelError: the checkpoint needs Python code of its own, which is not run.
             JudgeError: the format is unknown.
 
         Example:
@@ -96,12 +97,18 @@ class ClassifierJudge:
         guard_format = find_format(format)
         target = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path_or_name, revision=revision)
+            tokenizer = AutoTokenizer.from_pretrained(path_or_name, revision=revision, trust_remote_code=False)
             model = _loader(guard_format).from_pretrained(
-                path_or_name, dtype=dtype or "auto", revision=revision, use_safetensors=True
+                path_or_name, dtype=dtype or "auto", revision=revision, use_safetensors=True, trust_remote_code=False
             )
             model.to(target).eval()
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+            if "trust_remote_code" in str(error):
+                raise UnsupportedModelError(
+                    f"The classifier {path_or_name!r} needs Python code that comes with the checkpoint, which is not "
+                    "run. Read that code, load model and tokenizer yourself, and pass ClassifierJudge(format=..., "
+                    "model=..., tokenizer=...)."
+                ) from error
             message = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise DataError(
                 f"No classifier could be loaded from {path_or_name!r}: {message} Expected a local directory with "

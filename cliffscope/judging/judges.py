@@ -21,6 +21,7 @@ from cliffscope.judging.lookup import find_judge
 from cliffscope.judging.phrase_judge import OPENING_CHARACTERS, PhraseJudge
 from cliffscope.judging.protocols import BatchJudge, GroupJudges, HarmJudge, Judge, Verdict
 from cliffscope.stats import Interval, cohen_kappa
+from cliffscope.text import is_unicode
 from cliffscope.transcripts.records import Group, Omission, Outcome, Transcript, Transcripts
 
 __all__ = [
@@ -241,6 +242,9 @@ def _checked(judge: Judge, transcript: Transcript, verdict: object) -> Verdict |
             f"Judge {judge.name!r} returned {type(verdict).__name__} for {transcript.id!r}: expected a Verdict. "
             "Return Verdict(outcome=..., score=..., reason=...)."
         )
+    if not is_unicode(verdict.reason):
+        reason = f"{judge.name} gave a reason that holds half of a surrogate pair, which no file accepts"
+        return Omission(stage="judge", reason=reason, id=transcript.id)
     return verdict
 
 

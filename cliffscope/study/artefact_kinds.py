@@ -159,7 +159,7 @@ class TranscriptFile(Artefact):
 
     def read(self, folder: Path) -> Transcripts:
         """The transcripts; raises DataError where the file is not there or cannot be read."""
-        return read_transcripts(folder / self.file)
+        return read_transcripts(folder / self.file, strict=True)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
+from cliffscope.errors import DataError
 from cliffscope.generation.batches import find_batch_size, row_bytes
 from cliffscope.generation.rollout import roll_out
 from cliffscope.memory import few_threads, free_bytes, held_bytes
@@ -23,7 +24,7 @@ from cliffscope.readouts.activations import BATCH_TOKENS
 from cliffscope.readouts.contrast import check_contrast
 from cliffscope.study.config import StudyConfig, read_inputs
 from cliffscope.transcripts.records import Transcripts
-from cliffscope.transcripts.transcript import Span, tokenize
+from cliffscope.transcripts.transcript import Span, tokenize_all
 
 TEST, FIT = 0.3, 0.7
 """Shares of the prompts on which safety is evaluated, and on which the probe is fitted and chosen."""
@@ -83,7 +84,9 @@ def estimate_study(config: StudyConfig) -> Preflight:
     budget = (config.max_thinking if model.template.thinks else 0) + config.max_answer
     some = prompts[:: max(1, len(prompts) // 32)]
     bare = some.map(lambda t: t.replace(thinking="" if model.template.thinks else None, answer=None))
-    tokens = [tokenize(t, model.tokenizer, model.template) for t in bare]
+    tokens, omitted = tokenize_all(bare, model.tokenizer, model.template)
+    if not tokens:
+        raise DataError(f"None of the prompts can be used: {omitted[0].kind}")
     length = sum(t.n_pos for t in tokens) / len(tokens)
     window = max(t.span(Span.CLOSING).stop - t.span(Span.CLOSING).start for t in tokens)
     rows = min(config.batch_size, find_batch_size(model, int(length) + budget), len(prompts))

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedTokenizerBase
 
-from cliffscope.errors import DataError, SpanError
+from cliffscope.errors import DataError, SpanError, TemplateError
+from cliffscope.transcripts.control_tokens import is_escaped
 from cliffscope.transcripts.records import Omission, Transcript
 from cliffscope.transcripts.templates import Template
 from cliffscope.transcripts.transcript import (
@@ -22,9 +23,12 @@ from cliffscope.transcripts.transcript import (
     TokenizedTranscript,
     append_answer,
     check_length,
+    make_each,
+    tell_control_tokens,
     tokenize_before_answer,
 )
 
+_Failure = DataError | SpanError | TemplateError
 MOST_TOKENS = 1 << 24
 """Tokens that are stored at most, in 8 bytes each: 128 MiB."""
 
@@ -41,9 +45,7 @@ class Tokenization:
     """Maximum number of tokens of a transcript. Nothing is truncated."""
     most_tokens: int = MOST_TOKENS
     """Tokens that are stored at most."""
-    _stored: OrderedDict[Hashable, TokenizedTranscript | DataError | SpanError] = field(
-        default_factory=OrderedDict, repr=False
-    )
+    _stored: OrderedDict[Hashable, TokenizedTranscript | _Failure] = field(default_factory=OrderedDict, repr=False)
     _size: list[int] = field(default_factory=lambda: [0], repr=False)
 
     def tokens(self, transcript: Transcript, *, with_answer: bool = False, limited: bool = True) -> TokenizedTranscript:
@@ -73,14 +75,9 @@ class Tokenization:
         self, transcripts: Iterable[Transcript], *, with_answer: bool = False
     ) -> tuple[list[TokenizedTranscript], tuple[Omission, ...]]:
         """The tokens of many transcripts, and which ones could not be tokenized; see `tokenize_all`."""
-        tokenized: list[TokenizedTranscript] = []
-        omitted: list[Omission] = []
-        for transcript in transcripts:
-            try:
-                tokenized.append(self.tokens(transcript, with_answer=with_answer))
-            except (DataError, SpanError) as error:
-                omitted.append(Omission(stage="tokenize", reason=str(error), id=transcript.id))
-        return tokenized, tuple(omitted)
+        tokenized, omitted = make_each(transcripts, lambda t: self.tokens(t, with_answer=with_answer), stage="tokenize")
+        tell_control_tokens(tokenized)
+        return tokenized, omitted
 
     def _before_answer(self, transcript: Transcript) -> TokenizedTranscript:
         key = self._key(transcript)
@@ -99,15 +96,18 @@ class Tokenization:
         return (
             *(self.tokenizer.chat_template, transcript.id, transcript.messages),
             *(transcript.thinking, transcript.thinking_ids, repr(transcript.extra.get(CLOSING_IDS))),
+            is_escaped(transcript),
         )
 
-    def _tokenized(self, transcript: Transcript) -> TokenizedTranscript | DataError | SpanError:
+    def _tokenized(self, transcript: Transcript) -> TokenizedTranscript | _Failure:
         try:
-            return tokenize_before_answer(transcript, self.tokenizer, self.template)
-        except (DataError, SpanError) as error:
+            return tokenize_before_answer(
+                transcript, self.tokenizer, self.template, escape_control_tokens=is_escaped(transcript)
+            )
+        except (DataError, SpanError, TemplateError) as error:
             return error.with_traceback(None)
 
-    def _store(self, key: Hashable, outcome: TokenizedTranscript | DataError | SpanError) -> None:
+    def _store(self, key: Hashable, outcome: TokenizedTranscript | _Failure) -> None:
         self._stored[key] = outcome
         self._size[0] += _length(outcome)
         while self._size[0] > self.most_tokens and len(self._stored) > 1:
@@ -115,6 +115,6 @@ class Tokenization:
             self._size[0] -= _length(dropped)
 
 
-def _length(outcome: TokenizedTranscript | DataError | SpanError) -> int:
+def _length(outcome: TokenizedTranscript | _Failure) -> int:
     # What cannot be tokenized counts too, so that many of them stay bounded.
     return outcome.n_pos if isinstance(outcome, TokenizedTranscript) else 1

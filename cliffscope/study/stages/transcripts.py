@@ -1,11 +1,13 @@
 """Stage 1: prompts become judged transcripts, split by prompt."""
 
+import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
 
 import pandas as pd
+from scipy.stats import fisher_exact
 
 from cliffscope.evaluation.arms import UNEDITED
 from cliffscope.generation.rollout import check_left, roll_out
@@ -16,7 +18,12 @@ from cliffscope.study.answers import ArmAnswers
 from cliffscope.study.artefacts import ARM_LOGS, TRANSCRIPT_TABLE, TRANSCRIPTS
 from cliffscope.study.config import read_inputs
 from cliffscope.study.stages.base import Stage, StageOutputs, Workspace
+from cliffscope.transcripts.control_tokens import find_control_tokens, is_escaped
 from cliffscope.transcripts.records import Outcome, Split, Transcripts
+
+SWAPPED_P = 0.01
+"""Below this p, harmless prompts are refused more often than harmful ones."""
+log = logging.getLogger(__name__)
 
 
 class TranscriptStage(Stage):
@@ -26,7 +33,10 @@ class TranscriptStage(Stage):
     version = 2
     needs = ()
     makes = (TRANSCRIPTS, TRANSCRIPT_TABLE, ARM_LOGS)
-    settings = ("limit", "system", "max_thinking", "max_answer", "temperature", "judge", "harmless_judge", "seed")
+    settings = (
+        *("column", "harmless_column", "escape_control_tokens", "limit", "system", "max_thinking", "max_answer"),
+        *("temperature", "judge", "harmless_judge", "seed"),
+    )
     files = ("harmful", "harmless", "transcripts")
 
     def run(self, work: Workspace) -> StageOutputs:
@@ -43,6 +53,7 @@ class TranscriptStage(Stage):
         splits = _splits(transcripts, inputs.splits, config.seed)
         return StageOutputs(
             files={TRANSCRIPTS: transcripts, TRANSCRIPT_TABLE: transcript_table(transcripts, splits)},
+            notes=_notes(transcripts, model),
             omitted=transcripts.omitted,
             facts={"model": _model_facts(model), "counts": count_outcomes(transcripts)},
         )
@@ -69,6 +80,40 @@ def count_outcomes(transcripts: Transcripts) -> dict[str, object]:
         **{str(outcome): outcomes[outcome] for outcome in Outcome},
         "by": [{"group": group, "outcome": outcome, "n": n} for (group, outcome), n in sorted(cells.items())],
     }
+
+
+def _notes(transcripts: Transcripts, model: LensModel) -> tuple[str, ...]:
+    """What to look at before any number is believed."""
+    notes = [note for note in (suspect_swapped(transcripts),) if note is not None]
+    changed = sum(1 for t in transcripts if not is_escaped(t) and find_control_tokens(t, model.tokenizer))
+    if changed:
+        notes.append(
+            f"{changed} of {len(transcripts)} prompts hold control tokens of this tokenizer as text, which the model "
+            "reads as real ones. escape_control_tokens=True (--escape-control-tokens) keeps them text."
+        )
+    for note in notes:
+        log.warning(note)
+    return tuple(notes)
+
+
+def suspect_swapped(transcripts: Transcripts) -> str | None:
+    """Says so if harmless prompts are refused more than harmful ones, as when the two files are swapped.
+
+    Args:
+        transcripts: judged, with labels of harm.
+
+    Returns:
+        The counts and what to check; None if the difference may be chance (Fisher's exact test, one-sided, .01).
+    """
+    counts = Counter((t.harmful, t.outcome) for t in transcripts)
+    table = [[counts[side, outcome] for outcome in (Outcome.REFUSED, Outcome.COMPLIED)] for side in (False, True)]
+    if fisher_exact(table, alternative="greater").pvalue >= SWAPPED_P:
+        return None
+    (harmless, harmless_complied), (harmful, harmful_complied) = table
+    return (
+        f"Check the files: {harmful} of {harmful + harmful_complied} harmful prompts were refused, and {harmless} of "
+        f"{harmless + harmless_complied} harmless ones. Are the two swapped?"
+    )
 
 
 def _roll_out(work: Workspace, prompts: Transcripts, answers: ArmAnswers) -> Transcripts:
