@@ -9,7 +9,7 @@ import pytest
 
 from cliffscope.errors import DataError, StoreError
 from cliffscope.store import RunStore
-from cliffscope.study.artefact_kinds import Place
+from cliffscope.study.artefact_kinds import Place, describe
 from cliffscope.study.artefacts import (
     ARTEFACTS,
     CLIFFS,
@@ -19,7 +19,6 @@ from cliffscope.study.artefacts import (
     SELECTED_HEADS,
     SUPPRESSION,
     TABLES,
-    describe,
 )
 from cliffscope.study.stages import STAGES
 

@@ -21,13 +21,17 @@ from cliffscope.study.artefacts import TABLES as ARTEFACTS
 
 SECTIONS = [
     "run",
+    "suppression",
+    "intervention",
+    "heads",
+    "closings",
+    "answer",
     "cliff",
     "tokens",
-    "heads",
-    "intervention",
+    "probe",
+    "witnesses",
     "selection",
     "repair",
-    "probe",
     "omitted",
     "method",
     "reproduce",
@@ -163,7 +167,7 @@ def test_data_cannot_leave_its_script(page):
 def test_figures_have_a_title_with_n_and_a_description(page):
     figures = [attrs for _, attrs in page.elements if attrs.get("class") == "plot"]
     ids = {attrs.get("id") for _, attrs in page.elements}
-    assert len(figures) == 14
+    assert len(figures) == 18
     assert all({attrs["aria-labelledby"], attrs["aria-describedby"]} <= ids for attrs in figures)
 
 

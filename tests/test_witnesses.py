@@ -122,8 +122,8 @@ def test_the_opening_may_change_and_the_answer_not() -> None:
     assert sentence == (
         "The witnesses disagree: the answer readout turns towards refusal with the selected heads edited, by +13.84 "
         "[+12.90, +14.60] (n = 9), but attack success is not shown to fall (0.75 to 0.75, a difference of +0.00 "
-        "[-0.05, +0.05] over 40 prompts); which means that the opening of the answer changes and the answer does not, since "
-        "behind the opening nothing is edited."
+        "[-0.05, +0.05] over 40 prompts); which means that the opening of the answer changes and the answer does not, "
+        "since behind the opening nothing is edited."
     )
     everywhere = disagreement(witnesses_of(SHOWN, replace(ATTACKS[False], scope="all"), CONFIRMED, FALLEN))
     assert "nothing is edited" not in everywhere
