@@ -15,9 +15,10 @@ from synthetic import NASTY, write_run
 from cliffscope.errors import DataError, StoreError
 from cliffscope.figures.circuits import circuits_script
 from cliffscope.report import write_report
-from cliffscope.report.page import write_comparison
+from cliffscope.report.page import VERDICTS, write_comparison
 from cliffscope.store import SCHEMA, RunStore
 from cliffscope.study.artefacts import TABLES as ARTEFACTS
+from cliffscope.study.verdicts import TOPICS
 
 SECTIONS = [
     "run",
@@ -425,3 +426,56 @@ def test_the_steepest_drop_is_that_of_the_transcripts_that_have_a_cliff(page):
 def test_a_directory_that_is_not_there_is_named(tmp_path):
     with pytest.raises(StoreError, match=r"none does not exist\. Pass the directory that a study wrote"):
         write_report(tmp_path / "none")
+
+
+def test_findings_of_every_topic_have_their_section_and_stand_in_the_order_in_which_they_are_told(page):
+    assert tuple(VERDICTS) == TOPICS
+    assert set(VERDICTS.values()) <= set(SECTIONS)
+
+
+def test_the_first_screen_names_the_confirmed_heads_and_what_they_do_to_the_answer(page):
+    head = page.text[: page.text.index("The run")]
+    assert head.index("Confirmed heads") < head.index("Suppression (logits)") < head.index("ASR")
+    assert head.index("ASR") < head.index("Mean cliff") < head.index("Probe AUROC")
+    assert "L4H3, L5H0" in head
+    assert "selective; of 64 heads, on test transcripts, n=41" in head
+
+
+def test_forced_closings_are_told_first_and_behaviour_stands_beside_them(small_run):
+    told = "The thinking of 30 of 40 transcripts (75%) was not ended by the model."
+    change_manifest(small_run, verdict={"cliff": "There is one.", "suppression": "It is.", "forced": told})
+    leading = re.findall(r'<p class="verdict">(.*?)</p>', write_report(small_run).read_text(encoding="utf-8"))
+    assert leading == [told, "It is."]
+
+
+def test_forced_transcripts_are_counted_beside_the_total_and_not_in_it(page):
+    assert "5 forced." in page.text
+    rows = page.text[page.text.index("Transcripts by group and outcome") :].split()
+    # refused 68, complied 41, unfinished 3, unjudged 0, forced 1 a row: 3 rows of 112 transcripts.
+    assert rows[rows.index("harmful") :][1:7] == ["68", "41", "3", "0", "3", "112"]
+
+
+def test_every_section_of_the_argument_says_how_it_is_read(page):
+    argued = ("suppression", "intervention", "heads", "closings", "answer", "cliff", "probe", "witnesses")
+    assert page.text.count("How to read it:") == len(argued)
+
+
+def test_confirmed_heads_are_listed_with_kind_n_effect_interval_and_p(page):
+    start = page.text.index("2 of 2 significant heads confirmed on test transcripts")
+    assert page.text[start:].split()[:60].count("selective") == 2
+
+
+def test_a_q_that_was_not_tested_says_why(page):
+    assert "n/a: could turn no answer" in page.text
+
+
+def test_early_closings_draw_the_answer_unedited_and_edited_and_the_probe_in_one_figure(page):
+    closings = next(json.loads(text) for text in page.data() if "share of the thinking" in text)
+    names = [trace["name"] for trace in closings["data"] if trace.get("name")]
+    assert names == ["the answer, unedited", "the answer, selected heads zeroed", "the probe's score at the token"]
+
+
+def test_the_words_alone_stand_beside_the_probe_and_witnesses_say_what_was_not_tested(page):
+    assert "N-grams of prompt and thinking, harmful only" in page.text
+    assert "could not be tested" in page.text
+    assert "which on average have 91% of the probability" in page.text

@@ -59,7 +59,7 @@ HEADS_CLAIMS = {
 }
 FALLEN = CliffClaim(
     plateau="mean",
-    asked=20,
+    complied=20,
     reasons={},
     n=20,
     height=0.8,

@@ -132,8 +132,8 @@ def witnesses_section(run: StoredRun) -> Section:
     for item in as_list(run.witnesses.get("witnesses")):
         witness = as_object(item)
         says = witness.get("says")
-        told = SAYS[says if isinstance(says, bool) else None]
-        rows.append([text_cell(witness.get("name"), 40), text_cell(told), text_cell(witness.get("saw"), 400)])
+        answer = SAYS[says if isinstance(says, bool) else None]
+        rows.append([text_cell(witness.get("name"), 40), text_cell(answer), text_cell(witness.get("saw"), 400)])
     heads = columns("witness", "do heads suppress refusal?", "what it saw|long")
     parts: list[Part] = [Table(caption="The witnesses", columns=heads, rows=rows)] if rows else []
     agree = "No two witnesses contradict each other." if rows and not run.finding("witnesses") else ""

@@ -21,6 +21,7 @@ from cliffscope.study.artefact_kinds import (
 )
 
 _ID: Final[Row] = ("id", "text", "transcript")
+_GROUP: Final[Row] = ("group", "text", "request and outcome, such as `harmful, complied`")
 _SPLIT: Final[Row] = ("split", "text", "fit, validate or test")
 _HARMFUL: Final[Row] = ("harmful", "bool", "whether the request is harmful; missing where nobody said")
 _OUTCOME: Final[Row] = ("outcome", "text", "refused, complied, unfinished or unjudged")
@@ -29,7 +30,7 @@ _INTERVAL: tuple[Row, ...] = (
     ("ci_high", "float", "upper end of the 95% interval"),
 )
 _MEAN_TRACE = columns_of(
-    ("group", "text", "request and outcome, such as `harmful, complied`"),
+    _GROUP,
     ("bin", "int", "place on the common axis, from 0"),
     ("label", "text", "what the place is called"),
     ("span", "text", "prompt, thinking or closing"),
@@ -39,7 +40,7 @@ _MEAN_TRACE = columns_of(
 )
 _CLIFF: tuple[Row, ...] = (
     _ID,
-    ("group", "text", "request and outcome, such as `harmful, complied`"),
+    _GROUP,
     _HARMFUL,
     _OUTCOME,
     ("plateau_max", "float", "largest refusal score in the thinking, 0 to 1"),
@@ -53,10 +54,7 @@ _CLIFF: tuple[Row, ...] = (
     ("valid", "bool", "whether the probe can tell there"),
     ("reason", "text", "why not"),
 )
-_HEAD: tuple[Row, ...] = (
-    ("layer", "int", "layer index from 0"),
-    ("head", "int", "query head index from 0"),
-)
+_HEAD: tuple[Row, ...] = (("layer", "int", "layer index from 0"), ("head", "int", "query head index from 0"))
 _ARM: tuple[Row, ...] = (
     ("arm", "text", "name of the arm, such as `random 3`"),
     ("kind", "text", "unedited, top or random"),
@@ -214,10 +212,7 @@ HEADS_FACTS = Document(
 SELECTED_HEADS = Table(
     file="selected_heads.parquet",
     meaning="the heads that are edited from here on",
-    columns=columns_of(
-        *_HEAD,
-        ("rank", "int", "place by effect, from 1"),
-    ),
+    columns=columns_of(*_HEAD, ("rank", "int", "place by effect, from 1")),
 )
 CONFIRMATION = Table(
     file="confirmed_heads.parquet",
@@ -261,7 +256,7 @@ SUPPRESSED = Table(
     meaning="one row per test transcript: the readout unedited, with the selected heads zeroed, and under random sets",
     columns=columns_of(
         _ID,
-        ("group", "text", "request and outcome, such as `harmful, complied`"),
+        _GROUP,
         ("unedited", "float", "readout of the unedited model, logit"),
         ("edited", "float", "readout with the selected heads zeroed at the closing, logit"),
         ("suppression", "float", "edited minus unedited, logit"),
@@ -277,9 +272,7 @@ EDITED_ALIGNED = Table(
     meaning="mean traces of complied harmful transcripts with the selected heads and with one random set zeroed",
     columns=_MEAN_TRACE,
 )
-EDITED_CLIFFS = Table(
-    file="edited_cliffs.parquet", meaning="cliffs of the same transcripts and edits", columns=columns_of(*_CLIFF)
-)
+EDITED_CLIFFS = Table(file="edited_cliffs.parquet", meaning="cliffs of these transcripts", columns=columns_of(*_CLIFF))
 HEAD_SOURCES = Table(
     file="head_sources.parquet",
     meaning="what the first heads read in the transcript of median cliff",
@@ -311,7 +304,7 @@ SETTLED = Table(
     meaning="the thinking token from which on each answer stays on the side where it ends",
     columns=columns_of(
         _ID,
-        ("group", "text", "request and outcome, such as `harmful, complied`"),
+        _GROUP,
         ("position", "int", "token position from 0"),
         ("fraction", "float", "share of the thinking that is written there, 0 to 1"),
         ("token", "text", "its text"),

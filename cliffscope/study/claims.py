@@ -253,7 +253,7 @@ class CliffClaim:
 
     plateau: str
     """`mean` or `max`."""
-    asked: int
+    complied: int
     """Harmful test prompts that were complied with."""
     reasons: Mapping[str, int]
     """Why some of them have no valid cliff: reason to count, the most frequent first."""
@@ -278,15 +278,15 @@ class CliffClaim:
     def of(cls, cliffs: pd.DataFrame, plateau: str) -> "CliffClaim":
         """From the cliffs of the test split."""
         harmful = cliffs["harmful"].astype("boolean").fillna(False)
-        asked = cliffs[harmful & (cliffs["outcome"] == str(Outcome.COMPLIED))]
-        fine = asked["valid"].astype("boolean").fillna(False)
-        valid, invalid = asked[fine], asked[~fine]
+        complied = cliffs[harmful & (cliffs["outcome"] == str(Outcome.COMPLIED))]
+        fine = complied["valid"].astype("boolean").fillna(False)
+        valid, invalid = complied[fine], complied[~fine]
         reasons = invalid["reason"].value_counts(sort=False).sort_values(ascending=False, kind="stable")
         low, high = (float(v) for v in bootstrap_mean(valid["cliff"].to_numpy(dtype=float), seed=0))
         final_low, final_high = (float(v) for v in bootstrap_mean(valid["final"].to_numpy(dtype=float), seed=0))
         return cls(
             plateau=plateau,
-            asked=len(asked),
+            complied=len(complied),
             reasons={str(reason): int(count) for reason, count in reasons.items()},
             n=len(valid),
             height=float(valid["plateau_max" if plateau == "max" else "plateau_mean"].mean()),

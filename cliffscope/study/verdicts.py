@@ -107,40 +107,40 @@ def of_answer(readout: AnswerReadout) -> str:
 
 def of_probe(report: ProbeReport, contrast: str, baseline: TextBaseline | None = None) -> str:
     """What the probe can tell on its test split, and what words alone can tell there."""
-    told = f"The probe tells refused from complied ({contrast}) transcripts with held-out {report.final}."
+    sentence = f"The probe tells refused from complied ({contrast}) transcripts with held-out {report.final}."
     if np.isfinite(report.within_harmful.auroc) and contrast == "harmless":
-        told += f" Among harmful transcripts alone: {report.within_harmful}."
+        sentence += f" Among harmful transcripts alone: {report.within_harmful}."
     if np.isfinite(report.late_thinking.auroc):
-        told += f" During the thinking: {report.late_thinking}."
+        sentence += f" During the thinking: {report.late_thinking}."
     harmful = report.calibration
     if np.isfinite([harmful.refused, harmful.complied]).all():
         refused = _mean(harmful.refused, harmful.refused_interval)
         complied = _mean(harmful.complied, harmful.complied_interval)
-        told += (
+        sentence += (
             f" At the final token refused harmful transcripts score {refused}, complied ones {complied} (Brier score "
             f"{harmful.brier:.3f}, calibration error {harmful.calibration_error:.3f})."
         )
     if baseline is not None:
-        told += f" N-grams of prompt and thinking alone reach {_auroc(baseline.overall)}"
+        sentence += f" N-grams of prompt and thinking alone reach {_auroc(baseline.overall)}"
         if np.isfinite(baseline.within_harmful.auroc) and contrast == "harmless":
-            told += f", and {_auroc(baseline.within_harmful)} among harmful transcripts"
-        told += "."
+            sentence += f", and {_auroc(baseline.within_harmful)} among harmful transcripts"
+        sentence += "."
     if not report.final.can_tell:
-        told += (
+        sentence += (
             " The probe's AUROC is not shown to be high enough to read a refusal score from"
             f"{_needed_for(report.final)}: do not rely on its scores."
         )
-    return told
+    return sentence
 
 
 def of_cliff(cliffs: pd.DataFrame, plateau: str) -> str:
     """Whether harmful, complied transcripts of the test split show a cliff."""
     claim = CliffClaim.of(cliffs, plateau)
-    if not claim.asked:
+    if not claim.complied:
         return "No harmful prompt of the test split was complied with, so there is no cliff to look for."
     if claim.why is Why.MISSING:
         return (
-            f"No cliff can be claimed for the {claim.asked} harmful prompts that were complied with: "
+            f"No cliff can be claimed for the {claim.complied} harmful prompts that were complied with: "
             f"{_reasons(claim.reasons)}."
         )
     numbers = (
@@ -148,9 +148,9 @@ def of_cliff(cliffs: pd.DataFrame, plateau: str) -> str:
         f"in the thinking ({plateau}) to {claim.final:.2f} at the final token: cliff {claim.cliff:.2f} "
         f"{interval(claim.low, claim.high, '.2f')}."
     )
-    if claim.n < claim.asked:
-        left = claim.asked - claim.n
-        numbers += f" {left} of the {claim.asked} have no valid cliff: {_reasons(claim.reasons)}."
+    if claim.n < claim.complied:
+        left = claim.complied - claim.n
+        numbers += f" {left} of the {claim.complied} have no valid cliff: {_reasons(claim.reasons)}."
     if claim.why is Why.HARM:
         surely = claim.final_low > MIDDLE
         reads = "reads harm there, not refusal" if surely else "may read harm there rather than refusal"
@@ -235,9 +235,9 @@ def of_safety(report: SafetyReport) -> str:
     """What zeroing the selected heads does to ASR and over-refusal."""
     forced = int(report.outcomes.loc[report.outcomes["arm"] == UNEDITED, "forced"].sum())
     judged = report.without_forced() if forced else report
-    told = [_attack_sentence(judged), _refusal_sentence(judged)]
+    sentences = [_attack_sentence(judged), _refusal_sentence(judged)]
     left = f"{forced} answers to thinking that was closed at its budget are left out." if forced else ""
-    return " ".join(filter(None, (*told, left)))
+    return " ".join(filter(None, (*sentences, left)))
 
 
 def of_side_effects(effects: SideEffects) -> str:
@@ -249,10 +249,10 @@ def of_selection(selection: Selection) -> str:
     """How many examples were chosen."""
     if not len(selection.chosen):
         return f"Nothing was selected: none of {selection.pool} pool transcripts has a valid cliff."
-    chosen = selection.frame[selection.frame["chosen"].astype(bool)]
-    ours, everyone = chosen["cliff"].mean(), selection.frame["cliff"].mean()
+    taken = selection.frame[selection.frame["chosen"].astype(bool)]
+    ours, everyone = taken["cliff"].mean(), selection.frame["cliff"].mean()
     return (
-        f"{len(chosen)} of {selection.pool} complied transcripts are selected for repair; their mean cliff is "
+        f"{len(taken)} of {selection.pool} complied transcripts are selected for repair; their mean cliff is "
         f"{ours:.2f}, that of all {len(selection.frame)} valid ones {everyone:.2f}."
     )
 
@@ -261,9 +261,9 @@ def of_repair(report: RepairReport, n: int) -> str:
     """What fine-tuning on the selection did."""
     parts = []
     for group, word in (("harmful", "attack success"), ("harmless", "over-refusal")):
-        told = _rates(report.safety, group)
-        if AFTER in told:
-            parts.append(f"{word} goes from {told[UNEDITED]} to {told[AFTER]}")
+        rates = _rates(report.safety, group)
+        if AFTER in rates:
+            parts.append(f"{word} goes from {rates[UNEDITED]} to {rates[AFTER]}")
     before, after = report.value("cliff", BEFORE), report.value("cliff", AFTER)
     if np.isfinite([before, after]).all():
         parts.append(f"the mean cliff from {before:.2f} to {after:.2f}")
@@ -276,20 +276,20 @@ def _divergence_sentence(effects: SideEffects) -> str:
     frame = effects.frame[effects.frame["measure"] == KL]
     top = frame[frame["kind"] == "top"].iloc[0]
     random = frame[frame["kind"] == "random"]["value"]
-    beside = f"; random sets {random.mean():.2g} on average" if len(random) else ""
+    random_text = f"; random sets {random.mean():.2g} on average" if len(random) else ""
     return (
         f"On harmless transcripts the edited model's next-token distribution diverges by {top['value']:.2g} "
-        f"{interval(top['ci_low'], top['ci_high'], '.2g')} nats a token (n = {top['n']}){beside}."
+        f"{interval(top['ci_low'], top['ci_high'], '.2g')} nats a token (n = {top['n']}){random_text}."
     )
 
 
 def _attack_sentence(report: SafetyReport) -> str:
-    told = _rates(report, "harmful")
+    rates = _rates(report, "harmful")
     where = f" at the {report.scope}" if report.scope and report.scope != "all" else ""
-    if not told:
+    if not rates:
         return ""
-    if TOP not in told:
-        return f"Attack success is {told[UNEDITED]}."
+    if TOP not in rates:
+        return f"Attack success is {rates[UNEDITED]}."
     claim = AttackClaim.of(report.pairs(), arm=TOP, scope=report.scope)
     verdict = {
         Why.HOLDS: f"Attack success falls with the {_edited(report)} zeroed{where}",
@@ -306,16 +306,16 @@ def _attack_sentence(report: SafetyReport) -> str:
         test = f"McNemar's p = {claim.p:.3f}" if np.isfinite(claim.p) else changed
         bounds = interval(claim.low, claim.high, "+.2f")
         pair = f", a paired difference of {claim.difference:+.2f} {bounds} over {claim.n} prompts ({test})"
-    return f"{verdict}: {told[UNEDITED]} unedited, {told[TOP]} edited{pair}{_random_arms(report)}."
+    return f"{verdict}: {rates[UNEDITED]} unedited, {rates[TOP]} edited{pair}{_random_arms(report)}."
 
 
 def _refusal_sentence(report: SafetyReport) -> str:
-    told = _rates(report, "harmless")
-    if TOP not in told:
-        return f"Over-refusal is {told[UNEDITED]}." if told else ""
+    rates = _rates(report, "harmless")
+    if TOP not in rates:
+        return f"Over-refusal is {rates[UNEDITED]}." if rates else ""
     random = report.random_rate("harmless")
-    beside = f", {_rate(random)} on average over random sets" if np.isfinite(random) else ""
-    return f"Over-refusal is {told[UNEDITED]} unedited, {told[TOP]} edited{beside}."
+    random_text = f", {_rate(random)} on average over random sets" if np.isfinite(random) else ""
+    return f"Over-refusal is {rates[UNEDITED]} unedited, {rates[TOP]} edited{random_text}."
 
 
 def _rates(report: SafetyReport, group: str) -> dict[str, str]:
@@ -353,8 +353,8 @@ def _random_arms(report: SafetyReport) -> str:
         return "; no random set was run beside them"
     p = random_set_p(-edited, -rates)
     many = "1 random set has" if len(rates) == 1 else f"{len(rates)} random sets have"
-    told = f"{many} {rates.mean():.2f} on average"
-    return f"; {told}" + (f" (p = {p:.3f}{_floor(p, len(rates))})" if np.isfinite(p) else "")
+    text = f"{many} {rates.mean():.2f} on average"
+    return f"; {text}" + (f" (p = {p:.3f}{_floor(p, len(rates))})" if np.isfinite(p) else "")
 
 
 def _random_sets(claim: SuppressionClaim) -> str:
@@ -416,5 +416,5 @@ def _mean(value: float, bounds: Interval) -> str:
 
 def _reasons(reasons: Mapping[str, int]) -> str:
     """Each reason with its count, the most frequent first."""
-    told = "; ".join(f"{reason} ({n})" for reason, n in list(reasons.items())[:REASONS])
-    return told + (f"; and {len(reasons) - REASONS} other reasons" if len(reasons) > REASONS else "")
+    text = "; ".join(f"{reason} ({n})" for reason, n in list(reasons.items())[:REASONS])
+    return text + (f"; and {len(reasons) - REASONS} other reasons" if len(reasons) > REASONS else "")

@@ -70,7 +70,7 @@ def _length(ids: tuple[int, ...] | None, text: str | None) -> int:
 
 
 def _notes(closings: list[EarlyClosings], every: int) -> tuple[str, ...]:
-    told = [f"Thinking was closed after every {every} tokens, not after each."] if every > 1 else []
+    notes = [f"Thinking was closed after every {every} tokens, not after each."] if every > 1 else []
     if not closings[0].path.startswith("packed"):
-        told.append(f"Early closings took plain passes: {closings[0].path}.")
-    return tuple(told)
+        notes.append(f"Early closings took plain passes: {closings[0].path}.")
+    return tuple(notes)
