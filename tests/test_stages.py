@@ -59,7 +59,8 @@ def test_without_layers_the_table_is_empty_and_has_its_columns(llama: LensModel,
 @pytest.fixture(scope="module")
 def measured(llama: LensModel, complied_harmful: Transcripts) -> Suppression:
     edit = zero([HeadRef(layer=1, head=2), HeadRef(layer=3, head=0)], scope="closing")
-    return measure_suppression(llama, random_probe(llama, 5), complied_harmful, edit, controls=3)
+    read = measure_suppression(llama, random_probe(llama, 5), complied_harmful, edit, controls=3)
+    return replace(read, refused_logit=float(read.unedited.mean()) + 4.0)
 
 
 def test_the_facts_of_a_set_are_json_and_say_what_the_objects_say(measured: Suppression) -> None:
@@ -74,7 +75,7 @@ def test_the_facts_of_a_set_are_json_and_say_what_the_objects_say(measured: Supp
     assert facts["sets_by_kind"] == {"same layers": 3, "all layers": 3}
     assert facts["p_by_kind"] == dict(measured.p)
     assert facts["p"] == max(measured.p.values())
-    assert facts["restored"] == pytest.approx(measured.restored)
+    assert facts["restored"] == pytest.approx(measured.effect / 4.0)
     assert facts["why"] == SuppressionClaim.of(facts).why
 
 
