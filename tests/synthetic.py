@@ -136,7 +136,7 @@ def head_table(n_layers, n_heads, rng):
         {
             **{"layer": layer.ravel(), "head": head.ravel(), "kv_group": head.ravel() // 2},
             **{"effect": flat, "effect_score": flat / 5, "ci_low": flat - 0.3, "ci_high": flat + 0.3},
-            **{"p": np.where(flat > 1, 0.0005, 0.4), "q": np.where(flat > 1, 0.016, 0.8), "n": 41, "rank": rank},
+            **{"p": np.where(flat > 1, 0.0005, np.nan), "q": np.where(flat > 1, 0.016, np.nan), "n": 41, "rank": rank},
             "untested": np.where(flat > 1, "", "could turn no answer"),
             "effect_harmless": rng.normal(0, 0.04, flat.size),
             "effect_refused": rng.normal(0, 0.04, flat.size),

@@ -405,17 +405,21 @@ def test_figures_are_numbered_in_the_page_itself(run_dir):
 
 def test_the_selected_set_is_told_with_the_transcripts_that_it_was_tested_on(small_run):
     path = small_run / "suppression.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "n": 17, "random_sets": [0.0] * 4}))
+    path.write_text(
+        json.dumps(
+            {**json.loads(path.read_text()), "n": 17, "random_sets": [0.0] * 4, "sets_by_kind": {"all layers": 4}}
+        )
+    )
     text = written(small_run).text
     assert "against size-matched random head sets (n=17 transcripts)" in text
-    assert "With 4 random sets, p cannot be below 0.200" in text
+    assert "4 sets of all layers: p = 0.048, at least 0.200" in text
 
 
 def test_a_p_that_could_not_be_smaller_says_so(small_run):
     path = small_run / "suppression.json"
     facts = json.loads(path.read_text())
     for p, told in ((0.2, True), (0.4, False)):
-        path.write_text(json.dumps({**facts, "random_sets": [0.0] * 4, "p": p}))
+        path.write_text(json.dumps({**facts, "random_sets": [0.0] * 4, "sets_by_kind": {"all layers": 4}, "p": p}))
         assert ("(the smallest possible)" in written(small_run).text) is told
 
 
@@ -434,7 +438,7 @@ def test_findings_of_every_topic_have_their_section_and_stand_in_the_order_in_wh
 
 
 def test_the_first_screen_names_the_confirmed_heads_and_what_they_do_to_the_answer(page):
-    head = page.text[: page.text.index("The run")]
+    head = page.text[page.text.index("Confirmed heads") : page.text.index("The run")]
     assert head.index("Confirmed heads") < head.index("Suppression (logits)") < head.index("ASR")
     assert head.index("ASR") < head.index("Mean cliff") < head.index("Probe AUROC")
     assert "L4H3, L5H0" in head
@@ -450,9 +454,8 @@ def test_forced_closings_are_told_first_and_behaviour_stands_beside_them(small_r
 
 def test_forced_transcripts_are_counted_beside_the_total_and_not_in_it(page):
     assert "5 forced." in page.text
-    rows = page.text[page.text.index("Transcripts by group and outcome") :].split()
-    # refused 68, complied 41, unfinished 3, unjudged 0, forced 1 a row: 3 rows of 112 transcripts.
-    assert rows[rows.index("harmful") :][1:7] == ["68", "41", "3", "0", "3", "112"]
+    # refused 68, complied 41, unfinished 3, unjudged 0; one forced in each of the three rows.
+    assert "harmful 68 41 3 0 3 112 " in " ".join(page.text.split())
 
 
 def test_every_section_of_the_argument_says_how_it_is_read(page):
@@ -461,8 +464,9 @@ def test_every_section_of_the_argument_says_how_it_is_read(page):
 
 
 def test_confirmed_heads_are_listed_with_kind_n_effect_interval_and_p(page):
-    start = page.text.index("2 of 2 significant heads confirmed on test transcripts")
-    assert page.text[start:].split()[:60].count("selective") == 2
+    text = " ".join(page.text.split())
+    start = text.index("2 of 2 significant heads confirmed on test transcripts")
+    assert "L4H3 yes selective 3.70 [3.40, 4.00] 3.70 30 0.001 41 L5H0 yes selective" in text[start:]
 
 
 def test_a_q_that_was_not_tested_says_why(page):
