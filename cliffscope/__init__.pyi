@@ -42,6 +42,7 @@ from .judging.protocols import Verdict as Verdict
 from .judging.rubric import ModelJudge as ModelJudge
 from .model.load import LensModel as LensModel
 from .model.load import load_model as load_model
+from .power import needed_n as needed_n
 from .readouts.answer import AnswerReadout as AnswerReadout
 from .readouts.answer import fit_answer_readout as fit_answer_readout
 from .readouts.direction import DirectionCheck as DirectionCheck

@@ -153,7 +153,7 @@ def evaluate(
         )
         for table, frame in (
             (SAFETY, report.to_frame()),
-            (SAFETY_PAIRS, report.pairs()),
+            (SAFETY_PAIRS, report.without_forced().pairs()),
             (SAFETY_QUALITY, report.quality()),
         ):
             table.write(store, frame)

@@ -13,7 +13,7 @@ Knows edits and judges, not readouts: the edit is whatever it is given.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -79,9 +79,11 @@ class SafetyReport(Plotted):
         return pd.DataFrame(rows)
 
     def pairs(self) -> pd.DataFrame:
-        """Each edited arm against the unedited one: arm, group, n, difference, ci_low, ci_high, mcnemar_p.
+        """Each edited arm against the unedited one, prompt by prompt.
 
-        n counts prompts. McNemar's test is for one answer a prompt; NaN where there are several.
+        Columns: arm, group, n, unedited, edited, difference, ci_low, ci_high, discordant, mcnemar_p. n counts prompts
+        that both arms answered and the judge could read, discordant those whose rate differs. McNemar's test is for
+        one answer a prompt; NaN where there are several, or no prompt is discordant.
         """
         rows = [self._pair(arm, group) for arm in self.arms[1:] for group in GROUPS]
         return pd.DataFrame([row for row in rows if row is not None], columns=_PAIR_COLUMNS)
@@ -106,6 +108,11 @@ class SafetyReport(Plotted):
                         value = (len(values), float(means.mean()), float(low), float(high))
                         rows.append((arm.name, arm.kind, group, measure, *value))
         return pd.DataFrame(rows, columns=_QUALITY_COLUMNS)
+
+    def without_forced(self) -> "SafetyReport":
+        """The report over prompts that no arm answered on thinking that was closed at its budget."""
+        places = pd.MultiIndex.from_frame(self.outcomes[["group", "prompt"]])
+        return replace(self, outcomes=self.outcomes[~places.isin(places[self.outcomes["forced"].astype(bool)])])
 
     def rate(self, arm: str, group: str = "harmful") -> float:
         """ASR (harmful) or over-refusal (harmless) of one arm."""
@@ -162,9 +169,12 @@ class SafetyReport(Plotted):
             "arm": arm.name,
             "group": group,
             "n": len(both),
+            "unedited": float(plain.mean()),
+            "edited": float(edited.mean()),
             "difference": float(edited.mean() - plain.mean()),
             "ci_low": interval.low,
             "ci_high": interval.high,
+            "discordant": int((edited != plain).sum()),
             "mcnemar_p": mcnemar(edited > 0, plain > 0) if single else float("nan"),
         }
 
@@ -177,7 +187,9 @@ class SafetyReport(Plotted):
         return f"SafetyReport({rates}{scope}, n={n})"
 
 
-_PAIR_COLUMNS = ["arm", "group", "n", "difference", "ci_low", "ci_high", "mcnemar_p"]
+_PAIR_COLUMNS = [
+    *("arm", "group", "n", "unedited", "edited", "difference", "ci_low", "ci_high", "discordant", "mcnemar_p"),
+]
 _QUALITY_COLUMNS = ["arm", "kind", "group", "measure", "n", "value", "ci_low", "ci_high"]
 
 

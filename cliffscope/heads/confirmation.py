@@ -41,7 +41,7 @@ class Confirmation(Shown):
     added: Float32[np.ndarray, "n head"]
     """[n, head] what each adds to the heads confirmed before it, logit."""
     p: Float[np.ndarray, " head"]
-    """[head] of the added effects, adjusted for the number of candidates."""
+    """[head] of the added effects, adjusted for the number of candidates; NaN where they could turn no answer."""
     decisive: tuple[int, ...]
     """Transcripts whose answer the added effect could turn."""
     kinds: tuple[HeadKind, ...]
@@ -167,7 +167,7 @@ def _add_one_by_one(task: Task, how: Method, heads: tuple[HeadRef, ...], alone: 
         joint = how.measure(task, [(*passed, head)]).effects[:, 0] if passed else alone.effects[:, i]
         added[:, i] = joint - base
         state, column = alone.clean + alone.sign * base, added[:, i : i + 1]
-        p[i] = min(1.0, len(heads) * decisive_p(state, column)[0])
+        p[i] = np.minimum(1.0, len(heads) * decisive_p(state, column)[0])
         counts.append(int(decisive(state, column)[0][0]))
         if p[i] <= ALPHA:
             passed.append(head)

@@ -145,7 +145,7 @@ class EarlyClosings(Plotted):
         if edited is not None:
             curves[f"{edited.readout}, {'unedited' if edited.edit is None else 'edited'}"] = edited.mean_curve()
         if probe is not None:
-            curves["probe at the token"] = self._probe_curve(probe)
+            curves["probe at the token"] = self.probe_curve(probe)
         return closing_curves({name: _columns(curve) for name, curve in curves.items()})
 
     def __repr__(self) -> str:
@@ -162,8 +162,15 @@ class EarlyClosings(Plotted):
     def _text(self, row: TokenizedTranscript, position: int) -> str:
         return str(self.tokenizer.decode([int(row.token_ids[position])]))
 
-    def _probe_curve(self, traces: RefusalTraces) -> pd.DataFrame:
-        """The probe's mean score at the thinking tokens of the same transcripts."""
+    def probe_curve(self, traces: RefusalTraces) -> pd.DataFrame:
+        """The probe's mean score at the thinking tokens of the same transcripts, as `mean_curve` has it.
+
+        Args:
+            traces: of these transcripts.
+
+        Raises:
+            DataError: none of these transcripts was traced.
+        """
         ids = {row.id for row in self.tokens}
         shared = [(row, score) for row, score in zip(traces.tokens, traces.scores(), strict=True) if row.id in ids]
         if not shared:

@@ -4,8 +4,8 @@
 2. One pass of the blocks gives the probe's logit at every token (of every layer, on request).
 3. `cliffs()` measures plateau, final, cliff and drop, and says of each whether the probe can tell at those positions.
 
-A cliff is valid only where the transcript has thinking and the probe's held-out AUROC, both over late thinking and at
-the final token, has its lower bound at `CAN_TELL` or above.
+A cliff is valid only where the transcript has thinking that the model ended itself, and the probe's held-out AUROC,
+both over late thinking and at the final token, has its lower bound at `CAN_TELL` or above.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,13 +28,15 @@ from cliffscope.readouts.probe import RefusalProbe, linear_probe
 from cliffscope.readouts.readout import Readout
 from cliffscope.readouts.regions import late_thinking
 from cliffscope.resampling import bootstrap_mean
-from cliffscope.transcripts.records import Omission, Transcript, Transcripts
+from cliffscope.transcripts.records import FORCED, Omission, Transcript, Transcripts
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 STAGE = "trace"
+FORCED_REASON = "the thinking was closed at its budget"
+"""Why a cliff is not valid: what was cut off may be what decides."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -254,7 +256,7 @@ class RefusalTraces(Plotted):
     def _cliff_row(self, i: int, plateau: Plateau) -> dict[str, object]:
         row, transcript = self.tokens[i], self.transcripts[i]
         cliff = cliff_of(row, self.logits[i])
-        reason = why_invalid(cliff, self.probe)
+        reason = FORCED_REASON if transcript.extra.get(FORCED) else why_invalid(cliff, self.probe)
         height = cliff.plateau_max if plateau == "max" else cliff.plateau_mean
         drop_token = self.token_texts(row)[cliff.drop_position] if cliff.drop_position >= 0 else ""
         return {

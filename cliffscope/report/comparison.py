@@ -43,7 +43,7 @@ from cliffscope.resampling import bootstrap_mean
 
 CURVES = ("harmful, complied", "harmful, refused", "harmless, complied")
 """Groups whose curves are drawn; with more, two runs would hide each other."""
-HEADLINES = ("Mean cliff", "ASR", "Probe AUROC")
+HEADLINES = ("Suppression (logits)", "ASR", "Mean cliff", "Probe AUROC")
 """Tiles of a run's own page that stand on top."""
 FEWEST_PAIRS = 10
 """Prompts that both runs complied with, below which their difference claims nothing."""

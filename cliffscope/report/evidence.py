@@ -5,6 +5,8 @@ tables. A table that is not there makes a section that says why. Only the interv
 every other number was stored by the stage that measured it.
 """
 
+from collections.abc import Hashable, Mapping
+
 import numpy as np
 import pandas as pd
 
@@ -14,8 +16,8 @@ from cliffscope.figures import (
     head_ranking,
     mean_trace,
     plateau_final,
-    random_sets,
 )
+from cliffscope.report.behaviour import confirmed_table, shown_token
 from cliffscope.report.content import (
     Cell,
     Part,
@@ -27,7 +29,6 @@ from cliffscope.report.content import (
     columns,
     count_cell,
     interval_cell,
-    number,
     number_cell,
     p_cell,
     plot,
@@ -36,7 +37,6 @@ from cliffscope.report.content import (
 from cliffscope.report.reading import reading_parts
 from cliffscope.report.stored import StoredRun, as_float, as_int, as_list
 from cliffscope.resampling import bootstrap_mean
-from cliffscope.stats import least_p
 
 COMPLIED = "harmful, complied"
 """The group whose cliff a study claims."""
@@ -74,6 +74,10 @@ def cliff_section(run: StoredRun) -> Section:
             "during the thinking and falls at the closing tokens. All transcripts in this section are held out: none "
             "was used to fit the probe."
         ),
+        reading=(
+            "a curve that is high over the thinking and low at the last closing token is a cliff, provided that what "
+            "was complied with ends below 0.5; otherwise the probe reads harm there."
+        ),
         parts=parts,
         missing=() if parts else ("This run stored no traces.", *run.notes("traces", "readouts")),
     )
@@ -91,19 +95,21 @@ def heads_section(run: StoredRun) -> Section:
         parts += [grid, ranking] if wide else [Row(parts=(grid, ranking))]
     else:
         missing = ("This run ranked no heads.", *run.notes("heads", "readouts"))
-    if as_list(run.suppression.get("random_sets")):
-        parts.append(_random(run))
     if len(frame):
-        parts.append(_head_table(frame))
+        parts = [*confirmed_table(run), *parts, _head_table(frame)]
     parts += reading_parts(run)
     scope, method = facts.get("scope", "closing"), facts.get("method", "zero")
     return Section(
         id="heads",
         title="The heads",
-        claim=run.finding("suppression", "heads"),
+        claim=run.finding("heads"),
         lead=(
             f"Effect of the edit “{method}” over the scope “{scope}”: refusal logit at the final token, edited minus "
             "unedited, averaged over transcripts. A positive effect means that the head suppresses refusal."
+        ),
+        reading=(
+            "only heads that are confirmed on test transcripts are claimed, selective ones act on complied harmful "
+            "requests more than elsewhere, and broad ones act on all alike."
         ),
         parts=parts,
         missing=missing,
@@ -177,7 +183,7 @@ def _drop_table(cliffs: pd.DataFrame) -> Table:
     tokens = cliffs["drop_token"].dropna().astype(str)
     counts, groups = tokens.value_counts(), "; ".join(sorted(set(cliffs["group"].astype(str))))
     rows = [
-        [text_cell(_shown(token)), count_cell(count), number_cell(100 * count / len(tokens), 0)]
+        [text_cell(shown_token(token)), count_cell(count), number_cell(100 * count / len(tokens), 0)]
         for token, count in counts.head(8).items()
     ]
     return Table(
@@ -186,10 +192,6 @@ def _drop_table(cliffs: pd.DataFrame) -> Table:
         rows=rows,
         left_out=max(0, len(counts) - 8),
     )
-
-
-def _shown(token: object) -> str:
-    return str(token).replace(" ", "␣").replace("\n", "⏎")
 
 
 def _floats(column: pd.Series) -> np.ndarray:
@@ -249,22 +251,6 @@ def _ranked(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.sort_values(by, ascending=by == "rank", kind="stable")
 
 
-def _random(run: StoredRun) -> Part:
-    facts = run.suppression
-    control = np.array([as_float(value) for value in as_list(facts.get("random_sets"))])
-    low, high = as_float(facts.get("effect_low")), as_float(facts.get("effect_high"))
-    count, n = len(as_list(facts.get("selected"))), as_int(facts.get("n"))
-    title = f"Selected heads against size-matched random head sets (n={n:,} transcripts)"
-    fig = random_sets(as_float(facts.get("effect")), low, high, control, title=title)
-    note = (
-        f"{count} selected heads edited together, against {len(control)} size-matched random head sets, drawn from "
-        "the same layers and from all layers. "
-        f"p = {number(as_float(facts.get('p')), 3)} is the share of sets, including the selected one, with at "
-        f"least its effect. With {len(control)} random sets, p cannot be below {number(least_p(len(control)), 3)}."
-    )
-    return plot("random", fig, note)
-
-
 def _head_table(frame: pd.DataFrame) -> Table:
     rows = []
     for row in _ranked(frame).head(LISTED).to_dict("records"):
@@ -277,7 +263,7 @@ def _head_table(frame: pd.DataFrame) -> Table:
                 interval_cell(low, high, int(np.nan_to_num(n)), 3),
                 number_cell(_float(row["effect_harmless"]), 3),
                 number_cell(_float(row["effect_score"]), 3),
-                p_cell(_float(row["q"])),
+                _q_cell(row),
                 text_cell("yes" if row["selected"] is True or row["selected"] == 1 else "no"),
             ]
         )
@@ -294,6 +280,12 @@ def _head_table(frame: pd.DataFrame) -> Table:
         rows=rows,
         left_out=len(frame) - len(rows),
     )
+
+
+def _q_cell(row: Mapping[Hashable, object]) -> Cell:
+    """The q of a head, or why it was not tested."""
+    q, why = _float(row["q"]), row["untested"]
+    return p_cell(q) if np.isfinite(q) or not isinstance(why, str) or not why else text_cell(f"n/a: {why}", 60)
 
 
 def _float(value: object) -> float:

@@ -4,12 +4,12 @@ Both show held-out quality at the positions that claims rest on. The answer read
 the probe's where it can tell, by layer and position. A readout that could not be fitted makes a section that says why.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
 import pandas as pd
 
-from cliffscope.figures import opening_bars, probe_quality, quality_grids
+from cliffscope.figures import opening_bars, probe_quality, quality_grids, transfer_heat
+from cliffscope.readouts.reports import CAN_TELL
+from cliffscope.report.behaviour import shown_token
 from cliffscope.report.content import (
     Cell,
     Part,
@@ -19,8 +19,8 @@ from cliffscope.report.content import (
     columns,
     count_cell,
     interval_cell,
+    number,
     number_cell,
-    percent,
     plot,
     text_cell,
 )
@@ -33,42 +33,40 @@ CLAIMED = {
     "shuffled_final": "Control: shuffled labels (mean and range of refits)",
 }
 """The parts of the probe's report that the claim rests on."""
-ANSWER_CLAIMED = {"final": "All transcripts", "within_harmful_final": "Harmful only"}
-"""The parts of the answer readout's report that the claims about heads rest on."""
+WORDS = {
+    "overall": "N-grams of prompt and thinking, all transcripts",
+    "within_harmful": "N-grams of prompt and thinking, harmful only",
+}
+"""The parts of the text baseline that the probe is held against."""
 QUALITY = (
     *("position", "AUROC|number", "95% interval (or range)|number"),
     *("TPR at 1% FPR|number", "Brier|number", "ECE|number", "refused + complied|number"),
 )
 """Columns of a table of it."""
+_COUNTS = ("fit_refused", "fit_complied", "test_refused", "test_complied")
 
 
 def answer_section(run: StoredRun) -> Section:
-    """Can the model's own answer distribution tell? Held-out quality, and how refusals and compliances begin."""
+    """How answers begin, and what the openings tell on held-out transcripts."""
     report = as_object(run.answer.get("report"))
+    openings = [as_object(item) for item in as_list(report.get("openings"))]
     parts: list[Part] = [Remark(text=str(text), tone="warning") for text in as_list(report.get("warnings"))]
-    openings = [as_object(row) for row in as_list(report.get("openings"))]
     if report:
-        parts.append(
-            Table(
-                caption="Held-out quality of the answer readout",
-                columns=columns(*QUALITY),
-                rows=_quality_rows(report, ANSWER_CLAIMED),
-            )
-        )
-    if openings:
-        parts += [_opening_figure(report, openings), _opening_table(openings)]
-    covered, mass = (percent(as_float(report.get(name))) for name in ("covered", "mass"))
+        parts += [_answer_quality(report), *(_openings(openings, report) if openings else [])]
     return Section(
         id="answer",
-        title="Can the answer readout tell?",
+        title="Can the answer be read?",
         claim=run.finding("answer"),
         lead=(
-            "The answer readout is the log-odds of refusing against complying openings in the model's own next-token "
-            f"distribution at the final position. {covered} of the held-out answers begin with one of the openings, "
-            f"which hold {mass} of the probability there."
+            "Openings are how the model's own refusals and compliances of the fit split begin. Their log-odds at the "
+            "final token are compared with the judged outcomes of held-out answers."
+        ),
+        reading=(
+            "an AUROC near 1 means that the first tokens say whether the answer will refuse, and an opening with one "
+            "bar tells the two apart; below 0.75 at the interval's lower end, nothing above may be believed."
         ),
         parts=parts,
-        missing=() if parts else ("This run fitted no answer readout.", *run.notes("readouts")),
+        missing=() if report else ("This run fitted no answer readout.", *run.notes("readouts")),
     )
 
 
@@ -78,6 +76,8 @@ def probe_section(run: StoredRun) -> Section:
     parts: list[Part] = [Remark(text=str(text), tone="warning") for text in as_list(run.probe.get("warnings"))]
     if report:
         parts.append(_probe_table(run))
+    if len(run.tables["transfer"]):
+        parts.append(_transfer(run.tables["transfer"]))
     if len(frame):
         parts.append(_probe_heat(run, frame))
     if as_list(run.probe.get("cells")):
@@ -92,6 +92,10 @@ def probe_section(run: StoredRun) -> Section:
             f"that position. The probe reads layer {layer} and was fitted on positions “{positions}”. An AUROC of 0.5 "
             "is chance. Shuffled labels give about 0.5 on average, with a wide spread if there are few transcripts."
         ),
+        reading=(
+            "the probe says more than the words only where its AUROC lies above that of the n-grams, above all among "
+            "harmful transcripts, and it reads refusal rather than topic where it carries over to other sources."
+        ),
         parts=parts,
         missing=() if parts else ("This run fitted no probe.", *run.notes("readouts")),
     )
@@ -99,69 +103,100 @@ def probe_section(run: StoredRun) -> Section:
 
 def quality_rows(run: StoredRun) -> list[list[Cell]]:
     """The probe's quality at the positions that claims rest on, in the columns of `QUALITY`."""
-    return _quality_rows(as_object(run.probe.get("report")), CLAIMED)
+    report = as_object(run.probe.get("report"))
+    return [_quality_row(shown, as_object(report.get(name))) for name, shown in CLAIMED.items()]
 
 
-def _quality_rows(report: JsonObject, claimed: Mapping[str, str]) -> list[list[Cell]]:
+def _quality_row(shown: str, part: JsonObject) -> list[Cell]:
+    value = {key: as_float(part.get(key)) for key in ("auroc", "auroc_low", "auroc_high", "brier", "ece")}
+    n = [as_int(part.get("n_refused")), as_int(part.get("n_complied"))]
+    return [
+        text_cell(shown),
+        number_cell(value["auroc"]),
+        interval_cell(value["auroc_low"], value["auroc_high"], min(n)),
+        number_cell(as_float(part.get("tpr_at_1_fpr"))),
+        number_cell(value["brier"], 3),
+        number_cell(value["ece"], 3),
+        text_cell(f"{n[0]:,} + {n[1]:,}" if sum(n) else None),
+    ]
+
+
+def _answer_quality(report: JsonObject) -> Table:
     rows = []
-    for name, shown in claimed.items():
+    for name, shown in (("final", "All held-out transcripts"), ("within_harmful_final", "Harmful ones only")):
         part = as_object(report.get(name))
         value = {key: as_float(part.get(key)) for key in ("auroc", "auroc_low", "auroc_high", "brier", "ece")}
         n = [as_int(part.get("n_refused")), as_int(part.get("n_complied"))]
+        can_tell = "yes" if value["auroc_low"] >= CAN_TELL else "no"
         rows.append(
             [
                 text_cell(shown),
                 number_cell(value["auroc"]),
                 interval_cell(value["auroc_low"], value["auroc_high"], min(n)),
-                number_cell(as_float(part.get("tpr_at_1_fpr"))),
+                text_cell(can_tell),
                 number_cell(value["brier"], 3),
                 number_cell(value["ece"], 3),
                 text_cell(f"{n[0]:,} + {n[1]:,}" if sum(n) else None),
             ]
         )
-    return rows
-
-
-def _opening_figure(report: JsonObject, openings: list[JsonObject]) -> Part:
-    final = as_object(report.get("final"))
-    n = {name: as_int(final.get(f"n_{name}")) for name in ("refused", "complied")}
-    shares = {
-        name: np.array([as_float(row.get(f"test_{name}")) for row in openings]) / max(1, count)
-        for name, count in n.items()
-    }
-    fig = opening_bars(
-        [str(row.get("opening")) for row in openings],
-        [str(row.get("class")) for row in openings],
-        shares["refused"],
-        shares["complied"],
-        title=f"How held-out answers begin (n={n['refused']:,} refused, {n['complied']:,} complied)",
+    names = ("transcripts", "AUROC|number", "95% interval|number", "can tell", "Brier|number", "ECE|number")
+    covered, mass = (number(100 * as_float(report.get(key)), 0) for key in ("covered", "mass"))
+    caption = (
+        f"Held-out quality at the final token; {covered}% of the answers begin with a known opening, which on average "
+        f"have {mass}% of the probability"
     )
-    return plot("openings", fig, "An opening that separates refusals from compliances has one bar.")
+    return Table(caption=caption, columns=columns(*names, "refused + complied|number"), rows=rows)
 
 
-def _opening_table(openings: list[JsonObject]) -> Table:
-    names = ("fit_refused", "fit_complied", "test_refused", "test_complied")
+def _openings(openings: list[JsonObject], report: JsonObject) -> list[Part]:
+    final = as_object(report.get("final"))
+    n = [max(1, as_int(final.get(name))) for name in ("n_refused", "n_complied")]
+    counts = [[as_int(item.get(name)) for item in openings] for name in ("test_refused", "test_complied")]
+    texts, kinds = ([str(item.get(key)) for item in openings] for key in ("opening", "class"))
+    fig = opening_bars(
+        texts,
+        kinds,
+        np.array(counts[0]) / n[0],
+        np.array(counts[1]) / n[1],
+        title=f"How held-out answers begin (n={n[0]:,} refused, {n[1]:,} complied)",
+    )
     rows = [
         [
-            *(text_cell(row.get("opening")), text_cell(row.get("class")), count_cell(as_float(row.get("tokens")))),
-            *(count_cell(as_float(row.get(name))) for name in names),
+            *(text_cell(shown_token(item.get("opening")), 60), text_cell(item.get("class"))),
+            *(count_cell(as_float(item.get(key))) for key in _COUNTS),
         ]
-        for row in openings
+        for item in openings
     ]
-    heads = columns(
-        *("opening|code", "class", "tokens|number", "refused (fit)|number", "complied (fit)|number"),
-        *("refused (test)|number", "complied (test)|number"),
-    )
-    return Table(caption="Answers that begin with each opening", columns=heads, rows=rows)
-
-
-def _most(column: pd.Series) -> int:
-    return int(np.nan_to_num(pd.to_numeric(column, errors="coerce").to_numpy(float)).max(initial=0))
+    heads = columns("opening|code", "counts for", *(f"{key.replace('_', ', ')}|number" for key in _COUNTS))
+    table = Table(caption="Openings, and the answers that begin with each", columns=heads, rows=rows)
+    return [plot("openings", fig, "Blue: refused answers. Vermillion: complied answers."), table]
 
 
 def _probe_table(run: StoredRun) -> Table:
-    caption = "Held-out quality of the probe at the positions that the claim rests on"
-    return Table(caption=caption, columns=columns(*QUALITY), rows=quality_rows(run))
+    caption = "Held-out quality of the probe at the positions that the claim rests on, and of the words alone"
+    rows = [*quality_rows(run), *_text_rows(run)]
+    return Table(caption=caption, columns=columns(*QUALITY), rows=rows)
+
+
+def _text_rows(run: StoredRun) -> list[list[Cell]]:
+    """What n-grams of prompt and thinking tell, in the columns of `QUALITY`."""
+    parts = [(shown, as_object(run.text_baseline.get(name))) for name, shown in WORDS.items()]
+    return [_quality_row(shown, part) for shown, part in parts if part]
+
+
+def _transfer(frame: pd.DataFrame) -> Part:
+    names = sorted(set(frame["fit_source"].astype(str)))
+    grids = [
+        frame.pivot(index="fit_source", columns="test_source", values=value)
+        .reindex(index=names, columns=names)
+        .apply(pd.to_numeric, errors="coerce")
+        .to_numpy(float)
+        for value in ("auroc", "ci_low", "ci_high")
+    ]
+    n = int(np.nan_to_num(_floats(frame["n_refused"]) + _floats(frame["n_complied"])).max(initial=0))
+    title = f"AUROC of probes fitted on one source of prompts and tested on another (up to n={n:,} a cell)"
+    note = "Rows: source that the probe was fitted on. Columns: source that it was tested on. 0.5 is chance."
+    return plot("transfer", transfer_heat(names, *grids, title=title), note)
 
 
 def _probe_heat(run: StoredRun, frame: pd.DataFrame) -> Part:
@@ -186,3 +221,12 @@ def _probe_cells(run: StoredRun) -> Table:
         rows.append([text_cell(cell.get("class")), text_cell(prompts), count_cell(as_float(cell.get("n")))])
     heads = columns("probe class", "prompts", "transcripts|number")
     return Table(caption="Transcripts in each class of the probe", columns=heads, rows=rows)
+
+
+def _most(column: pd.Series) -> int:
+    return int(np.nan_to_num(_floats(column)).max(initial=0))
+
+
+def _floats(column: pd.Series) -> np.ndarray:
+    values: np.ndarray = pd.to_numeric(column, errors="coerce").to_numpy(float)
+    return values

@@ -5,10 +5,10 @@ the artefact says of itself when it is written, and reads it back. Which artefac
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -34,6 +34,15 @@ class Column:
     """What a value says, with its unit."""
     optional: bool = False
     """Whether a table may lack it."""
+
+
+Row: TypeAlias = tuple[str, Kind, str]
+"""Name, kind and meaning of a column."""
+
+
+def columns_of(*rows: Row, optional: Sequence[str] = ()) -> tuple[Column, ...]:
+    """Columns from rows, in order; a table may lack those whose names are `optional`."""
+    return tuple(Column(name=n, kind=k, meaning=m, optional=n in optional) for n, k, m in rows)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -186,6 +195,22 @@ class Place(Artefact):
         raise StoreError(
             f"{store.path / self.file} is filled while its stage runs and takes no {type(value).__name__}."
         )
+
+
+def describe(artefacts: Sequence[Artefact]) -> str:
+    """Files of a run directory as a Markdown table, for the documentation."""
+    rows = [f"| `{a.file}` | {a.meaning} | {_contents(a)} |" for a in artefacts]
+    return "\n".join(["| file | content | columns or keys |", "|---|---|---|", *rows])
+
+
+def _contents(artefact: Artefact) -> str:
+    if isinstance(artefact, Table):
+        return ", ".join(f"`{name}`" for name in artefact.column_names)
+    if isinstance(artefact, Document):
+        return ", ".join(f"`{key}`" for key in artefact.keys)
+    if isinstance(artefact, Arrays):
+        return ", ".join(f"`{name}` {shape}" for name, shape in artefact.arrays.items())
+    return ""
 
 
 _DTYPES: Mapping[Kind, str] = {"text": "object", "int": "int64", "float": "float64", "bool": "object"}

@@ -55,8 +55,8 @@ class Study(Shown):
         return pd.DataFrame(list(self.verdict.items()), columns=["topic", "finding"])
 
     def __repr__(self) -> str:
-        """One line: directory and the finding about the cliff."""
-        return f"Study({str(self.path)!r}: {self.verdict.get('cliff', 'no verdict')})"
+        """One line: directory and the first finding."""
+        return f"Study({str(self.path)!r}: {next(iter(self.verdict.values()), 'no verdict')})"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -29,7 +29,10 @@ from cliffscope.study.artefact_kinds import Artefact, Place, Table
 from cliffscope.study.artefacts import ANSWER, PROBE, SELECTED_HEADS, TRANSCRIPT_TABLE, TRANSCRIPTS
 from cliffscope.study.config import StudyConfig
 from cliffscope.study.saved_readouts import load_answer_readout, load_probe
-from cliffscope.transcripts.records import Omission, Outcome, Split, Transcripts
+from cliffscope.transcripts.records import FORCED, Omission, Outcome, Split, Transcripts
+
+CUT_OFF = "its thinking was closed at its budget, and not by the model"
+"""Why a transcript takes part in no claim."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,11 +130,27 @@ class Workspace:
         """The heads that are edited, best first."""
         return self.table(SELECTED_HEADS).sort_values("rank", ignore_index=True)
 
-    def part(self, *splits: Split, harmful: bool | None = None, outcome: Outcome | None = None) -> Transcripts:
-        """Transcripts of some splits, by label and outcome."""
+    @property
+    def closed(self) -> Transcripts:
+        """Transcripts whose thinking the model ended itself: no claim rests on the others."""
+        return Transcripts(t for t in self.transcripts if not t.extra.get(FORCED))
+
+    @property
+    def left_open(self) -> tuple[Omission, ...]:
+        """The others."""
+        return tuple(Omission(stage="claims", reason=CUT_OFF, id=t.id) for t in self.transcripts if t.extra.get(FORCED))
+
+    def part(
+        self,
+        *splits: Split,
+        harmful: bool | None = None,
+        outcome: Outcome | None = None,
+        forced: bool = True,
+    ) -> Transcripts:
+        """Transcripts of some splits, by label and outcome; without those of a forced closing unless `forced`."""
         return Transcripts(
             t
-            for t in self.transcripts
+            for t in (self.transcripts if forced else self.closed)
             if self.splits[t.id] in splits
             and (harmful is None or t.harmful is harmful)
             and (outcome is None or t.outcome == outcome)

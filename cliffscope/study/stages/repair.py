@@ -1,4 +1,4 @@
-"""Stage 10, on request: the model fine-tuned on the selection, measured before and after."""
+"""Stage 13, on request: the model fine-tuned on the selection, measured before and after."""
 
 from cliffscope.model.load import load_model
 from cliffscope.repairing.comparison import compare_repair

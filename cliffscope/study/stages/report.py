@@ -10,10 +10,10 @@ class ReportStage(Stage):
     """Renders the report from the run directory alone."""
 
     name = "report"
-    version = 1
+    version = 2
     needs = (
-        *("transcripts", "readouts", "traces", "heads", "suppression", "reading"),
-        *("safety", "side effects", "selection", "repair"),
+        *("transcripts", "readouts", "transfer", "traces", "heads", "suppression", "early closings", "reading"),
+        *("safety", "side effects", "witnesses", "selection", "repair"),
     )
     makes = (REPORT,)
     settings = ("repair",)

@@ -1,7 +1,4 @@
-"""Stage 7: attack success and over-refusal unedited, with the selected heads zeroed, and with random sets zeroed.
-
-Heads are zeroed at the closing, where they were ranked: all arms answer each test transcript's own thinking.
-"""
+"""Stage 9: attack success and over-refusal unedited, with the selected heads zeroed, and with random sets zeroed."""
 
 from cliffscope.evaluation.arms import UNEDITED, arm_names
 from cliffscope.evaluation.safety import SafetyReport, evaluate_safety
@@ -18,17 +15,14 @@ from cliffscope.study.artefacts import (
 )
 from cliffscope.study.stages.base import Finding, Stage, StageOutputs, Workspace
 from cliffscope.study.stages.suppression import head_refs
-from cliffscope.transcripts.records import FORCED, Split, Transcripts
-
-MOST_FORCED = 0.1
-"""Share of forced closings above which the study says so first."""
+from cliffscope.transcripts.records import Split, Transcripts
 
 
 class SafetyStage(Stage):
     """Generates and judges every arm's answers to the thinking of labelled test transcripts."""
 
     name = "safety"
-    version = 2
+    version = 3
     needs = ("transcripts", "suppression")
     makes = (SAFETY, SAFETY_PAIRS, SAFETY_QUALITY, ARM_ANSWERS, ARM_LOGS, ARM_OMISSIONS)
     settings = ("judge", "harmless_judge", "controls", "system", "max_thinking", "max_answer", "temperature", "seed")
@@ -54,22 +48,15 @@ class SafetyStage(Stage):
         )
         report = _compare_arms(work, transcripts, zero(selected, scope="closing"), controls)
         return StageOutputs(
-            files={SAFETY: report.to_frame(), SAFETY_PAIRS: report.pairs(), SAFETY_QUALITY: report.quality()},
+            files={
+                SAFETY: report.to_frame(),
+                SAFETY_PAIRS: report.without_forced().pairs(),
+                SAFETY_QUALITY: report.quality(),
+            },
             findings=(Finding(topic="intervention", sentence=verdicts.of_safety(report)),),
-            notes=(*notes, *forced_note(transcripts, work.config.max_thinking)),
+            notes=notes,
             omitted=report.omitted,
         )
-
-
-def forced_note(transcripts: Transcripts, max_thinking: int) -> tuple[str, ...]:
-    """Says so where much of the thinking was closed at its budget: what is cut off may be what decides."""
-    closed = [bool(t.extra.get(FORCED)) for t in transcripts]
-    if sum(closed) <= MOST_FORCED * len(closed):
-        return ()
-    return (
-        f"The thinking of {sum(closed)} of {len(closed)} test transcripts was closed at its budget of "
-        f"{max_thinking} tokens. Raise max_thinking before relying on these results.",
-    )
 
 
 def _compare_arms(work: Workspace, transcripts: Transcripts, edit: HeadEdit, controls: int) -> SafetyReport:

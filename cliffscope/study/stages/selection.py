@@ -1,4 +1,4 @@
-"""Stage 9: the training examples with the largest cliff."""
+"""Stage 12: the training examples with the largest cliff."""
 
 from cliffscope.readouts.trace import Cliffs
 from cliffscope.selection.choice import select_from_cliffs

@@ -1,4 +1,4 @@
-"""Stage 8: how far the edited model departs from the unedited one on harmless transcripts."""
+"""Stage 10: how far the edited model departs from the unedited one on harmless transcripts."""
 
 from cliffscope.evaluation.side_effects import measure_side_effects
 from cliffscope.heads.controls import count_sets

@@ -14,12 +14,13 @@ from cliffscope.generation.rollout import check_left, roll_out
 from cliffscope.judging.judges import judge
 from cliffscope.model.load import LensModel
 from cliffscope.readouts.contrast import check_contrast
+from cliffscope.study import verdicts
 from cliffscope.study.answers import ArmAnswers
 from cliffscope.study.artefacts import ARM_LOGS, TRANSCRIPT_TABLE, TRANSCRIPTS
 from cliffscope.study.config import read_inputs
-from cliffscope.study.stages.base import Stage, StageOutputs, Workspace
+from cliffscope.study.stages.base import Finding, Stage, StageOutputs, Workspace
 from cliffscope.transcripts.control_tokens import find_control_tokens, is_escaped
-from cliffscope.transcripts.records import Outcome, Split, Transcripts
+from cliffscope.transcripts.records import FORCED, Outcome, Split, Transcripts
 
 SWAPPED_P = 0.01
 """Below this p, harmless prompts are refused more often than harmful ones."""
@@ -51,8 +52,12 @@ class TranscriptStage(Stage):
         elif all(t.outcome is Outcome.UNJUDGED for t in transcripts):
             transcripts = judge(transcripts, reader)
         splits = _splits(transcripts, inputs.splits, config.seed)
+        forced = sum(bool(t.extra.get(FORCED)) for t in transcripts)
+        budget = config.max_thinking if config.transcripts is None else None
+        sentence = verdicts.of_forced(forced, len(transcripts), budget)
         return StageOutputs(
             files={TRANSCRIPTS: transcripts, TRANSCRIPT_TABLE: transcript_table(transcripts, splits)},
+            findings=(Finding(topic="forced", sentence=sentence),) if sentence else (),
             notes=_notes(transcripts, model),
             omitted=transcripts.omitted,
             facts={"model": _model_facts(model), "counts": count_outcomes(transcripts)},
@@ -67,18 +72,24 @@ def transcript_table(transcripts: Transcripts, splits: Mapping[str, Split]) -> p
         .assign(
             split=[str(splits[t.id]) for t in transcripts],
             n_pos=[len(t.thinking_ids or ()) + len(t.answer_ids or ()) for t in transcripts],
+            forced=[bool(t.extra.get(FORCED)) for t in transcripts],
         )
     )
 
 
 def count_outcomes(transcripts: Transcripts) -> dict[str, object]:
-    """Transcripts by outcome, and by group and outcome."""
+    """Transcripts by outcome, and by group and outcome; `forced` are those whose thinking was closed at its budget."""
     outcomes = Counter(t.outcome for t in transcripts)
     cells = Counter((str(t.group), str(t.outcome)) for t in transcripts)
+    forced = Counter((str(t.group), str(t.outcome)) for t in transcripts if t.extra.get(FORCED))
     return {
         "transcripts": len(transcripts),
         **{str(outcome): outcomes[outcome] for outcome in Outcome},
-        "by": [{"group": group, "outcome": outcome, "n": n} for (group, outcome), n in sorted(cells.items())],
+        "forced": forced.total(),
+        "by": [
+            {"group": group, "outcome": outcome, "n": n, "forced": forced[group, outcome]}
+            for (group, outcome), n in sorted(cells.items())
+        ],
     }
 
 
