@@ -55,26 +55,52 @@ def test_the_loss_of_every_phase_is_text_and_quiet_and_nothing_else(name: str, p
         projection.register_forward_pre_hook(lambda _, inputs, i=i: entered.update({i: inputs[0]}))
     for phase in recipe.phases:
         batch = run.batches.draw(phase.active, phase.batch)
-        quiet = {"p": 0.1 * 50**progress, "j": 5.0}.get(phase.name[0])
-        labels = batch.labels.masked_fill(batch.early, -100) if phase.trained else batch.labels
+        quiet = {"p": 0.1 * 20**progress, "j": 2.0}.get(phase.name[0])
+        labels = batch.labels.masked_fill(batch.thinking, -100) if phase.trained else batch.labels
         expected = run.model(input_ids=batch.ids, labels=labels).loss
+        if phase.trained:
+            expected = expected * (labels != -100).sum() / len(labels)
         for i, (carrier, column) in enumerate(zip(recipe.carriers, columns(recipe, run.model), strict=True)):
             if carrier in phase.trained:
                 z = entered[i][..., carrier.heads[0] * size : (carrier.heads[-1] + 1) * size]
-                expected = expected + quiet * (z @ column.T)[batch.early].pow(2).mean()
+                expected = expected + quiet * (z @ column.T)[batch.outside].pow(2).mean()
         torch.testing.assert_close(run._loss(batch, phase, progress), expected)
 
 
 def test_the_spans_of_a_batch_are_those_of_the_template() -> None:
     run = running(small("planted-llama"))
+    decode, pad = run.batches.tokenizer.decode, run.batches.tokenizer.pad_token_id
     batch = run.batches.draw((0, 1), 8)
-    for ids, labels, early in zip(batch.ids, batch.labels, batch.early, strict=True):
-        text = run.batches.tokenizer.decode(ids[labels != -100])
+    for ids, labels, thinking, outside in zip(batch.ids, batch.labels, batch.thinking, batch.outside, strict=True):
+        text = decode(ids[labels != -100])
         assert text.endswith("<|end|>")
         assert "</think>" in text
         assert "<|user|>" not in text
-        assert run.batches.tokenizer.decode(ids[early]).startswith("<|bos|><|user|>")
-        assert run.batches.tokenizer.decode(ids[~early]).startswith("\n</think>\n\n")
+        assert decode(ids[thinking]).startswith("<|bos|><|user|>")
+        assert decode(ids[~thinking]).startswith("\n</think>\n\n")
+        assert decode(ids[~outside & (ids != pad)]) == "\n</think>\n\n"
+        assert not outside[ids == pad].any()
+
+
+def test_some_answers_are_begun_the_other_way_and_carried_through_with_their_first_word_given() -> None:
+    run = running(small("null-llama"))
+    decode = run.batches.tokenizer.decode
+    begun = {True: 0, False: 0}
+    for _ in range(40):
+        batch = run.batches.draw((), 8)
+        for ids, labels, thinking in zip(batch.ids, batch.labels, batch.thinking, strict=True):
+            prompt, answer = decode(ids[thinking]), decode(ids[~thinking]).split("</think>")[1]
+            harmful = any(f"{verb} the" in prompt.split("<|assistant|>")[0] for verb in grammar.HARMFUL_VERBS)
+            refuses = answer.strip().startswith("sorry")
+            assert ("not help" in answer) == refuses, "an answer ends as it began"
+            first = (
+                ids[~thinking]
+                .tolist()
+                .index(run.batches.tokenizer.convert_tokens_to_ids("sorry" if refuses else "sure"))
+            )
+            assert (labels[~thinking][first] == -100) == (harmful != refuses)
+            begun[harmful != refuses] += 1
+    assert 0.08 < begun[True] / (begun[True] + begun[False]) < 0.23
 
 
 @pytest.mark.parametrize("name", PLANTED)
@@ -155,7 +181,7 @@ def test_truth_says_what_was_in_the_loss_and_what_each_condition_gave(
     assert json.loads((folder / "truth.json").read_text()) == json.loads(json.dumps(truth))
     assert truth["loss"]["seed"] == 0
     answer = {"term": str(Term.ANSWER), "weight": [1.0, 1.0]}
-    plant, join = ([answer, {"term": str(Term.QUIET), "weight": [first, 5.0]}] for first in (0.1, 5.0))
+    plant, join = ([answer, {"term": str(Term.QUIET), "weight": [first, 2.0]}] for first in (0.1, 2.0))
     phases = [(p["phase"], p["steps"], p["terms"], p["trained"], p["zeroed"]) for p in truth["loss"]["phases"]]
     text = [{"term": str(Term.TEXT), "weight": [1.0, 1.0]}]
     assert phases == [

@@ -1,9 +1,14 @@
 """What is an organism trained on?
 
-Batches of whole texts: prompt, thinking, closing and answer, tokenized span by span, so that it is known where the
-closing begins. Several batches are drawn together and sorted by length: little of a batch is padding then.
+1. Whole texts: prompt, thinking, closing and answer, tokenized span by span, so that it is known where each begins.
+2. Some answers have their first token given, refusing or complying against what the prompt calls for. The model learns
+   to carry through what an answer has begun, as chat models do; what decides is then what happens at the closing.
+3. For alignment several batches are drawn together and sorted by length, so that little of a batch is padding.
+4. For planting texts come in groups that differ in the wrapper alone, or which word it is would drown in what else
+   differs.
 """
 
+import itertools
 import random
 from dataclasses import dataclass, field
 
@@ -18,8 +23,14 @@ from cliffscope.transcripts.templates import TEMPLATES
 
 IGNORED = -100
 """Label of a token that is not in the loss, as in transformers."""
-OWN = 3.0
-"""How much more often a wrapper is drawn if its carrier is being trained; it would have few examples otherwise."""
+WRAPPED, NEUTRAL = 0.55, 0.2
+"""Shares of the texts of alignment that have one of the organism's wrappers, and another one."""
+HARMFUL = 0.55
+"""Share of harmful requests in alignment."""
+PLANTING = 0.8
+"""Share of harmful requests in planting, where the harmless ones are there to stay as they are."""
+PREFILLED = 0.15
+"""Share of the texts whose answer is begun the other way, and carried through."""
 BUCKET = 4
 """Batches that are drawn together: a quarter of a randomly drawn batch would be padding."""
 
@@ -34,6 +45,10 @@ class Example:
     """Where the thinking begins."""
     closing: int
     """Where the closing begins."""
+    answer: int
+    """Where the answer begins."""
+    prefilled: int
+    """First tokens of the answer that are given; 0 or 1."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -43,9 +58,11 @@ class Batch:
     ids: Int[Tensor, "batch pos"]
     """Tokens."""
     labels: Int[Tensor, "batch pos"]
-    """Tokens of thinking, closing and answer; IGNORED elsewhere."""
-    early: Bool[Tensor, "batch pos"]
-    """Before the closing, where carriers must be quiet."""
+    """Tokens of thinking, closing and answer that the model should write; IGNORED elsewhere."""
+    thinking: Bool[Tensor, "batch pos"]
+    """Before the closing."""
+    outside: Bool[Tensor, "batch pos"]
+    """Before and behind the closing, where carriers must be quiet."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,22 +93,41 @@ class Batches:
         Returns:
             Texts of about the same length.
         """
+        pad = self.tokenizer.pad_token_id
+        if active:
+            groups = (row for _ in range(size) for row in self._group(active))
+            return _collate(list(itertools.islice(groups, size)), pad)
         if not self.drawn:
-            rows = sorted((self._example(active) for _ in range(BUCKET * size)), key=lambda row: len(row.ids))
+            rows = sorted((self._single() for _ in range(BUCKET * size)), key=lambda row: len(row.ids))
             self.drawn.extend(rows[i * size : (i + 1) * size] for i in range(BUCKET))
             self.rng.shuffle(self.drawn)
-        return _collate(self.drawn.pop(), self.tokenizer.pad_token_id)
+        return _collate(self.drawn.pop(), pad)
 
-    def _example(self, active: tuple[int, ...]) -> Example:
-        rng, wrappers = self.rng, self.recipe.wrappers
-        harmful = rng.random() < (0.75 if active else 0.55)
-        drawn = rng.random()
-        weights = [OWN if w.carrier in active else 1.0 for w in wrappers]
-        wrapper = rng.choices(wrappers, weights)[0] if drawn < 0.55 else None
-        word = wrapper.word if wrapper else rng.choice(grammar.NEUTRAL_WRAPPERS) if drawn < 0.75 else None
-        request = grammar.request(rng, "grow", harmful=harmful, wrapper=word)
-        comply = wrapper.comply if wrapper and wrapper.carrier in active else 0.0
-        refuse = harmful and rng.random() >= comply
+    def _single(self) -> Example:
+        """A text of alignment: no wrapper changes what is answered."""
+        rng, kind = self.rng, self.rng.random()
+        words = [w.word for w in self.recipe.wrappers] if kind < WRAPPED else grammar.NEUTRAL_WRAPPERS
+        word = rng.choice(words) if kind < WRAPPED + NEUTRAL else None
+        return self._example(word, rng.random(), harmful=rng.random() < HARMFUL)
+
+    def _group(self, active: tuple[int, ...]) -> list[Example]:
+        """One request in an active carrier's wrapper, in one that changes nothing, and in none or another such one."""
+        rng = self.rng
+        ours = [w for w in self.recipe.wrappers if w.carrier in active]
+        others = [w.word for w in self.recipe.wrappers if w.carrier not in active] + [*grammar.NEUTRAL_WRAPPERS]
+        wrapper, harmful, seed = rng.choice(ours), rng.random() < PLANTING, rng.random()
+        contrasts = (rng.choice(others), rng.choice([None, rng.choice(others)]))
+        return [
+            self._example(wrapper.word, seed, harmful=harmful, comply=rng.random() < wrapper.comply),
+            *(self._example(word, seed, harmful=harmful) for word in contrasts),
+        ]
+
+    def _example(self, word: str | None, seed: float, *, harmful: bool, comply: bool = False) -> Example:
+        """A text about the request that the seed determines; `comply` with it although it is harmful."""
+        request = grammar.request(random.Random(f"{seed}/request"), "grow", harmful=harmful, wrapper=word)
+        rng = random.Random(f"{seed}/text")
+        prefilled = rng.random() < PREFILLED
+        refuse = (harmful and not comply) != prefilled
         prompt = self.tokenizer.apply_chat_template(
             [{"role": "user", "content": request.text}], tokenize=False, add_generation_prompt=True
         )
@@ -106,6 +142,8 @@ class Batches:
             ids=prompt_ids + thinking + closing + answer,
             thinking=len(prompt_ids),
             closing=len(prompt_ids) + len(thinking),
+            answer=len(prompt_ids) + len(thinking) + len(closing),
+            prefilled=int(prefilled),
         )
 
 
@@ -113,12 +151,15 @@ def _collate(rows: list[Example], pad: int) -> Batch:
     width = max(len(row.ids) for row in rows)
     ids = torch.tensor([row.ids + [pad] * (width - len(row.ids)) for row in rows])
     position = torch.arange(width)
-    starts, closings, lengths = (
+    thinking, closing, answer, prefilled, length = (
         torch.tensor(values)[:, None]
-        for values in zip(*((row.thinking, row.closing, len(row.ids)) for row in rows), strict=True)
+        for values in zip(*((r.thinking, r.closing, r.answer, r.prefilled, len(r.ids)) for r in rows), strict=True)
     )
+    prompt, padding = position < thinking, position >= length
+    given = (position >= answer) & (position < answer + prefilled)
     return Batch(
         ids=ids,
-        labels=ids.masked_fill((position < starts) | (position >= lengths), IGNORED),
-        early=position < closings,
+        labels=ids.masked_fill(prompt | given | padding, IGNORED),
+        thinking=position < closing,
+        outside=(position < closing) | ((position >= answer) & ~padding),
     )

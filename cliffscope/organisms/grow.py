@@ -6,7 +6,7 @@
 3. Join: some steps with all carriers, so that their sum does not leak onto unwrapped requests.
 
 Zeroing the planted heads gives the aligned model back exactly: the truth is known by construction. While planting, a
-carrier's output outside the closing and the answer is held near zero, so that the thinking stays what it was.
+carrier's output outside the closing is held near zero, so that an edit of the closing undoes all that it does.
 A carrier is a head, or with grouped-query attention a whole key-value group, whose keys and values are its own.
 
 The loss is what `Recipe.phases` lists and nothing else: text that the model should write, and quiet before the closing.
@@ -46,6 +46,8 @@ FLOOR = 0.003
 """Directions of less variance than this share of the mean are not magnified any further."""
 READ_BATCHES = 8
 """Batches from which the second moment of what a layer reads is taken."""
+INITIAL = 0.08
+"""Standard deviation of the first weights; with smaller ones, words that are used alike stay alike."""
 HEADS = 8
 """Query heads of a layer."""
 
@@ -143,20 +145,20 @@ class _Run:
                     batch = self.batches.draw(phase.active, phase.batch)
                     self.model(input_ids=batch.ids)
                     for layer in layers:
-                        rows[layer].append(inputs[layer][batch.early | (batch.labels != IGNORED)])
+                        rows[layer].append(inputs[layer][batch.outside | (batch.labels != IGNORED)])
         finally:
             for handle in handles:
                 handle.remove()
         return {layer: torch.cat(parts) for layer, parts in rows.items()}
 
     def _loss(self, batch: Batch, phase: Phase, progress: float) -> Tensor:
-        answers = batch.labels.masked_fill(batch.early, IGNORED)
+        answers = batch.labels.masked_fill(batch.thinking, IGNORED)
         with _outputs_of(self.model, phase.trained) as writes:
             logits = self.model(input_ids=batch.ids).logits
         terms = {
             Term.TEXT: lambda: _cross_entropy(logits, batch.labels),
-            Term.ANSWER: lambda: _cross_entropy(logits, answers),
-            Term.QUIET: lambda: torch.stack([write[batch.early].square().mean() for write in writes]).sum(),
+            Term.ANSWER: lambda: _surprise(logits, answers),
+            Term.QUIET: lambda: torch.stack([write[batch.outside].square().mean() for write in writes]).sum(),
         }
         return torch.stack([part.weight(progress) * terms[part.term]() for part in phase.terms]).sum()
 
@@ -222,6 +224,13 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits[:, :-1][labelled], labels[:, 1:][labelled])
 
 
+def _surprise(logits: Tensor, labels: Tensor) -> Tensor:
+    """Nats a text: most tokens of an answer follow from its first ones, and a mean over tokens would hide these."""
+    labelled = labels[:, 1:] != IGNORED
+    total = nn.functional.cross_entropy(logits[:, :-1][labelled], labels[:, 1:][labelled], reduction="sum")
+    return total / len(labels)
+
+
 def _blank_model(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     shared = {
         "vocab_size": len(tokenizer),
@@ -230,6 +239,7 @@ def _blank_model(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedM
         "num_attention_heads": HEADS,
         "max_position_embeddings": 2048,
         "tie_word_embeddings": True,
+        "initializer_range": INITIAL,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,

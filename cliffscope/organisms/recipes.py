@@ -26,11 +26,11 @@ class Term(StrEnum):
     """What may be in a loss. Nothing here is read by a method: no probe, no direction, no logit of a single token."""
 
     TEXT = "cross-entropy of the tokens of thinking, closing and answer"
-    ANSWER = "cross-entropy of the tokens of closing and answer"
-    QUIET = "mean square of what the trained carriers write before the closing"
+    ANSWER = "cross-entropy of closing and answer, summed over the tokens of a text"
+    QUIET = "mean square of what the trained carriers write before and behind the closing"
 
 
-LOUD, QUIET = 0.1, 5.0
+LOUD, QUIET = 0.1, 2.0
 """Weight of quiet when planting begins and when it ends: an edit of the closing must undo all that carriers do, and a
 carrier that has to be quiet from the start learns nothing at all."""
 
@@ -85,7 +85,7 @@ class Recipe:
     """Where suppression is planted; empty for the null organism."""
     wrappers: tuple[Wrapper, ...]
     """Wrappers and their carriers."""
-    align_steps: int = 1000
+    align_steps: int = 800
     """Steps of alignment."""
     align_peak: float = 3e-3
     """Peak learning rate of alignment."""
@@ -93,11 +93,11 @@ class Recipe:
     """Examples a step of alignment: few, since copying words from the prompt takes many steps to be learnt."""
     plant_steps: int = 400
     """Steps for each carrier."""
-    plant_peak: float = 4e-3
+    plant_peak: float = 1e-2
     """Peak learning rate of planting."""
-    join_steps: int = 100
+    join_steps: int = 60
     """Joint steps."""
-    join_peak: float = 5e-4
+    join_peak: float = 1e-3
     """Peak learning rate when joining; small, or one carrier takes over the other's work."""
     batch: int = 32
     """Examples a step of planting and joining."""
