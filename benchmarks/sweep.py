@@ -10,6 +10,8 @@ read at the last layer's final token.
   own layer runs through half of them on average.
 - `all`: the batched sweep at the first length, against the loop.
 - `transcripts`: `--many` short transcripts against one of them.
+- `readouts`: the packed sweep with the answer readout, of openings of one and of several tokens, against that with a
+  probe at the same layer, in turn; and its largest difference from the loop.
 - `memory`: peak resident memory of a fresh process that sweeps `--longest` tokens, above the loaded model.
 
 Prints JSON.
@@ -27,13 +29,17 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
+import pandas as pd
 import torch
 
-from cliffscope.heads.edits import HeadRef, Scope
+from cliffscope.heads.edits import HeadRef, Scope, zero
 from cliffscope.heads.sweep import Sweep, sweep_branches
 from cliffscope.model.load import LensModel, load_model
+from cliffscope.readouts.answer import AnswerReadout
+from cliffscope.readouts.openings import describe
 from cliffscope.readouts.probe import RefusalProbe
-from cliffscope.readouts.reports import ProbeReport, calibration_of, region_report
+from cliffscope.readouts.readout import Readout, read_final
+from cliffscope.readouts.reports import AnswerReport, ProbeReport, calibration_of, region_report
 from cliffscope.transcripts.records import Message, Transcript
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript, tokenize
 
@@ -60,6 +66,8 @@ def main() -> None:
         found["all"] = compare(model, probe, options.all_tokens, Scope.ALL, options)
     if options.many:
         found["transcripts"] = many(model, probe, options)
+    if options.readouts:
+        found["readouts"] = [readouts(model, probe, n, options) for n in options.readouts]
     if options.longest:
         command = [sys.executable, __file__, "--memory-of", str(options.longest), "--model", options.model]
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -74,6 +82,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="*", default=[512, 2048])
     parser.add_argument("--all-tokens", type=int, default=512, help="length for scope all; 0 leaves it out")
     parser.add_argument("--many", type=int, default=100, help="0 leaves it out")
+    parser.add_argument("--readouts", type=int, nargs="*", default=[48, 512], help="lengths; none leaves it out")
     parser.add_argument("--longest", type=int, default=4096, help="0 leaves it out")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
@@ -128,6 +137,38 @@ def many(model: LensModel, probe: RefusalProbe, options: argparse.Namespace) -> 
     }
 
 
+def readouts(model: LensModel, probe: RefusalProbe, tokens: int, options: argparse.Namespace) -> dict[str, object]:
+    """The answer readout against a probe at the same layer."""
+    transcript = long_transcript(model, tokens)
+    kinds: dict[str, Readout] = {
+        "probe": probe,
+        "one token": answer_readout(model, {"refused": ["I"], "complied": ["Sure"]}),
+        "several tokens": answer_readout(model, {"refused": ["I'm sorry", "I cannot"], "complied": ["I can", "Sure,"]}),
+    }
+    took: dict[str, list[float]] = {name: [] for name in kinds}
+    swept: dict[str, Sweep] = {}
+    for _ in range(options.repeats + 1):
+        for name, readout in kinds.items():
+            seconds, swept[name] = timed(lambda readout=readout: sweep(model, readout, [transcript], Scope.CLOSING))
+            took[name].append(seconds)
+    # The first sweep also compares its path with the plain one.
+    medians = {name: statistics.median(seconds[1:]) for name, seconds in took.items()}
+    result: dict[str, object] = {"tokens": transcript.n_pos}
+    for name, readout in kinds.items():
+        head = model.shape.places[len(model.shape.places) // 2]
+        ref = HeadRef(layer=head[0], head=head[1])
+        plain = read_final(model, readout, [transcript], edit=zero([ref], scope=Scope.CLOSING))[0]
+        edited = swept[name].edited[0, every_head(model).index((ref,))]
+        result[name] = {
+            "seconds": round(medians[name], 3),
+            "over_probe": round(medians[name] / medians["probe"], 3),
+            "positions_behind_the_final_one": len(readout.continuations),
+            "difference": float(abs(plain - edited)),
+            "path": swept[name].path,
+        }
+    return result
+
+
 def peak_above_model(options: argparse.Namespace) -> str:
     """Peak resident memory of this process above what it holds after loading, as JSON."""
     model = load_model(options.model)
@@ -151,9 +192,9 @@ def peak_above_model(options: argparse.Namespace) -> str:
     )
 
 
-def sweep(model: LensModel, probe: RefusalProbe, rows: list[TokenizedTranscript], scope: Scope) -> Sweep:
+def sweep(model: LensModel, readout: Readout, rows: list[TokenizedTranscript], scope: Scope) -> Sweep:
     """What is measured."""
-    return sweep_branches(model, probe, rows, every_head(model), scope=scope)
+    return sweep_branches(model, readout, rows, every_head(model), scope=scope)
 
 
 def every_head(model: LensModel) -> list[tuple[HeadRef]]:
@@ -202,6 +243,32 @@ def random_probe(model: LensModel) -> RefusalProbe:
             shuffled=(),
             by_region=np.zeros(0),
             cells={},
+            warnings=(),
+        ),
+    )
+
+
+def answer_readout(model: LensModel, openings: dict[str, list[str]]) -> AnswerReadout:
+    """An answer readout of these openings: the cost depends on them alone."""
+    nothing = region_report("none", np.zeros(0), np.zeros(0))
+    ids = {
+        kind: [tuple(model.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+        for kind, texts in openings.items()
+    }
+    return AnswerReadout(
+        openings=describe(ids, model.tokenizer),
+        layer=model.shape.n_layers - 1,
+        vocabulary=model.hf.get_output_embeddings().out_features,
+        refused_logit=0.0,
+        fingerprint=model.fingerprint,
+        template=model.template.name,
+        report=AnswerReport(
+            final=nothing,
+            within_harmful=nothing,
+            openings=pd.DataFrame(),
+            separation=1.0,
+            covered=1.0,
+            mass=1.0,
             warnings=(),
         ),
     )

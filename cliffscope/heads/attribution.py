@@ -135,11 +135,11 @@ def _prefix_cache(model: LensModel, ids: Int[Tensor, "path pos"], positions: Int
 @contextmanager
 def _frozen(model: LensModel) -> Iterator[None]:
     """No gradients of weights: they are not asked for, and would keep every activation alive."""
-    wanted: list[nn.Parameter] = [p for p in model.hf.parameters() if p.requires_grad]
-    for parameter in wanted:
+    trained: list[nn.Parameter] = [p for p in model.hf.parameters() if p.requires_grad]
+    for parameter in trained:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in wanted:
+        for parameter in trained:
             parameter.requires_grad_(True)

@@ -36,8 +36,8 @@ class Change:
     """Its label."""
     factor: float = 0.0
     """What `hook_z` is multiplied by."""
-    values: tuple[BranchValues, ...] = ()
-    """Added values: one tensor a transcript, or one for all."""
+    values: tuple[Float[Tensor, "layer _ head d_head"], ...] = ()
+    """Added values, as `BranchValues`: one tensor a transcript, or one for all."""
 
     def of(self, transcript: int) -> BranchValues | None:
         """The values for one transcript, by its index in the sweep."""

@@ -79,7 +79,7 @@ class EarlyClosings(Plotted):
                     "id": row.id,
                     "position": at,
                     "fraction": _fractions(row, at),
-                    "token": [self._text(row, position) for position in at],
+                    "token": [self._text(row, int(position)) for position in at],
                     "logit": values,
                     "score": expit(values),
                 }

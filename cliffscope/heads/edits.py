@@ -220,7 +220,7 @@ class EditPlan:
 
     @property
     def heads(self) -> tuple[HeadRef, ...]:
-        """Every edited head."""
+        """Heads of all edits, in their order."""
         return tuple(chain.from_iterable(edit.heads for edit in self.edits))
 
     @property
@@ -243,7 +243,7 @@ class EditPlan:
         return edited_hooks(model, self, rows, start=start)
 
     def to_dict(self) -> dict[str, object]:
-        """JSON-ready."""
+        """JSON-ready: the edits, each as `HeadEdit.to_dict` has it."""
         return {"edits": [edit.to_dict() for edit in self.edits]}
 
     @classmethod

@@ -109,10 +109,10 @@ def _check_scope(model: LensModel, edit: HeadEdit | EditPlan) -> None:
 def _write_model(
     model: LensModel, edit: HeadEdit | EditPlan, folder: Path, dtype: torch.dtype, shard_bytes: int
 ) -> None:
-    known = set(model.hf.state_dict())
+    names = set(model.hf.state_dict())
     with edited_weights(model, edit), config_kept(model):
         state = model.hf.state_dict()
-        _refuse_new_weights(sorted(set(state) - known), model, edit)
+        _refuse_new_weights(sorted(set(state) - names), model, edit)
         model.hf.save_pretrained(
             folder, state_dict=cast_weights(state, dtype), max_shard_size=shard_bytes, is_main_process=True
         )

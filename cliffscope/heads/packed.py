@@ -61,7 +61,7 @@ class PackSize:
     """How often it was halved."""
 
     def halve(self) -> None:
-        """Halves it."""
+        """Makes packs half as large from now on."""
         self.tokens, self.halvings = max(1, self.tokens // 2), self.halvings + 1
         log.warning("out of memory: going on with packs of at most %d tokens", self.tokens)
 
@@ -87,7 +87,7 @@ class Layout:
 
     @property
     def width(self) -> int:
-        """Tokens."""
+        """Number of tokens."""
         return len(self.offsets)
 
     def whole(self, n: int) -> Int[Tensor, " branch"]:
