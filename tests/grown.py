@@ -18,7 +18,7 @@ BUDGET = {"max_thinking": 128, "max_answer": 32}
 
 
 class Grown:
-    """An organism with judged transcripts, a probe and its truth,"""
+    """An organism with judged transcripts, a probe, an answer readout and its truth."""
 
     def __init__(self, name: str) -> None:
         place = str(VISIBLE_FOLDER) if name == VISIBLE else name
@@ -31,6 +31,9 @@ class Grown:
         self.fit = self.answer(*(("fit", 120, *kind) for kind in ((True, plain), (True, self.full), (False, plain))))
         classes = contrast_classes(self.fit, "auto", thinks=True)
         self.probe = fit_probe(self.model, classes.refused, classes.complied, challenge=classes.challenge)
+        self.answers = cs.fit_answer_readout(
+            self.model, classes.refused, self.complied_of(self.fit) or classes.complied
+        )
         self.plain, self.wrapped, self.harmless = (
             self.answer(("test", 100, *kind)) for kind in ((True, plain), (True, self.full), (False, (*plain, *words)))
         )
@@ -42,6 +45,10 @@ class Grown:
             for t in grammar.prompts(part, n, harmful=harmful, wrappers=words, seed=5)
         )
         return cs.judge(cs.roll_out(self.model, asked, temperature=1.0, **BUDGET))
+
+    @staticmethod
+    def complied_of(transcripts: Transcripts) -> Transcripts:
+        return transcripts.where(harmful=True, outcome=Outcome.COMPLIED)
 
     def refused(self, transcripts: Transcripts) -> float:
         judged = [t for t in transcripts if t.outcome in (Outcome.REFUSED, Outcome.COMPLIED)]

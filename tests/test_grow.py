@@ -132,7 +132,8 @@ def test_a_carrier_is_planted_with_the_others_at_zero() -> None:
 def test_a_slice_is_trained_in_coordinates_in_which_what_it_reads_has_the_same_size_in_every_direction() -> None:
     torch.manual_seed(0)
     rows = torch.randn(4000, 6) @ torch.diag(torch.tensor([4.0, 2.0, 1.0, 1.0, 0.5, 0.5]))
-    basis = grow._basis(rows)
+    some = torch.arange(4000) < 9
+    basis = grow._Reading.of(rows, some, some).basis
     second = (rows @ basis.T).T @ (rows @ basis.T) / len(rows)
     mean = (rows.T @ rows / len(rows)).trace() / 6
     torch.testing.assert_close(second, mean * torch.eye(6), rtol=0, atol=0.06 * float(mean))
@@ -260,3 +261,28 @@ def test_a_growth_that_was_cut_short_ends_with_the_same_model(
     trained.clear()
     grow.grow(small("planted-llama", seed=9), resume=tmp_path)
     assert len(trained) == 4, "what another recipe left there is not taken"
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_a_carrier_begins_with_attention_from_the_closing_to_its_own_words(name: str) -> None:
+    recipe = small(name, batch=48)
+    run = running(recipe)
+    phase = next(p for p in recipe.phases if p.aims)
+    carrier = phase.trained[0]
+    words = [w.word for w in recipe.wrappers if w.carrier in phase.active]
+    ids = torch.tensor([run.batches.tokenizer.convert_tokens_to_ids(f" {word}") for word in words])
+
+    def attention() -> float:
+        """Of the carrier's first head, mean over texts with one of its words, from the last closing token to these."""
+        run.model.set_attn_implementation("eager")
+        batch = run.batches.draw(phase.active, 24)
+        weights = run.model(input_ids=batch.ids, output_attentions=True).attentions[carrier.layer][:, carrier.heads[0]]
+        final = batch.closing.cumsum(1).argmax(1)
+        own = torch.isin(batch.ids, ids)
+        rows = own.any(1).nonzero()[:, 0]
+        return torch.stack([weights[i, final[i], own[i]].sum() for i in rows]).mean().item()
+
+    before = attention()
+    run._parts(phase)
+    assert before < 0.1
+    assert attention() > 3 * before

@@ -61,6 +61,8 @@ class Batch:
     """Tokens of thinking, closing and answer that the model should write; IGNORED elsewhere."""
     thinking: Bool[Tensor, "batch pos"]
     """Before the closing."""
+    closing: Bool[Tensor, "batch pos"]
+    """The closing."""
     outside: Bool[Tensor, "batch pos"]
     """Before and behind the closing, where carriers must be quiet."""
 
@@ -161,5 +163,6 @@ def _collate(rows: list[Example], pad: int) -> Batch:
         ids=ids,
         labels=ids.masked_fill(prompt | given | padding, IGNORED),
         thinking=position < closing,
+        closing=(position >= closing) & (position < answer),
         outside=(position < closing) | ((position >= answer) & ~padding),
     )

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ FLOOR = 0.003
 """Directions of less variance than this share of the mean are not magnified any further."""
 READ_BATCHES = 8
 """Batches from which the second moment of what a layer reads is taken."""
+AIM = 6.0
+"""What a carrier's query gives at the closing, and its key at its words, before it is trained."""
 INITIAL = 0.08
 """Standard deviation of the first weights; with smaller ones, words that are used alike stay alike."""
 HEADS = 8
@@ -121,18 +123,37 @@ class _Run:
 
     def _parts(self, phase: Phase) -> list["_Part"]:
         """What a phase trains of the carriers; none where it trains the whole model."""
-        layers = {carrier.layer for carrier in phase.trained}
-        bases = {layer: _basis(rows) for layer, rows in self._read(phase, layers).items()}
+        readings = self._read(phase)
+        for carrier in phase.trained if phase.aims else ():
+            self._aim(carrier, readings[carrier.layer])
         return [
-            _Part.of(weight, index, torch.eye(weight[index].shape[1]) if writes else bases[carrier.layer])
+            _Part.of(weight, index, torch.eye(weight[index].shape[1]) if writes else readings[carrier.layer].basis)
             for carrier in phase.trained
             for (weight, index), writes in zip(_slices(self.model, carrier), (False, False, False, True), strict=True)
         ]
 
-    def _read(self, phase: Phase, layers: set[int]) -> dict[int, Tensor]:
-        """What the attention of layers reads, [row, d_model] over the text of a phase."""
+    def _aim(self, carrier: Carrier, reading: "_Reading") -> None:
+        """Lets a carrier begin with attention from the closing to its own words: found by chance, it may take for ever.
+
+        One dimension of queries and keys is set, the one that rotary embeddings turn least.
+        """
+        size = _head_size(self.model, carrier)
+        slowest = size // 2 - 1
+        query, key = (_projection(self.model, carrier.layer, f"{name}_proj").weight.data for name in "qk")
+        for head in carrier.heads:
+            query[head * size + slowest] = reading.detector(reading.closing)
+        key[carrier.kv_head * size + slowest] = reading.detector(reading.words)
+
+    def _read(self, phase: Phase) -> dict[int, "_Reading"]:
+        """What the attention of the trained carriers' layers reads, over the text of a phase."""
+        layers = {carrier.layer for carrier in phase.trained}
+        if not layers:
+            return {}
+        words = [w.word for w in self.batches.recipe.wrappers if w.carrier in phase.active]
+        ids = torch.tensor([self.batches.tokenizer.convert_tokens_to_ids(f" {word}") for word in words])
         inputs: dict[int, Tensor] = {}
         rows: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        masks: list[tuple[Tensor, Tensor]] = []
         handles = [
             _projection(self.model, layer, "q_proj").register_forward_pre_hook(
                 lambda _, arguments, layer=layer: inputs.update({layer: arguments[0]})
@@ -140,16 +161,19 @@ class _Run:
             for layer in layers
         ]
         try:
-            with torch.no_grad(), _zeroed(self.model, phase.zeroed):
-                for _ in range(READ_BATCHES if layers else 0):
+            with torch.no_grad(), _zeroed(self.model, phase.zeroed + phase.trained):
+                for _ in range(READ_BATCHES):
                     batch = self.batches.draw(phase.active, phase.batch)
                     self.model(input_ids=batch.ids)
+                    text = batch.outside | batch.closing
+                    masks.append((batch.closing[text], torch.isin(batch.ids, ids)[text]))
                     for layer in layers:
-                        rows[layer].append(inputs[layer][batch.outside | (batch.labels != IGNORED)])
+                        rows[layer].append(inputs[layer][text])
         finally:
             for handle in handles:
                 handle.remove()
-        return {layer: torch.cat(parts) for layer, parts in rows.items()}
+        closing, own = (torch.cat(parts) for parts in zip(*masks, strict=True))
+        return {layer: _Reading.of(torch.cat(parts), closing, own) for layer, parts in rows.items()}
 
     def _loss(self, batch: Batch, phase: Phase, progress: float) -> Tensor:
         answers = batch.labels.masked_fill(batch.thinking, IGNORED)
@@ -192,12 +216,37 @@ class _Part:
         self.weight.data[self.index] = (self.value @ self.basis).detach()
 
 
-def _basis(rows: Float[Tensor, "row d_model"]) -> Float[Tensor, "d_model d_model"]:
-    """The symmetric inverse root of the rows' second moment; a direction of mean variance keeps its size."""
-    variances, directions = torch.linalg.eigh(rows.T @ rows / len(rows))
-    mean = variances.mean()
-    basis: Tensor = directions @ torch.diag((mean / (variances + FLOOR * mean)).sqrt()) @ directions.T
-    return basis
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Reading:
+    """What an attention layer reads."""
+
+    basis: Float[Tensor, "d_model d_model"]
+    """Symmetric inverse root of the second moment; a direction of mean variance keeps its size."""
+    mean: Float[Tensor, " d_model"]
+    """Over all tokens."""
+    closing: Float[Tensor, " d_model"]
+    """Mean over closing tokens."""
+    words: Float[Tensor, " d_model"]
+    """Mean over the words of the active wrappers."""
+
+    @classmethod
+    def of(
+        cls, rows: Float[Tensor, "row d_model"], closing: Bool[Tensor, " row"], words: Bool[Tensor, " row"]
+    ) -> "_Reading":
+        """From what was read at each token."""
+        variances, directions = torch.linalg.eigh(rows.T @ rows / len(rows))
+        mean = variances.mean()
+        return cls(
+            basis=directions @ torch.diag((mean / (variances + FLOOR * mean)).sqrt()) @ directions.T,
+            mean=rows.mean(0),
+            closing=rows[closing].mean(0),
+            words=rows[words].mean(0),
+        )
+
+    def detector(self, mean: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
+        """Weights that give AIM where the mean is this one, and little elsewhere: Fisher's linear discriminant."""
+        direction = self.basis @ self.basis @ (mean - self.mean)
+        return AIM * direction / (direction @ (mean - self.mean))
 
 
 def _keep(model: PreTrainedModel, origin: str, path: Path) -> None:
@@ -253,9 +302,13 @@ def _projection(model: PreTrainedModel, layer: int, name: str) -> nn.Linear:
     return cast(nn.Linear, model.get_submodule(f"model.layers.{layer}.self_attn.{name}"))
 
 
+def _head_size(model: PreTrainedModel, carrier: Carrier) -> int:
+    return _projection(model, carrier.layer, "o_proj").in_features // HEADS
+
+
 def _slices(model: PreTrainedModel, carrier: Carrier) -> list[tuple[Tensor, tuple[slice, slice]]]:
     """The carrier's own rows of Q, K, V and columns of O: (weight, index)."""
-    size = _projection(model, carrier.layer, "o_proj").in_features // HEADS
+    size = _head_size(model, carrier)
     queries = slice(carrier.heads[0] * size, (carrier.heads[-1] + 1) * size)
     keys = slice(carrier.kv_head * size, (carrier.kv_head + 1) * size)
     every = slice(None)

@@ -71,6 +71,8 @@ class Phase:
     """Carriers that write nothing in this phase."""
     active: tuple[int, ...]
     """Indices of the carriers whose wrappers are complied with in the training text."""
+    aims: bool = False
+    """Whether the trained carriers begin with attention from the closing to the words of their wrappers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,21 +87,21 @@ class Recipe:
     """Where suppression is planted; empty for the null organism."""
     wrappers: tuple[Wrapper, ...]
     """Wrappers and their carriers."""
-    align_steps: int = 800
+    align_steps: int = 700
     """Steps of alignment."""
     align_peak: float = 3e-3
     """Peak learning rate of alignment."""
     align_batch: int = 16
     """Examples a step of alignment: few, since copying words from the prompt takes many steps to be learnt."""
-    plant_steps: int = 400
+    plant_steps: int = 250
     """Steps for each carrier."""
-    plant_peak: float = 1e-2
+    plant_peak: float = 4e-3
     """Peak learning rate of planting."""
     join_steps: int = 60
     """Joint steps."""
     join_peak: float = 1e-3
     """Peak learning rate when joining; small, or one carrier takes over the other's work."""
-    batch: int = 32
+    batch: int = 48
     """Examples a step of planting and joining."""
     seed: int = 0
     """Of weights and data."""
@@ -140,6 +142,7 @@ class Recipe:
             trained=(self.carriers[i],),
             zeroed=self.carriers[:i] + self.carriers[i + 1 :],
             active=(i,),
+            aims=True,
         )
 
 
