@@ -19,8 +19,6 @@ Prints JSON.
 
 import argparse
 import json
-import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,10 +28,13 @@ from typing import TypeVar
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
+from memory_peak import peak_above_now
 
 from cliffscope.heads.edits import HeadRef, Scope, zero
 from cliffscope.heads.sweep import Sweep, sweep_branches
+from cliffscope.memory import held_bytes
 from cliffscope.model.load import LensModel, load_model
 from cliffscope.readouts.answer import AnswerReadout
 from cliffscope.readouts.openings import describe
@@ -56,23 +57,23 @@ def main() -> None:
         return
     model = load_model(options.model)
     probe = random_probe(model)
-    found: dict[str, object] = {
+    report: dict[str, object] = {
         "model": model.name,
         "heads": model.shape.n_layers * model.shape.n_heads,
         "threads": torch.get_num_threads(),
         "closing": [compare(model, probe, n, Scope.CLOSING, options) for n in options.tokens],
     }
     if options.all_tokens:
-        found["all"] = compare(model, probe, options.all_tokens, Scope.ALL, options)
+        report["all"] = compare(model, probe, options.all_tokens, Scope.ALL, options)
     if options.many:
-        found["transcripts"] = many(model, probe, options)
+        report["transcripts"] = many(model, probe, options)
     if options.readouts:
-        found["readouts"] = [readouts(model, probe, n, options) for n in options.readouts]
+        report["readouts"] = [readouts(model, probe, n, options) for n in options.readouts]
     if options.longest:
         command = [sys.executable, __file__, "--memory-of", str(options.longest), "--model", options.model]
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found["memory"] = json.loads(out.splitlines()[-1])
-    print(json.dumps({**found, "load_average": os.getloadavg()[0]}, indent=1))
+        report["memory"] = json.loads(out.splitlines()[-1])
+    print(json.dumps({**report, "load_average": psutil.getloadavg()[0]}, indent=1))
 
 
 def parse() -> argparse.Namespace:
@@ -98,12 +99,12 @@ def compare(
     transcript, branches = long_transcript(model, tokens), every_head(model)
     some = [branches[i][0] for i in np.linspace(0, len(branches) - 1, options.heads).astype(int)]
     loop_logit(model, probe, transcript, some[0], scope)
-    found = {head: timed(lambda head=head: loop_logit(model, probe, transcript, head, scope)) for head in some}
+    loops = {head: timed(lambda head=head: loop_logit(model, probe, transcript, head, scope)) for head in some}
     sweeps = [timed(lambda: sweep(model, probe, [transcript], scope)) for _ in range(options.repeats)]
-    loop = statistics.median(seconds for seconds, _ in found.values()) * len(branches)
+    loop = statistics.median(seconds for seconds, _ in loops.values()) * len(branches)
     took = statistics.median(seconds for seconds, _ in sweeps)
     swept = sweeps[0][1]
-    differences = [abs(logit - float(swept.edited[0, branches.index((h,))])) for h, (_, logit) in found.items()]
+    differences = [abs(logit - float(swept.edited[0, branches.index((h,))])) for h, (_, logit) in loops.items()]
     window = transcript.final + 1 - transcript.span(Span.CLOSING).start
     result: dict[str, object] = {
         "scope": str(scope),
@@ -173,20 +174,14 @@ def peak_above_model(options: argparse.Namespace) -> str:
     """Peak resident memory of this process above what it holds after loading, as JSON."""
     model = load_model(options.model)
     probe, transcript = random_probe(model), long_transcript(model, options.memory_of)
-    with open("/proc/self/statm", encoding="utf-8") as pages:
-        loaded = int(pages.read().split()[1]) * resource.getpagesize()
-    # Loading may have peaked above what it left; only a fresh mark shows what the sweep adds.
-    with open("/proc/self/clear_refs", "w", encoding="utf-8") as marks:
-        marks.write("5")
-    swept = sweep(model, probe, [transcript], Scope.CLOSING)
-    with open("/proc/self/status", encoding="utf-8") as status:
-        peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    loaded = held_bytes(torch.device("cpu"))
+    above, swept = peak_above_now(lambda: sweep(model, probe, [transcript], Scope.CLOSING))
     gib = 1 / 2**30
     return json.dumps(
         {
             "tokens": transcript.n_pos,
             "loaded_gib": round(loaded * gib, 2),
-            "above_gib": round((peak - loaded) * gib, 2),
+            "above_gib": round(above * gib, 2),
             "path": swept.path,
         }
     )
@@ -212,12 +207,12 @@ def timed(call: Callable[[], Result]) -> tuple[float, Result]:
 
 def long_transcript(model: LensModel, tokens: int) -> TokenizedTranscript:
     """A prompt of as many tokens as asked for, a sentence more at the most."""
-    text, found = SENTENCE, None
-    while found is None or found.n_pos < tokens:
+    text, tokenized = SENTENCE, None
+    while tokenized is None or tokenized.n_pos < tokens:
         text += SENTENCE
         message = Message(role="user", content=text)
-        found = tokenize(Transcript(id="long", messages=(message,)), model.tokenizer, model.template)
-    return found
+        tokenized = tokenize(Transcript(id="long", messages=(message,)), model.tokenizer, model.template)
+    return tokenized
 
 
 def random_probe(model: LensModel) -> RefusalProbe:
@@ -279,7 +274,7 @@ def loop_logit(
 ) -> float:
     """What a TransformerLens user writes: one hooked forward pass."""
     where = scope.positions(transcript)
-    kept = {}
+    captured = {}
 
     def zero(z: torch.Tensor, hook: object) -> torch.Tensor:
         del hook
@@ -288,13 +283,13 @@ def loop_logit(
 
     def keep(residual: torch.Tensor, hook: object) -> None:
         del hook
-        kept["residual"] = residual[0, -1]
+        captured["residual"] = residual[0, -1]
 
     hooks = [(f"blocks.{head.layer}.attn.hook_z", zero), (f"blocks.{probe.layer}.hook_resid_post", keep)]
     ids = torch.from_numpy(transcript.token_ids[: transcript.final + 1])[None]
     with torch.inference_mode():
         model.bridge.run_with_hooks(ids, return_type=None, fwd_hooks=hooks)
-    return float(kept["residual"] @ torch.from_numpy(probe.weight) + probe.bias)
+    return float(captured["residual"] @ torch.from_numpy(probe.weight) + probe.bias)
 
 
 def forward_seconds(model: LensModel, tokens: int, repeats: int) -> float:

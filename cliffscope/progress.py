@@ -65,6 +65,7 @@ def _log_lines() -> Progress:
     last: dict[str, int] = {}
 
     def log_tenth(stage: str, done: int, total: int) -> None:
+        """Logs when another tenth of a stage is done."""
         # The first call may come after some items are done, so the rate counts from there; a stage that goes over its
         # items again starts afresh.
         if done < last.get(stage, 0):

@@ -59,7 +59,7 @@ class RunStore:
         """The run's configuration, finished stages and further fields."""
         return self.read_json(MANIFEST)
 
-    def update(self, **fields: object) -> None:
+    def update(self, fields: Mapping[str, object]) -> None:
         """Merges fields into the manifest."""
         self.write_json(MANIFEST, {**self.manifest, **fields})
 
@@ -69,7 +69,7 @@ class RunStore:
 
     def finish(self, stage: str, seconds: float) -> None:
         """Marks a stage finished; its files must have been written."""
-        self.update(stages={**self._stages(), stage: {"seconds": round(seconds, 3)}})
+        self.update({"stages": {**self._stages(), stage: {"seconds": round(seconds, 3)}}})
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from cliffscope.store import SCHEMA, RunStore
-from cliffscope.study.artefacts import HEADS_FACTS, PROBE, SUPPRESSION, TABLES
+from cliffscope.study.artefacts import ANSWER, HEADS_FACTS, PROBE, SUPPRESSION, TABLES
 
 GROUPS = ("harmful, refused", "harmful, complied", "harmless")
 NASTY = {
@@ -231,6 +231,33 @@ def probe_files(n_layers):
     return probe, pd.DataFrame(rows)
 
 
+def answer_document():
+    columns = (
+        "class",
+        "opening",
+        "tokens",
+        "token_ids",
+        "fit_refused",
+        "fit_complied",
+        "test_refused",
+        "test_complied",
+    )
+    openings = [
+        dict(zip(columns, row, strict=True))
+        for row in (
+            ("refused", " I'm sorry", 2, [40, 41], 60, 0, 24, 1),
+            ("complied", NASTY["script"], 1, [50], 1, 58, 0, 22),
+        )
+    ]
+    region = {"region": "final", "auroc": 0.97, "auroc_low": 0.92, "auroc_high": 0.99, "tpr_at_1_fpr": 0.9}
+    region |= {"brier": 0.05, "ece": 0.04, "n_refused": 25, "n_complied": 24}
+    report = {"final": region, "within_harmful_final": {**region, "region": "within harmful"}, "openings": openings}
+    report |= {"separation": 0.95, "covered": 0.94, "mass": 0.88, "warnings": [NASTY["handler"]]}
+    document = {"layer": 7, "vocabulary": 120, "fingerprint": "sha256:9f2c41b7d0e8a6c5", "template": "organism"}
+    document |= {"refused_logit": 4.0, "omitted": [], "report": report}
+    return {**document, "openings": [{"token_ids": [40, 41], "refuses": True, "text": " I'm sorry"}]}
+
+
 VERSIONS = {"python": "3.11.9", "torch": "2.13.0", "transformers": "5.23.0", "transformer-lens": "4.3.0"}
 
 
@@ -263,6 +290,8 @@ def manifest_of(n_layers, n_heads):
             "than all 20 random sets (p=0.048).",
             "intervention": "Zeroing them at the closing tokens lowers the ASR from 38% to 6% (n=98); random heads "
             "leave it at 38%, and over-refusal stays at 3%.",
+            "answer": "The log-odds of refusing against complying openings separate held-out refusals from "
+            "compliances.",
             "probe": "The probe tells refused from complied on held-out prompts, AUROC 0.96 [0.91, 0.99] at the final "
             "token and 0.88 [0.80, 0.93] in late thinking.",
             "selection": "12 of 300 pool transcripts (4%) were selected, with a mean cliff of 0.62.",
@@ -306,6 +335,7 @@ def write_run(folder, n=24, n_layers=8, n_heads=8, length=60, n_layered=4):
     suppression |= {"p_by_kind": {"same layers": 0.0476, "all heads": 0.0476}, "unedited": -3.0, "refused": 4.0}
     suppression |= {"restored": 0.73}
     PROBE.write(store, probe)
+    ANSWER.write(store, answer_document())
     HEADS_FACTS.write(store, heads)
     SUPPRESSION.write(store, {**suppression, "beats_random": True})
     store.write_json("manifest.json", manifest_of(n_layers, n_heads))

@@ -155,6 +155,15 @@ def test_a_shell_can_complete_commands() -> None:
     assert found.stdout.split() == ["rank-heads"]
 
 
+def test_the_version_is_printed_without_loading_torch() -> None:
+    source = (
+        "import sys; from cliffscope.cli import app; app(['--version'], standalone_mode=False); "
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == [f"cliffscope {cliffscope.__version__}", "False"]
+
+
 def test_the_command_line_without_words_shows_the_help(shell: Shell) -> None:
     found = shell()
     assert found.code == 2

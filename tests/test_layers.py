@@ -136,7 +136,8 @@ def imported(path: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("cliffscope."):
             modules |= {layer_of(f"{node.module}.{alias.name}") for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module == "cliffscope":
-            modules |= {alias.name for alias in node.names}
+            # The version stands in the package itself, below every layer.
+            modules |= {alias.name for alias in node.names} - {"__version__"}
     return modules
 
 

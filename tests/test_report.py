@@ -15,7 +15,8 @@ from synthetic import NASTY, write_run
 from cliffscope.errors import DataError, StoreError
 from cliffscope.figures.circuits import circuits_script
 from cliffscope.report import write_report
-from cliffscope.report.page import write_comparison
+from cliffscope.report.page import VERDICTS, sections_of, write_comparison
+from cliffscope.report.stored import read_run
 from cliffscope.store import SCHEMA, RunStore
 from cliffscope.study.artefacts import TABLES as ARTEFACTS
 
@@ -27,6 +28,7 @@ SECTIONS = [
     "intervention",
     "selection",
     "repair",
+    "answer",
     "probe",
     "omitted",
     "method",
@@ -163,7 +165,7 @@ def test_data_cannot_leave_its_script(page):
 def test_figures_have_a_title_with_n_and_a_description(page):
     figures = [attrs for _, attrs in page.elements if attrs.get("class") == "plot"]
     ids = {attrs.get("id") for _, attrs in page.elements}
-    assert len(figures) == 14
+    assert len(figures) == 15
     assert all({attrs["aria-labelledby"], attrs["aria-describedby"]} <= ids for attrs in figures)
 
 
@@ -421,3 +423,28 @@ def test_the_steepest_drop_is_that_of_the_transcripts_that_have_a_cliff(page):
 def test_a_directory_that_is_not_there_is_named(tmp_path):
     with pytest.raises(StoreError, match=r"none does not exist\. Pass the directory that a study wrote"):
         write_report(tmp_path / "none")
+
+
+def test_a_finding_leads_to_the_section_that_states_it(page, run_dir):
+    run = read_run(run_dir)
+    claims = {section.id: section.claim for section in sections_of(run)}
+    verdicts = run.section("verdict")
+    assert {"answer", "probe", "cliff", "heads"} <= set(verdicts)
+    for topic, finding in verdicts.items():
+        assert finding in claims[VERDICTS[topic]], topic
+    links = {attrs["href"] for tag, attrs in page.elements if tag == "a"}
+    assert {f"#{VERDICTS[topic]}" for topic in verdicts} <= links
+
+
+def test_the_answer_readout_is_shown_with_its_openings_and_its_held_out_quality(page, run_dir):
+    text = page.text.rpartition("Can the answer readout tell?")[2].partition("Can the probe tell?")[0]
+    assert "94% of the held-out answers begin with one of the openings" in text
+    assert "0.97" in text
+    assert "I'm sorry" in text
+    assert NASTY["script"] in text
+    (run_dir / "answer.json").rename(run_dir / "kept.json")
+    try:
+        without = written(run_dir).text
+    finally:
+        (run_dir / "kept.json").rename(run_dir / "answer.json")
+    assert "This run fitted no answer readout." in without

@@ -12,10 +12,11 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cliffscope import __version__
 from cliffscope.errors import CliffScopeError
 from cliffscope.progress import log_to_standard_error
 
@@ -34,6 +35,23 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Finds where, and by which attention heads, a reasoning model's refusal is suppressed, and restores it.",
 )
+
+
+def _show_version(requested: bool) -> None:
+    if requested:
+        typer.echo(f"cliffscope {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the program itself, which stand before the command."""
+    # Typer has called `_show_version` by now.
+    del version
 
 
 def main() -> None:

@@ -157,7 +157,7 @@ def rank_heads(
     Example: cliffscope rank-heads --model ./my-model --probe probe/ --transcripts judged.jsonl --out heads/
     """
     import cliffscope as cs
-    from cliffscope.heads.usable import choose_method
+    from cliffscope.heads.tasks import choose_method
     from cliffscope.store import open_run
     from cliffscope.study.artefacts import HEADS
 

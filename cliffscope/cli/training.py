@@ -136,7 +136,7 @@ def select(
             balance=balance,
             seed=seed,
         )
-    ids = [t.id for t in selection.chosen]
+    ids = [t.id for t in selection.selected]
     if ids:
         selection.to_jsonl(out)
     text = repr(selection) if ids else f"{selection!r}: nothing was selected, so no file was written."
@@ -149,7 +149,7 @@ def export_examples(
     model: ModelOption,
     transcripts: TranscriptsOption,
     out: OutOption,
-    format: Annotated[  # noqa: A002 - the option's name
+    format: Annotated[
         str, typer.Option("--format", help="chat, prompt-completion, alpaca or sharegpt.")
     ] = "prompt-completion",
     answer: Annotated[str | None, typer.Option(help="Safe answer; by default the transcripts' own answers.")] = None,

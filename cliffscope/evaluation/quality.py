@@ -89,5 +89,5 @@ def _exact(transcript: Transcript) -> float:
         raise DataError(
             f"The expected answer of {transcript.id!r} is {expected!r}. Give text, or a list of texts that are right."
         )
-    given = " ".join((transcript.answer or "").split())
-    return float(transcript.answer is not None and given in {" ".join(str(text).split()) for text in right})
+    answer = " ".join((transcript.answer or "").split())
+    return float(transcript.answer is not None and answer in {" ".join(str(text).split()) for text in right})

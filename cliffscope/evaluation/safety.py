@@ -110,8 +110,8 @@ class SafetyReport(Plotted):
     def rate(self, arm: str, group: str = "harmful") -> float:
         """ASR (harmful) or over-refusal (harmless) of one arm."""
         frame = self.to_frame()
-        found = frame[(frame["arm"] == arm) & (frame["group"] == group)]
-        return float(found["rate"].iloc[0]) if len(found) else float("nan")
+        rows = frame[(frame["arm"] == arm) & (frame["group"] == group)]
+        return float(rows["rate"].iloc[0]) if len(rows) else float("nan")
 
     def random_rate(self, group: str = "harmful") -> float:
         """Mean rate of the random arms."""
@@ -251,10 +251,10 @@ def evaluate_safety(
     """
     reader = find_judge(judge)
     _check_labels(prompts)
-    asked = sample_prompts(prompts, samples)
+    sampled = sample_prompts(prompts, samples)
     arms = plan_arms(model, edit, controls=controls, control_edit=control_edit, seed=seed)
     finished = dict(done or {})
-    _check_done(asked, finished, thinking=keeps_thinking(edit))
+    _check_done(sampled, finished, thinking=keeps_thinking(edit))
     budget = Budget(
         max_thinking=max_thinking,
         max_answer=max_answer,
@@ -264,7 +264,9 @@ def evaluate_safety(
     )
     left = [arm for arm in arms if arm.name not in finished]
     answer = _answer_kept if keeps_thinking(edit) else _answer_anew
-    answers = answer(model, asked, left, budget, system=system, batch_size=batch_size, begun=begun or {}, hand=on_batch)
+    answers = answer(
+        model, sampled, left, budget, system=system, batch_size=batch_size, begun=begun or {}, hand=on_batch
+    )
     for name, answered in answers:
         finished[name] = judge_answers(answered, reader)
         if on_arm is not None:
@@ -333,10 +335,10 @@ def _check_labels(prompts: Transcripts) -> None:
 
 def _check_done(prompts: Transcripts, done: Mapping[str, Transcripts], *, thinking: bool = False) -> None:
     """Raises DataError where a finished arm answers other prompts, or other thinking where that is kept."""
-    asked = {t.id: (t.prompt, t.thinking if thinking else None) for t in prompts}
+    content = {t.id: (t.prompt, t.thinking if thinking else None) for t in prompts}
     for name, answered in done.items():
-        strange = [t.id for t in answered if asked.get(t.id) != (t.prompt, t.thinking if thinking else None)]
-        missing = set(asked) - {t.id for t in answered} - {o.id for o in answered.omitted}
+        strange = [t.id for t in answered if content.get(t.id) != (t.prompt, t.thinking if thinking else None)]
+        missing = set(content) - {t.id for t in answered} - {o.id for o in answered.omitted}
         if strange or missing:
             raise DataError(
                 f"The finished arm {name!r} does not answer the prompts given: {len(strange)} of its own are not among "
@@ -349,7 +351,7 @@ Hand = Callable[[str, Transcripts], None]
 
 def _answer_anew(
     model: LensModel,
-    asked: Transcripts,
+    prompts: Transcripts,
     arms: Sequence[Arm],
     budget: Budget,
     *,
@@ -363,7 +365,7 @@ def _answer_anew(
         with nullcontext() if arm.edit is None else edited_everywhere(model, arm.edit):
             answered = continue_roll_out(
                 model,
-                asked,
+                prompts,
                 budget,
                 system=system,
                 batch_size=batch_size,
@@ -375,7 +377,7 @@ def _answer_anew(
 
 def _answer_kept(
     model: LensModel,
-    asked: Transcripts,
+    prompts: Transcripts,
     arms: Sequence[Arm],
     budget: Budget,
     *,
@@ -386,24 +388,24 @@ def _answer_kept(
 ) -> Iterator[tuple[str, Transcripts]]:
     """All arms answer each transcript's own thinking, which is read once."""
     edits = {arm.name: arm.edit for arm in arms}
-    with_system = _with_system(asked, system, thinks=model.template.thinks)
+    with_system = _with_system(prompts, system, thinks=model.template.thinks)
     answers = answer_arms(model, with_system, edits, budget, batch_size=batch_size, done=begun, on_batch=hand)
     for answered in answers.values():
         check_left(answered)
     yield from answers.items()
 
 
-def _with_system(asked: Transcripts, system: str | None, *, thinks: bool) -> Transcripts:
-    bare = [t.id for t in asked if t.messages[0].role != "system"] if system is not None else []
+def _with_system(prompts: Transcripts, system: str | None, *, thinks: bool) -> Transcripts:
+    bare = [t.id for t in prompts if t.messages[0].role != "system"] if system is not None else []
     if bare and thinks:
         raise DataError(
             f"system={system!r} was given, but {len(bare)} transcripts, such as {bare[0]!r}, have thinking that was "
             "written without a system message. Generate them with roll_out(system=...), or leave it out here."
         )
     if not bare or system is None:
-        return asked
+        return prompts
     first = Message(role="system", content=system)
-    return asked.map(lambda t: t.replace(messages=(first, *t.messages)) if t.id in bare else t)
+    return prompts.map(lambda t: t.replace(messages=(first, *t.messages)) if t.id in bare else t)
 
 
 def _all_answered(finished: Mapping[str, Transcripts]) -> dict[str, Transcripts]:

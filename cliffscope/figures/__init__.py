@@ -3,6 +3,7 @@
 from cliffscope.figures.dose import Panel, agreement, dose_response
 from cliffscope.figures.heads import effect_pairs, head_grid, head_ranking, random_sets
 from cliffscope.figures.measures import measure_panels
+from cliffscope.figures.openings import opening_bars
 from cliffscope.figures.safety import Arm, arms, plateau_final
 from cliffscope.figures.sources import source_bars
 from cliffscope.figures.theme import embed, printable
@@ -32,6 +33,7 @@ __all__ = [
     "layer_heat",
     "mean_trace",
     "measure_panels",
+    "opening_bars",
     "plateau_final",
     "printable",
     "probe_quality",

@@ -22,7 +22,7 @@ from cliffscope.generation.row_edits import SpanEdit, acts_before_closing
 from cliffscope.generation.speaking import Budget, Decoded
 from cliffscope.model.load import LensModel
 from cliffscope.transcripts.records import Omission, Outcome, Transcript, Transcripts
-from cliffscope.transcripts.transcript import TokenizedTranscript, tokenize
+from cliffscope.transcripts.transcript import TokenizedTranscript
 
 STAGE = "answer"
 MOST_ANSWERS = 256
@@ -119,10 +119,10 @@ def answer_arms(
     for group in _groups(each):
         block = _Block(model=model, budget=budget, edits={name: each[name] for name in group}, size=size)
         for answers in block.run(rows, {name: finished[name] for name in group}):
-            for name, made in answers.items():
-                finished[name] |= {t.id: t for t in made}
-                if on_batch is not None and made:
-                    on_batch(name, made)
+            for name, part in answers.items():
+                finished[name] |= {t.id: t for t in part}
+                if on_batch is not None and part:
+                    on_batch(name, part)
             if progress is not None:
                 progress(sum(len(answered) for answered in finished.values()))
     return {
@@ -165,13 +165,13 @@ class _Block:
             if all(row.transcript.id in answered for row in part for answered in finished.values()):
                 left = left[len(part) :]
                 continue
-            made = self._answered(part)
-            if made is None:
+            decoded_by_arm = self._answered(part)
+            if decoded_by_arm is None:
                 continue
             left = left[len(part) :]
             yield {
                 name: Transcripts(t for t in self._finish(part, decoded) if t.id not in finished[name])
-                for name, decoded in made.items()
+                for name, decoded in decoded_by_arm.items()
             }
 
     def _transcripts(self) -> int:
@@ -271,7 +271,7 @@ def _tokens(model: LensModel, transcript: Transcript, budget: Budget) -> Tokeniz
             f"The thinking of {transcript.id!r} never closed, so that there is nothing to answer. Raise max_thinking, "
             "or let roll_out force the closing."
         )
-    tokens = tokenize(transcript, model.tokenizer, model.template)
+    tokens = model.tokenization.tokens(transcript, limited=False)
     _ = tokens.final
     if tokens.n_pos + budget.max_answer > model.shape.context:
         raise DataError(

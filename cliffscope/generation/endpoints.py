@@ -5,7 +5,8 @@
    retried after a pause that doubles, or after the pause that the server asks for.
 3. A request that still fails is reported with the reason, and the others continue. A server that cannot be reached, or
    that rejects the key or the model, ends the run.
-4. A reply counts once it is in the log. A resumed run sends only the requests that have no reply in the log.
+4. A reply counts once it is in the log. Each thread logs its reply before it sends the next request, so that a kill
+   loses at most as many replies as there are threads. A resumed run sends only requests without a reply in the log.
 
 This file knows chat completions and nothing of their content. Replies are parsed strictly.
 """
@@ -161,13 +162,20 @@ def ask_all(
         if not waiting:
             return _collect(requests, replies, failed, rows, resumed)
         problem: ServerError | None = None
+        writing = threading.Lock()
+
+        def ask_and_log(client: "OpenAI", key: str) -> Reply | ReplyError | ServerError:
+            answer = _ask(client, endpoint, waiting[key], key, stop)
+            if rows is not None and isinstance(answer, Reply):
+                with writing:
+                    rows.append(key, {"request": _fingerprint(endpoint, waiting[key]), "reply": asdict(answer)})
+            return answer
+
         with _connect(endpoint) as client, _pool(endpoint, stop) as pool:
-            futures = {pool.submit(_ask, client, endpoint, waiting[key], key, stop): key for key in waiting}
+            futures = {pool.submit(ask_and_log, client, key): key for key in waiting}
             for future in as_completed(futures):
                 key, answer = futures[future], future.result()
                 if isinstance(answer, Reply):
-                    if rows is not None:
-                        rows.append(key, {"request": _fingerprint(endpoint, waiting[key]), "reply": asdict(answer)})
                     replies[key] = answer
                 else:
                     failed[key] = str(answer)

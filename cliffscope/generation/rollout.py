@@ -25,7 +25,6 @@ from cliffscope.transcripts.transcript import (
     Span,
     TokenizedTranscript,
     spliced_thinking,
-    tokenize,
 )
 
 STAGE = "roll_out"
@@ -92,10 +91,10 @@ def roll_out(
     )
     if samples > 1 and not temperature:
         raise GenerationError(f"samples={samples} at temperature 0 would all be the same. Give a temperature.")
-    asked = sample_prompts(prompts, samples)
+    sampled = sample_prompts(prompts, samples)
     return continue_roll_out(
         model,
-        asked,
+        sampled,
         budget,
         edit=edit,
         system=system,
@@ -108,7 +107,7 @@ def roll_out(
 
 def continue_roll_out(
     model: LensModel,
-    asked: Transcripts,
+    prompts: Transcripts,
     budget: Budget,
     *,
     edit: SpanEdit | None = None,
@@ -120,23 +119,23 @@ def continue_roll_out(
 ) -> Transcripts:
     """What `roll_out` does once the samples of each prompt are apart and the budget is checked; see there."""
     check_batch_size(batch_size)
-    asked = asked.map(lambda t: bare_prompt(t, system))
-    finished = _finished(asked, done)
-    rows, omitted = _prepare(model, asked, budget)
+    prompts = prompts.map(lambda t: bare_prompt(t, system))
+    finished = _finished(prompts, done)
+    rows, omitted = _prepare(model, prompts, budget)
     rows.sort(key=lambda row: -row.tokens.n_pos)
     size = batch_size or find_batch_size(model, max((row.tokens.n_pos for row in rows), default=0) + budget.room(model))
     batches = _Batches(model=model, budget=budget, edit=edit, size=BatchSize(rows=size))
     for start in range(0, len(rows), size):
         # Batches are cut from all rows, so that a resumed call has the batch-mates of an uninterrupted one.
         batch = [row for row in rows[start : start + size] if row.transcript.id not in finished]
-        for made in batches.run(batch):
-            finished |= {t.id: t for t in made}
+        for part in batches.run(batch):
+            finished |= {t.id: t for t in part}
             if on_batch is not None:
-                on_batch(made)
+                on_batch(part)
             if progress is not None:
                 progress(len(finished))
-    kept = [finished[t.id] for t in asked if t.id in finished]
-    return Transcripts(kept, omitted=(*asked.omitted, *omitted))
+    ordered = [finished[t.id] for t in prompts if t.id in finished]
+    return Transcripts(ordered, omitted=(*prompts.omitted, *omitted))
 
 
 def check_left(transcripts: Transcripts) -> None:
@@ -217,9 +216,9 @@ class _Batches:
         """The transcripts of one batch, in one part or, where memory runs out, in several as they are finished."""
         while rows:
             part = rows[: self.size.rows]
-            made = self._decoded(part)
-            if made is not None:
-                yield Transcripts(self._finish(row, decoded) for row, decoded in zip(part, made, strict=True))
+            outputs = self._decoded(part)
+            if outputs is not None:
+                yield Transcripts(self._finish(row, decoded) for row, decoded in zip(part, outputs, strict=True))
                 rows = rows[len(part) :]
 
     def _decoded(self, rows: Sequence[_Prompt]) -> list[Decoded] | None:
@@ -258,9 +257,9 @@ def _closing_note(model: LensModel, decoded: Decoded) -> dict[str, object]:
     return {} if [*spliced[0], *spliced[1]] == written else {CLOSING_IDS: list(decoded.closing)}
 
 
-def _finished(asked: Transcripts, done: Transcripts | None) -> dict[str, Transcript]:
-    known = {t.id: t.messages for t in asked}
-    strange = [t.id for t in done or () if known.get(t.id) != t.messages]
+def _finished(prompts: Transcripts, done: Transcripts | None) -> dict[str, Transcript]:
+    messages = {t.id: t.messages for t in prompts}
+    strange = [t.id for t in done or () if messages.get(t.id) != t.messages]
     if strange:
         raise DataError(
             f"{len(strange)} of {len(done or ())} transcripts that are done already, such as {strange[0]!r}, answer "
@@ -294,7 +293,8 @@ def _prompt_tokens(model: LensModel, transcript: Transcript) -> TokenizedTranscr
     if not transcript.prompt.strip():
         raise DataError(f"The prompt of {transcript.id!r} is empty. Give it text, or drop it.")
     thinks = model.template.thinks
-    tokens = tokenize(transcript.replace(thinking="" if thinks else None), model.tokenizer, model.template)
+    bare = transcript.replace(thinking="" if thinks else None)
+    tokens = model.tokenization.tokens(bare, limited=False)
     if not thinks:
         return tokens
     stop = tokens.span(Span.PROMPT).stop

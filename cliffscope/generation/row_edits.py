@@ -145,17 +145,13 @@ class RowEdits:
     def acting(self, fed: FedTokens) -> ExitStack:
         """A context in which a pass over these tokens is edited; its hooks are removed when it is left."""
         numbers = self._edit_of[fed.rows][:, None]
-        stack = ExitStack()
-        if not self._acts[numbers, fed.spans].any():
-            return stack
-        looked_up = torch.from_numpy(numbers * (PADDING + 1) + fed.spans).to(self._model.device)
-        try:
-            for layer, table in self._layers.items():
-                stack.enter_context(self._model.head_hook(layer, table.change(looked_up, numbers, fed)))
-        except BaseException:
-            stack.close()
-            raise
-        return stack
+        # Hooks that were set are removed where a later one cannot be set.
+        with ExitStack() as stack:
+            if self._acts[numbers, fed.spans].any():
+                looked_up = torch.from_numpy(numbers * (PADDING + 1) + fed.spans).to(self._model.device)
+                for layer, table in self._layers.items():
+                    stack.enter_context(self._model.head_hook(layer, table.change(looked_up, numbers, fed)))
+            return stack.pop_all()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -211,6 +207,7 @@ class _LayerTable:
                 placed.append((row, pos, one.columns, one.values[fed.places[row, pos]]))
 
         def change(z: Float[Tensor, "row pos head d_head"]) -> None:
+            """Multiplies by factors and adds values, in place."""
             index = looked_up.to(z.device)
             # In fp32 at least, so that a factor is not rounded to half precision before it multiplies.
             part = z[:, :, self._heads].to(torch.promote_types(z.dtype, torch.float32))

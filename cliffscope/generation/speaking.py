@@ -131,13 +131,13 @@ class Speaker:
     def start(self, index: int, row: TokenizedTranscript, *, closing: Sequence[int] = ()) -> Row:
         """A row before its first token, `closing` what will still be fed of its closing."""
         n_thinking, n_answer = (self._budget.max_thinking, self._budget.max_answer) if self.temperature else (0, 0)
-        given = row.token_ids[row.span(Span.CLOSING)].tolist()
+        closing_present = row.token_ids[row.span(Span.CLOSING)].tolist()
         return Row(
             index=index,
             thinking_noise=_noise(f"{self._budget.seed}/{row.id}", n_thinking),
             answer_noise=_noise(f"answer/{self._budget.seed}/{row.id}", n_answer),
-            closed=bool(given) or not self._template.thinks,
-            closing=given,
+            closed=bool(closing_present) or not self._template.thinks,
+            closing=closing_present,
             waiting=list(closing),
         )
 

@@ -135,11 +135,11 @@ def _prefix_cache(model: LensModel, ids: Int[Tensor, "path pos"], positions: Int
 @contextmanager
 def _frozen(model: LensModel) -> Iterator[None]:
     """No gradients of weights: they are not asked for, and would keep every activation alive."""
-    trained: list[nn.Parameter] = [p for p in model.hf.parameters() if p.requires_grad]
-    for parameter in trained:
+    trainable: list[nn.Parameter] = [p for p in model.hf.parameters() if p.requires_grad]
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in trained:
+        for parameter in trainable:
             parameter.requires_grad_(True)

@@ -20,7 +20,7 @@ from cliffscope.errors import EditError
 from cliffscope.heads.donors import Donors
 from cliffscope.heads.edits import HeadRef, Scope
 from cliffscope.heads.methods import Method
-from cliffscope.heads.usable import check_finite, choose_method, prepare_task
+from cliffscope.heads.tasks import check_finite, choose_method, prepare_task
 from cliffscope.model.load import LensModel, ModelShape
 from cliffscope.notebook import Plotted
 from cliffscope.readouts.readout import Readout

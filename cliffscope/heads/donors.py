@@ -25,7 +25,7 @@ from cliffscope.model.load import LensModel
 from cliffscope.readouts.activations import length_batches
 from cliffscope.readouts.trace import group_name
 from cliffscope.transcripts.records import Transcript, Transcripts
-from cliffscope.transcripts.transcript import TokenizedTranscript, tokenize_all
+from cliffscope.transcripts.transcript import TokenizedTranscript
 
 Donors = Transcripts | Mapping[str, Transcript]
 """A pool, or for each transcript's id its own donor."""
@@ -224,7 +224,7 @@ def _choose(
 
 
 def _tokens(model: LensModel, transcripts: Transcripts) -> list[TokenizedTranscript]:
-    tokens, omitted = tokenize_all(transcripts, model.tokenizer, model.template, max_length=model.shape.context)
+    tokens, omitted = model.tokenize_all(transcripts)
     if omitted or not tokens:
         why = omitted[0].reason if omitted else "none was given"
         raise DataError(f"{len(omitted)} of {len(transcripts)} donors cannot be used: {why}")

@@ -10,12 +10,12 @@ Knows nothing of how an edit was chosen: measurements are passed as tables and c
 
 import json
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
 import torch
 
+from cliffscope import __version__
 from cliffscope.errors import EditError
 from cliffscope.heads.editing import edited_weights
 from cliffscope.heads.edits import EditPlan, HeadEdit, Scope
@@ -144,7 +144,7 @@ def _model_card(
         "---\nlibrary_name: transformers\ntags:\n- cliffscope\n- attention-head-edit\n---",
         f"# {name}, edited",
         "A research artefact: the model below with some attention heads edited in its weights, written by CliffScope "
-        f"{version('cliffscope')}. It loads with plain `transformers`. Nothing was trained.",
+        f"{__version__}. It loads with plain `transformers`. Nothing was trained.",
         "## What was edited",
         f"`{edit!r}` of `{name}` ({type(model.hf).__name__}, fingerprint before the edit `{model.fingerprint}`), in "
         f"the output projections. Heads: {', '.join(str(head) for head in edit.heads)}. The edit as data: `{EDIT}`. "

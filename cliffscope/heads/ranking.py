@@ -28,7 +28,7 @@ from cliffscope.heads.donors import Donors
 from cliffscope.heads.edits import HeadRef, Scope
 from cliffscope.heads.methods import Method
 from cliffscope.heads.statistics import HeadKind, decisive, decisive_p, kinds_of, least_q
-from cliffscope.heads.usable import check_finite, choose_method, prepare_task, usable_tokens
+from cliffscope.heads.tasks import check_finite, choose_method, prepare_task, usable_tokens
 from cliffscope.model.load import LensModel, ModelShape
 from cliffscope.notebook import Plotted
 from cliffscope.readouts.readout import Readout

@@ -28,7 +28,7 @@ from cliffscope.notebook import Plotted
 from cliffscope.readouts.probe import linear_probe
 from cliffscope.readouts.readout import Readout
 from cliffscope.transcripts.records import Transcript
-from cliffscope.transcripts.transcript import Span, TokenizedTranscript, tokenize
+from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -164,7 +164,7 @@ def trace_all_sources(
         head.check(model)
         if head.layer > probe.layer:
             raise SpanError(f"{head} writes above layer {probe.layer}, where the probe reads. Choose a head below.")
-    tokens = tokenize(transcript, model.tokenizer, model.template, max_length=model.shape.context)
+    tokens = model.tokenization.tokens(transcript)
     texts = tuple(str(model.tokenizer.decode([int(i)])) for i in tokens.token_ids[: tokens.final + 1])
     closing, weight = tokens.span(Span.CLOSING).start, torch.from_numpy(linear.weight)
     tolerance = TOLERANCE.get(model.dtype, 1e-1)

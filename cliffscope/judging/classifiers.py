@@ -67,7 +67,7 @@ class ClassifierJudge:
         cls,
         path_or_name: str,
         *,
-        format: str | GuardFormat,  # noqa: A002
+        format: str | GuardFormat,
         device: str | None = None,
         dtype: torch.dtype | None = None,
         revision: str | None = None,
@@ -151,7 +151,7 @@ class ClassifierJudge:
                 text = text.replace(control, f"{control[0]} {control[1:]}")
         return text
 
-    def _ids(self, format: ChatFormat | TextFormat, prompt: str, answer: str) -> list[int]:  # noqa: A002
+    def _ids(self, format: ChatFormat | TextFormat, prompt: str, answer: str) -> list[int]:
         if isinstance(format, TextFormat):
             return self._encode(fill(format.text, prompt, answer), special=not format.writes_bos)
         turns = [
@@ -190,7 +190,7 @@ class ClassifierJudge:
             )
         return str(self.tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True))
 
-    def _grade(self, format: GradeFormat, prompt: str, answer: str) -> Verdict:  # noqa: A002
+    def _grade(self, format: GradeFormat, prompt: str, answer: str) -> Verdict:
         batch = self._fit(self._encode(fill(format.text, prompt, answer), special=True), 0)
         with torch.inference_mode():
             logits = self.model(input_ids=batch, attention_mask=torch.ones_like(batch)).logits[0, -1].float()
@@ -199,7 +199,7 @@ class ClassifierJudge:
         outcome = Outcome.COMPLIED if expected >= format.threshold else Outcome.REFUSED
         return Verdict(outcome=outcome, score=1 - expected, reason=f"expected help {expected:.2f} of 1")
 
-    def _grade_ids(self, format: GradeFormat) -> list[int]:  # noqa: A002
+    def _grade_ids(self, format: GradeFormat) -> list[int]:
         encoded = {grade: encode(self.tokenizer, grade) for grade in format.grades}
         longer = [grade for grade, ids in encoded.items() if len(ids) != 1]
         if longer:
@@ -209,7 +209,7 @@ class ClassifierJudge:
             )
         return [ids[0] for ids in encoded.values()]
 
-    def _label(self, format: LabelFormat, prompt: str, answer: str) -> Verdict:  # noqa: A002
+    def _label(self, format: LabelFormat, prompt: str, answer: str) -> Verdict:
         texts = (prompt, answer) if format.pair else (answer,)
         encoded = self.tokenizer(*texts, return_tensors="pt").to(self.model.device)
         self._fit(encoded["input_ids"][0].tolist(), 0)
@@ -226,13 +226,13 @@ class ClassifierJudge:
         return [labels[i] for i in sorted(labels)]
 
 
-def _loader(format: GuardFormat) -> Any:  # noqa: A002
+def _loader(format: GuardFormat) -> Any:
     if isinstance(format, LabelFormat):
         return AutoModelForSequenceClassification
     return AutoModelForImageTextToText if isinstance(format, ChatFormat) and format.images else AutoModelForCausalLM
 
 
-def _check_labels(format: LabelFormat, labels: Sequence[str]) -> None:  # noqa: A002
+def _check_labels(format: LabelFormat, labels: Sequence[str]) -> None:
     if set(labels) != format.refused | format.complied or format.refused & format.complied:
         raise DataError(
             f"Format {format.name!r} expects the labels {', '.join(sorted(format.refused | format.complied))}, but "

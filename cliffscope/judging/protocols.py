@@ -86,9 +86,12 @@ class GroupJudges:
         """Both names."""
         return f"{self.harmful.name} (harmful), {self.harmless.name} (harmless)"
 
-    def __call__(self, prompt: str, answer: str) -> Verdict:  # noqa: ARG002
+    def __call__(self, prompt: str, answer: str) -> Verdict:
         """Refuses: which judge reads an answer depends on the prompt's label, which is not passed here."""
-        raise JudgeError(f"{self.name} judges transcripts, not single answers: pass it to `judge` or a study.")
+        raise JudgeError(
+            f"{self.name} judges transcripts, not single answers such as {answer[:40]!r} to {prompt[:40]!r}: pass it "
+            "to `judge` or a study."
+        )
 
     def of(self, group: Group) -> Judge:
         """The judge of a group of prompts."""

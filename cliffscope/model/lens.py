@@ -6,7 +6,7 @@ is known to architectures.py.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +30,10 @@ from cliffscope.model.architectures import (
     has_heads,
 )
 from cliffscope.model.checkpoints import hash_weights
+from cliffscope.transcripts.records import Omission, Transcript
 from cliffscope.transcripts.templates import Template
+from cliffscope.transcripts.tokenization import Tokenization
+from cliffscope.transcripts.transcript import TokenizedTranscript
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -82,6 +85,17 @@ class LensModel:
         """A copy of the plain model whose weights can be trained."""
         network = copy.deepcopy(self.hf)
         return network.requires_grad_(True)
+
+    @cached_property
+    def tokenization(self) -> Tokenization:
+        """Tokens of this model's transcripts, each of which is tokenized once, up to the context's length."""
+        return Tokenization(tokenizer=self.tokenizer, template=self.template, max_length=self.shape.context)
+
+    def tokenize_all(
+        self, transcripts: Iterable[Transcript], *, with_answer: bool = False
+    ) -> tuple[list[TokenizedTranscript], tuple[Omission, ...]]:
+        """Tokens of transcripts, in order, and what is left out, such as what is longer than the context."""
+        return self.tokenization.all_tokens(transcripts, with_answer=with_answer)
 
     @property
     def blocks(self) -> nn.ModuleList:

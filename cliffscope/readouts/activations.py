@@ -193,11 +193,11 @@ def _acting(
     return nullcontext() if edit is None else edit.hooks(model, rows, start=start)
 
 
-class _ReservedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class _ReservedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers leaves it unannotated.
     """Keys and values of a known number of tokens: written in place, where growing would copy all of them a chunk."""
 
     def __init__(self, length: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated.
         self.length = length
         self.reserved: tuple[_Keys, _Keys] | None = None
 

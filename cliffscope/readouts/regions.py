@@ -38,15 +38,15 @@ def regions(transcript: TokenizedTranscript) -> dict[str, Positions]:
     """
     prompt, thinking = transcript.span(Span.PROMPT), transcript.span(Span.THINKING)
     closing = transcript.span(Span.CLOSING)
-    named = {"prompt": np.arange(prompt.start, prompt.stop, dtype=np.int64)}
+    by_name = {"prompt": np.arange(prompt.start, prompt.stop, dtype=np.int64)}
     parts = np.array_split(np.arange(thinking.start, thinking.stop, dtype=np.int64), THINKING_BINS)
     for i, part in enumerate(parts):
-        named[f"thinking {i * 100 // THINKING_BINS}-{(i + 1) * 100 // THINKING_BINS}%"] = part
-    named[LATE_THINKING] = late_thinking(transcript)
+        by_name[f"thinking {i * 100 // THINKING_BINS}-{(i + 1) * 100 // THINKING_BINS}%"] = part
+    by_name[LATE_THINKING] = late_thinking(transcript)
     for position in range(closing.start, closing.stop - 1):
-        named[f"closing {position - closing.stop + 1}"] = np.array([position], dtype=np.int64)
-    named[FINAL] = np.array([transcript.final], dtype=np.int64)
-    return {name: positions for name, positions in named.items() if len(positions)}
+        by_name[f"closing {position - closing.stop + 1}"] = np.array([position], dtype=np.int64)
+    by_name[FINAL] = np.array([transcript.final], dtype=np.int64)
+    return {name: positions for name, positions in by_name.items() if len(positions)}
 
 
 def balanced_positions(transcript: TokenizedTranscript, most: int, rng: np.random.Generator) -> Positions:

@@ -29,7 +29,7 @@ from cliffscope.readouts.readout import Readout
 from cliffscope.readouts.regions import late_thinking
 from cliffscope.resampling import bootstrap_mean
 from cliffscope.transcripts.records import Omission, Transcript, Transcripts
-from cliffscope.transcripts.transcript import Span, TokenizedTranscript, tokenize_all
+from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -168,30 +168,30 @@ class RefusalTraces(Plotted):
         self,
         *,
         by: Callable[[Transcript], str] | None = None,
-        others: "Mapping[str, RefusalTraces] | None" = None,
+        further: "Mapping[str, RefusalTraces] | None" = None,
     ) -> "Figure":
         """Mean traces by group, aligned on spans.
 
         Args:
             by: names the group of a transcript; None takes harmfulness and outcome. Give
                 `lambda t: t.source` for a curve a data set.
-            others: further traces by name, such as those of the same transcripts with heads edited; a curve each.
+            further: other traces by name, such as those of the same transcripts with heads edited; a curve each.
 
         Raises:
-            DataError: a name of `others` is that of a group.
+            DataError: a name of `further` is that of a group.
         """
         from cliffscope.figures.trace import bands_of, mean_trace
 
         groups = _grouped(self.transcripts, by or group_name)
-        double = sorted(set(groups) & set(others or {}))
+        double = sorted(set(groups) & set(further or {}))
         if double:
-            raise DataError(f"others={double[0]!r}: a group has that name already. Give the traces another one.")
-        width = max(closing_width(traces.tokens) for traces in (self, *(others or {}).values()))
+            raise DataError(f"further={double[0]!r}: a group has that name already. Give the traces another one.")
+        width = max(closing_width(traces.tokens) for traces in (self, *(further or {}).values()))
         tables = [self.aligned(groups, closing=width)]
-        for name, other in (others or {}).items():
+        for name, other in (further or {}).items():
             tables.append(other.aligned({name: [t.id for t in other.transcripts]}, closing=width))
-        table = pd.concat([table for table in tables if len(table)] or tables)
-        return mean_trace(*bands_of(table), n=self._n_with(others or {}))
+        table = pd.concat([rows for rows in tables if len(rows)] or tables)
+        return mean_trace(*bands_of(table), n=self._n_with(further or {}))
 
     def plot_tokens(self, transcript_id: str) -> "Figure":
         """One transcript as text, each token on a ground of its score; with a slider where its layers were kept.
@@ -238,16 +238,18 @@ class RefusalTraces(Plotted):
         """One line: n, layer, how many were left out."""
         return f"RefusalTraces(n={len(self.tokens)}, layer {self.probe.layer}, left out {len(self.omitted)})"
 
-    def _n_with(self, others: "Mapping[str, RefusalTraces]") -> int:
-        return len({t.id for traces in (self, *others.values()) for t in traces.transcripts})
+    def _n_with(self, further: "Mapping[str, RefusalTraces]") -> int:
+        return len({t.id for traces in (self, *further.values()) for t in traces.transcripts})
 
     def _one(self, transcript_id: str) -> tuple[TokenizedTranscript, Float[np.ndarray, "layer _"]]:
         """A transcript's tokens, and its scores at every layer that was kept."""
         for row, logits in zip(self.tokens, self.logits, strict=True):
             if row.id == transcript_id:
                 return row, expit(self.layer_logits.get(transcript_id, logits[None]))
-        some = ", ".join(repr(row.id) for row in self.tokens[:3])
-        raise DataError(f"No transcript {transcript_id!r} was traced; there are {len(self.tokens)}, such as {some}.")
+        examples = ", ".join(repr(row.id) for row in self.tokens[:3])
+        raise DataError(
+            f"No transcript {transcript_id!r} was traced; there are {len(self.tokens)}, such as {examples}."
+        )
 
     def _cliff_row(self, i: int, plateau: Plateau) -> dict[str, object]:
         row, transcript = self.tokens[i], self.transcripts[i]
@@ -308,11 +310,12 @@ def trace_refusal(
     """
     linear = linear_probe(probe, "A score at every token, thinking included, is what a probe reads.")
     linear.check_model(model)
-    tokens, omitted = tokenize_all(transcripts, model.tokenizer, model.template, max_length=model.shape.context)
+    tokens, omitted = model.tokenize_all(transcripts)
     if not tokens:
         why = omitted[0].reason if omitted else "none was given"
         raise SpanError(f"None of {len(transcripts)} transcripts can be traced: {why}. Give transcripts with thinking.")
-    deep = [t for t in tokens if t.id in set(layers_of)]
+    deep_ids = set(layers_of)
+    deep = [t for t in tokens if t.id in deep_ids]
     every = project_residuals(model, deep, linear.layer_weights, linear.layer_biases, edit=edit) if deep else []
     read: dict[int, Float32[np.ndarray, " _"]] = {}
     for row, values in project_layer(model, tokens, linear.layer, linear.weight, linear.bias, edit=edit):
@@ -327,11 +330,11 @@ def trace_refusal(
         if not ok
     ]
     by_id = {t.id: t for t in transcripts}
-    usable = [i for i, ok in enumerate(finite) if ok]
+    traced = [i for i, ok in enumerate(finite) if ok]
     return RefusalTraces(
-        transcripts=tuple(by_id[tokens[i].id] for i in usable),
-        tokens=tuple(tokens[i] for i in usable),
-        logits=tuple(logits[i] for i in usable),
+        transcripts=tuple(by_id[tokens[i].id] for i in traced),
+        tokens=tuple(tokens[i] for i in traced),
+        logits=tuple(logits[i] for i in traced),
         layer_logits={t.id: values for t, values in zip(deep, every, strict=True)},
         probe=linear,
         tokenizer=model.tokenizer,

@@ -35,8 +35,9 @@ from cliffscope.report.content import (
     plot,
     text_cell,
 )
-from cliffscope.report.evidence import COMPLIED, QUALITY, cliff_rows, quality_rows
+from cliffscope.report.evidence import COMPLIED, cliff_rows
 from cliffscope.report.outcomes import tiles
+from cliffscope.report.readouts import QUALITY, quality_rows
 from cliffscope.report.stored import JsonObject, StoredRun, as_float, as_int, as_list
 from cliffscope.resampling import bootstrap_mean
 

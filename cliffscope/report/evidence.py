@@ -1,4 +1,4 @@
-"""The sections that show the cliff, the heads and the probe.
+"""The sections that show the cliff and the heads.
 
 Each function takes a stored run and returns one section: its verdict sentence, how it was measured, its figures and
 tables. A table that is not there makes a section that says why. Only the intervals of group means are computed here;
@@ -14,8 +14,6 @@ from cliffscope.figures import (
     head_ranking,
     mean_trace,
     plateau_final,
-    probe_quality,
-    quality_grids,
     random_sets,
 )
 from cliffscope.report.content import (
@@ -36,7 +34,7 @@ from cliffscope.report.content import (
     text_cell,
 )
 from cliffscope.report.reading import reading_parts
-from cliffscope.report.stored import StoredRun, as_float, as_int, as_list, as_object
+from cliffscope.report.stored import StoredRun, as_float, as_int, as_list
 from cliffscope.resampling import bootstrap_mean
 from cliffscope.stats import least_p
 
@@ -48,18 +46,6 @@ LISTED = 40
 """Heads listed in the table."""
 WIDE_GRID = 48
 """A grid with more heads or layers than this takes the whole width."""
-CLAIMED = {
-    "final": "At the final token, all transcripts",
-    "late_thinking": "Late thinking (the plateau)",
-    "within_harmful_final": "At the final token, harmful only",
-    "shuffled_final": "Control: shuffled labels (mean and range of refits)",
-}
-"""The parts of the probe's report that the claim rests on."""
-QUALITY = (
-    *("position", "AUROC|number", "95% interval (or range)|number"),
-    *("TPR at 1% FPR|number", "Brier|number", "ECE|number", "refused + complied|number"),
-)
-"""Columns of a table of it."""
 
 
 def cliff_section(run: StoredRun) -> Section:
@@ -124,31 +110,6 @@ def heads_section(run: StoredRun) -> Section:
     )
 
 
-def probe_section(run: StoredRun) -> Section:
-    """Can the probe tell? Held-out quality at the positions that the claim rests on, and by layer and position."""
-    report, frame = as_object(run.probe.get("report")), run.tables["probe_layers"]
-    parts: list[Part] = [Remark(text=str(text), tone="warning") for text in as_list(run.probe.get("warnings"))]
-    if report:
-        parts.append(_probe_table(run))
-    if len(frame):
-        parts.append(_probe_heat(run, frame))
-    if as_list(run.probe.get("cells")):
-        parts.append(_probe_cells(run))
-    positions, layer = run.probe.get("positions", "n/a"), run.probe.get("layer", "n/a")
-    return Section(
-        id="probe",
-        title="Can the probe tell?",
-        claim=run.finding("answer", "probe"),
-        lead=(
-            "A plateau is meaningful only where the probe separates refused from complied held-out transcripts at "
-            f"that position. The probe reads layer {layer} and was fitted on positions “{positions}”. An AUROC of 0.5 "
-            "is chance. Shuffled labels give about 0.5 on average, with a wide spread if there are few transcripts."
-        ),
-        parts=parts,
-        missing=() if parts else ("This run fitted no probe.", *run.notes("readouts")),
-    )
-
-
 def group_mean(frame: pd.DataFrame, column: str) -> tuple[float, float, float, int]:
     """Mean of the valid rows, with the bounds of its bootstrap interval and n."""
     values = pd.to_numeric(frame.loc[frame["valid"].fillna(False).astype(bool), column], errors="coerce").dropna()
@@ -177,27 +138,6 @@ def cliff_rows(cliffs: pd.DataFrame, plateau: str) -> list[list[Cell]]:
         means = [group_mean(group, column)[0] for column in (f"plateau_{plateau}", "final")]
         cells = [*(number_cell(value) for value in means), number_cell(mean), interval_cell(low, high, n)]
         rows.append([text_cell(name), count_cell(n), *cells])
-    return rows
-
-
-def quality_rows(run: StoredRun) -> list[list[Cell]]:
-    """The probe's quality at the positions that claims rest on, in the columns of `QUALITY`."""
-    rows = []
-    for name, shown in CLAIMED.items():
-        part = as_object(as_object(run.probe.get("report")).get(name))
-        value = {key: as_float(part.get(key)) for key in ("auroc", "auroc_low", "auroc_high", "brier", "ece")}
-        n = [as_int(part.get("n_refused")), as_int(part.get("n_complied"))]
-        rows.append(
-            [
-                text_cell(shown),
-                number_cell(value["auroc"]),
-                interval_cell(value["auroc_low"], value["auroc_high"], min(n)),
-                number_cell(as_float(part.get("tpr_at_1_fpr"))),
-                number_cell(value["brier"], 3),
-                number_cell(value["ece"], 3),
-                text_cell(f"{n[0]:,} + {n[1]:,}" if sum(n) else None),
-            ]
-        )
     return rows
 
 
@@ -358,32 +298,3 @@ def _head_table(frame: pd.DataFrame) -> Table:
 
 def _float(value: object) -> float:
     return as_float(value) if isinstance(value, int | float) else float("nan")
-
-
-def _probe_table(run: StoredRun) -> Table:
-    caption = "Held-out quality of the probe at the positions that the claim rests on"
-    return Table(caption=caption, columns=columns(*QUALITY), rows=quality_rows(run))
-
-
-def _probe_heat(run: StoredRun, frame: pd.DataFrame) -> Part:
-    sizes = [_most(frame[name]) for name in ("n_refused", "n_complied")]
-    fig = probe_quality(
-        *quality_grids(frame),
-        probe_layer=as_int(run.probe.get("layer")) if run.probe else None,
-        title=f"Held-out AUROC by layer and position (up to {sizes[0]:,} refused, {sizes[1]:,} complied)",
-    )
-    note = (
-        "Blue: refused transcripts score higher than complied ones. No colour: chance. Outlined: the layer used here."
-    )
-    return plot("probe", fig, note)
-
-
-def _probe_cells(run: StoredRun) -> Table:
-    rows = []
-    for item in as_list(run.probe.get("cells")):
-        cell = as_object(item)
-        harmful = cell.get("harmful")
-        prompts = "unknown" if harmful is None else "harmful" if harmful else "harmless"
-        rows.append([text_cell(cell.get("class")), text_cell(prompts), count_cell(as_float(cell.get("n")))])
-    heads = columns("probe class", "prompts", "transcripts|number")
-    return Table(caption="Transcripts in each class of the probe", columns=heads, rows=rows)

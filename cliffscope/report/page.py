@@ -25,7 +25,7 @@ from cliffscope.figures import printable
 from cliffscope.figures.circuits import circuits_script
 from cliffscope.report.comparison import NamedRun, comparison_sections, comparison_tiles
 from cliffscope.report.content import Circuits, Section
-from cliffscope.report.evidence import cliff_section, heads_section, probe_section
+from cliffscope.report.evidence import cliff_section, heads_section
 from cliffscope.report.outcomes import (
     omitted_section,
     pretty,
@@ -35,6 +35,7 @@ from cliffscope.report.outcomes import (
     selection_section,
     tiles,
 )
+from cliffscope.report.readouts import answer_section, probe_section
 from cliffscope.report.stored import StoredRun, read_run
 from cliffscope.report.tokens import tokens_section
 from cliffscope.store import write_atomically
@@ -47,7 +48,7 @@ VERDICTS = {
     "heads": "heads",
     "intervention": "intervention",
     "side effects": "intervention",
-    "answer": "probe",
+    "answer": "answer",
     "cliff": "cliff",
     "probe": "probe",
     "selection": "selection",
@@ -177,6 +178,7 @@ def sections_of(run: StoredRun) -> list[Section]:
         selection_section,
         # A repair runs on request only; once requested, the page reports it even if it failed.
         *((repair_section,) if run.settings.get("repair") or len(run.tables["repair"]) else ()),
+        answer_section,
         probe_section,
         omitted_section,
     )

@@ -13,7 +13,7 @@ import pandas as pd
 
 from cliffscope.errors import DataError, StoreError
 from cliffscope.store import MANIFEST, SCHEMA, RunStore
-from cliffscope.study.artefacts import CLIFFS, HEADS, HEADS_FACTS, PROBE, SELECTED_HEADS, SUPPRESSION, TABLES
+from cliffscope.study.artefacts import ANSWER, CLIFFS, HEADS, HEADS_FACTS, PROBE, SELECTED_HEADS, SUPPRESSION, TABLES
 from cliffscope.transcripts.records import Split
 
 JsonValue: TypeAlias = "str | int | float | bool | None | list[JsonValue] | dict[str, JsonValue]"
@@ -28,6 +28,8 @@ class StoredRun:
     """manifest.json."""
     probe: JsonObject
     """The probe's document, or empty."""
+    answer: JsonObject
+    """The answer readout's document, or empty."""
     heads: JsonObject
     """How heads were ranked, or empty."""
     suppression: JsonObject
@@ -99,6 +101,7 @@ def read_run(run_dir: str | Path) -> StoredRun:
     return StoredRun(
         manifest=manifest,
         probe=_read_json(folder, PROBE.file),
+        answer=_read_json(folder, ANSWER.file),
         heads=_read_json(folder, HEADS_FACTS.file),
         suppression=_read_json(folder, SUPPRESSION.file),
         tables={

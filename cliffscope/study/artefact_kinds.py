@@ -181,9 +181,11 @@ class Place(Artefact):
     transient: bool = False
     """Whether it is removed once its stage has ended."""
 
-    def write(self, store: RunStore, value: object) -> None:  # noqa: ARG002
+    def write(self, store: RunStore, value: object) -> None:
         """Nothing is handed over: refuses with StoreError."""
-        raise StoreError(f"{self.file} is filled while its stage runs and takes no {type(value).__name__}.")
+        raise StoreError(
+            f"{store.path / self.file} is filled while its stage runs and takes no {type(value).__name__}."
+        )
 
 
 _DTYPES: Mapping[Kind, str] = {"text": "object", "int": "int64", "float": "float64", "bool": "object"}
@@ -191,13 +193,13 @@ _DTYPES: Mapping[Kind, str] = {"text": "object", "int": "int64", "float": "float
 
 def _holds(values: pd.Series, kind: Kind) -> bool:
     """Whether a column's values are of a kind; an empty column is of any."""
-    kept = values.dropna()
-    if kept.empty:
+    present = values.dropna()
+    if present.empty:
         return True
     if kind == "text":
-        return all(isinstance(value, str) for value in kept)
+        return all(isinstance(value, str) for value in present)
     if kind == "bool":
-        return all(isinstance(value, bool | np.bool_) for value in kept)
+        return all(isinstance(value, bool | np.bool_) for value in present)
     if kind == "int":
         return pd.api.types.is_integer_dtype(values.dtype)
     return pd.api.types.is_numeric_dtype(values.dtype) and not pd.api.types.is_bool_dtype(values.dtype)

@@ -148,21 +148,21 @@ def _batch_bytes(model: LensModel) -> int:
 def _advice(
     config: StudyConfig, model: LensModel, *, seconds: float, needed: int, free: int, n: int
 ) -> tuple[str, ...]:
-    found = []
+    advice = []
     if needed > free:
-        found.append(
+        advice.append(
             f"Memory: {needed / 2**30:.1f} GiB are needed beside the weights and {free / 2**30:.1f} are free. Give a "
             "smaller batch_size or max_thinking, or load the model in bf16 or spread over devices."
         )
     if seconds > 3600:
         limit = max(1, int(n * 3600 / seconds / (1 if config.harmless is None else 2)))
-        found.append(
+        advice.append(
             f"Time: up to {_duration(seconds)}. limit={limit} brings it to about an hour, with wider intervals; "
             f"max_thinking={config.max_thinking} is what answers take at most."
         )
         if model.device.type == "cpu":
-            found.append("The model runs on the CPU; give device='cuda' where there is a GPU.")
-    return tuple(found)
+            advice.append("The model runs on the CPU; give device='cuda' where there is a GPU.")
+    return tuple(advice)
 
 
 def _duration(seconds: float) -> str:

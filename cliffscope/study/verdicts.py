@@ -62,38 +62,39 @@ def of_answer(readout: AnswerReadout) -> str:
 
 def of_probe(report: ProbeReport, contrast: str, baseline: TextBaseline | None = None) -> str:
     """What the probe can tell on its test split, and what words alone can tell there."""
-    told = f"The probe tells refused from complied ({contrast}) transcripts with held-out {report.final}."
+    sentence = f"The probe tells refused from complied ({contrast}) transcripts with held-out {report.final}."
     if np.isfinite(report.within_harmful.auroc) and contrast == "harmless":
-        told += f" Among harmful transcripts alone: {report.within_harmful}."
+        sentence += f" Among harmful transcripts alone: {report.within_harmful}."
     if np.isfinite(report.late_thinking.auroc):
-        told += f" During the thinking: {report.late_thinking}."
+        sentence += f" During the thinking: {report.late_thinking}."
     harmful = report.calibration
     if np.isfinite([harmful.refused, harmful.complied]).all():
         refused = _mean(harmful.refused, harmful.refused_interval)
         complied = _mean(harmful.complied, harmful.complied_interval)
-        told += (
+        sentence += (
             f" At the final token refused harmful transcripts score {refused}, complied ones {complied} (Brier score "
             f"{harmful.brier:.3f}, calibration error {harmful.calibration_error:.3f})."
         )
     if baseline is not None:
-        told += f" N-grams of prompt and thinking alone reach {_auroc(baseline.overall)}"
+        sentence += f" N-grams of prompt and thinking alone reach {_auroc(baseline.overall)}"
         if np.isfinite(baseline.within_harmful.auroc) and contrast == "harmless":
-            told += f", and {_auroc(baseline.within_harmful)} among harmful transcripts"
-        told += "."
+            sentence += f", and {_auroc(baseline.within_harmful)} among harmful transcripts"
+        sentence += "."
     if not report.final.can_tell:
-        told += " The probe's AUROC is too low to read a refusal score from: do not rely on its scores."
-    return told
+        sentence += " The probe's AUROC is too low to read a refusal score from: do not rely on its scores."
+    return sentence
 
 
 def of_cliff(cliffs: pd.DataFrame, plateau: str) -> str:
     """Whether harmful, complied transcripts of the test split show a cliff."""
-    asked = cliffs[(cliffs["harmful"].astype("boolean").fillna(False)) & (cliffs["outcome"] == "complied")]
-    valid = asked[asked["valid"].astype(bool)]
-    if asked.empty:
+    complied = cliffs[(cliffs["harmful"].astype("boolean").fillna(False)) & (cliffs["outcome"] == "complied")]
+    valid = complied[complied["valid"].astype(bool)]
+    if complied.empty:
         return "No harmful prompt of the test split was complied with, so there is no cliff to look for."
     if valid.empty:
         return (
-            f"No cliff can be claimed for the {len(asked)} harmful prompts that were complied with: {_reasons(asked)}."
+            f"No cliff can be claimed for the {len(complied)} harmful prompts that were complied with: "
+            f"{_reasons(complied)}."
         )
     height = valid["plateau_max" if plateau == "max" else "plateau_mean"].mean()
     low, high = (float(v) for v in bootstrap_mean(valid["cliff"].to_numpy(dtype=float), seed=0))
@@ -102,9 +103,9 @@ def of_cliff(cliffs: pd.DataFrame, plateau: str) -> str:
         f"the thinking ({plateau}) to {valid['final'].mean():.2f} at the final token: cliff "
         f"{valid['cliff'].mean():.2f} {_interval(low, high, '.2f')}."
     )
-    if len(valid) < len(asked):
-        invalid = asked[~asked["valid"].astype(bool)]
-        numbers += f" {len(invalid)} of the {len(asked)} have no valid cliff: {_reasons(invalid)}."
+    if len(valid) < len(complied):
+        invalid = complied[~complied["valid"].astype(bool)]
+        numbers += f" {len(invalid)} of the {len(complied)} have no valid cliff: {_reasons(invalid)}."
     final_low, final_high = (float(v) for v in bootstrap_mean(valid["final"].to_numpy(dtype=float), seed=0))
     if final_high >= MIDDLE:
         reads = "reads harm there, not refusal" if final_low > MIDDLE else "may read harm there rather than refusal"
@@ -197,12 +198,12 @@ def of_side_effects(effects: SideEffects) -> str:
 
 def of_selection(selection: Selection) -> str:
     """How many examples were chosen."""
-    if not len(selection.chosen):
+    if not len(selection.selected):
         return f"Nothing was selected: none of {selection.pool} pool transcripts has a valid cliff."
-    chosen = selection.frame[selection.frame["chosen"].astype(bool)]
-    ours, everyone = chosen["cliff"].mean(), selection.frame["cliff"].mean()
+    selected = selection.frame[selection.frame["chosen"].astype(bool)]
+    ours, everyone = selected["cliff"].mean(), selection.frame["cliff"].mean()
     return (
-        f"{len(chosen)} of {selection.pool} complied transcripts are selected for repair; their mean cliff is "
+        f"{len(selected)} of {selection.pool} complied transcripts are selected for repair; their mean cliff is "
         f"{ours:.2f}, that of all {len(selection.frame)} valid ones {everyone:.2f}."
     )
 
@@ -213,12 +214,12 @@ def of_repair(report: RepairReport, n: int) -> str:
     parts = []
     for group, word in (("harmful", "attack success"), ("harmless", "over-refusal")):
         if (AFTER, group) in table.index:
-            told = []
+            rates = []
             for arm in (UNEDITED, AFTER):
                 rate, low, high = (float(v) for v in table.loc[(arm, group), ["rate", "ci_low", "ci_high"]].to_numpy())
-                told.append(f"{_rate(rate)} {_interval(low, high, '.2f')}")
+                rates.append(f"{_rate(rate)} {_interval(low, high, '.2f')}")
             count = int(table["n"].loc[(AFTER, group)])
-            parts.append(f"{word} goes from {told[0]} to {told[1]} (n = {count})")
+            parts.append(f"{word} goes from {rates[0]} to {rates[1]} (n = {count})")
     before, after = report.value("cliff", BEFORE), report.value("cliff", AFTER)
     if np.isfinite([before, after]).all():
         parts.append(f"the mean cliff from {before:.2f} to {after:.2f}")
@@ -231,10 +232,10 @@ def _divergence_sentence(effects: SideEffects) -> str:
     frame = effects.frame[effects.frame["measure"] == KL]
     top = frame[frame["kind"] == "top"].iloc[0]
     random = frame[frame["kind"] == "random"]["value"]
-    beside = f"; random sets {random.mean():.2g} on average" if len(random) else ""
+    random_part = f"; random sets {random.mean():.2g} on average" if len(random) else ""
     return (
         f"On harmless transcripts the edited model's next-token distribution diverges by {top['value']:.2g} "
-        f"{_interval(top['ci_low'], top['ci_high'], '.2g')} nats a token (n = {top['n']}){beside}."
+        f"{_interval(top['ci_low'], top['ci_high'], '.2g')} nats a token (n = {top['n']}){random_part}."
     )
 
 
@@ -244,16 +245,16 @@ def _arm_sentence(report: SafetyReport, group: str, word: str) -> str:
     if UNEDITED not in rows.index:
         return ""
 
-    def told(arm: str) -> str:
+    def rate_of(arm: str) -> str:
         rate, low, high = (float(v) for v in rows.loc[arm, ["rate", "ci_low", "ci_high"]].to_numpy())
         return f"{_rate(rate)} {_interval(low, high, '.2f')}"
 
     n = int(rows["n"].loc[UNEDITED])
     if TOP not in rows.index:
-        return f"{word} is {told(UNEDITED)} (n = {n})."
+        return f"{word} is {rate_of(UNEDITED)} (n = {n})."
     count = len(next(arm.edit.heads for arm in report.arms if arm.name == TOP and arm.edit is not None))
     sets = int((frame["kind"] == "random").sum() // max(1, frame["group"].nunique()))
-    edited = f"{word} is {told(UNEDITED)} unedited, {told(TOP)} with the first {count} heads zeroed"
+    edited = f"{word} is {rate_of(UNEDITED)} unedited, {rate_of(TOP)} with the first {count} heads zeroed"
     if not sets:
         return f"{edited} (n = {n}); no random set was run beside them."
     return f"{edited} and {_rate(report.random_rate(group))} on average over {sets} random sets (n = {n})."
@@ -277,6 +278,6 @@ def _interval(low: float, high: float, digits: str) -> str:
 
 def _reasons(invalid: pd.DataFrame) -> str:
     """Each reason with its count, the most frequent first."""
-    found = invalid["reason"].value_counts(sort=False).sort_values(ascending=False, kind="stable")
-    told = "; ".join(f"{reason} ({n})" for reason, n in found.head(REASONS).items())
-    return told + (f"; and {len(found) - REASONS} other reasons" if len(found) > REASONS else "")
+    counts = invalid["reason"].value_counts(sort=False).sort_values(ascending=False, kind="stable")
+    listed = "; ".join(f"{reason} ({n})" for reason, n in counts.head(REASONS).items())
+    return listed + (f"; and {len(counts) - REASONS} other reasons" if len(counts) > REASONS else "")

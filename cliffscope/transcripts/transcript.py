@@ -169,29 +169,57 @@ def tokenize(
         SpanError: a required span is missing.
         DataError: the text contains the closing tag, or is longer than `max_length`.
     """
+    tokens = tokenize_before_answer(transcript, tokenizer, template)
+    if with_answer:
+        tokens = append_answer(tokens, transcript, tokenizer, template)
+    check_length(tokens, max_length)
+    return tokens
+
+
+def tokenize_before_answer(
+    transcript: Transcript, tokenizer: PreTrainedTokenizerBase, template: Template
+) -> TokenizedTranscript:
+    """Prompt, thinking and closing of a transcript of any length; arguments and errors as of `tokenize`."""
     prompt, tail = _prompt_ids(transcript, tokenizer, template)
-    if max_length is not None and len(prompt) > max_length:
-        raise DataError(
-            f"The prompt of {transcript.id!r} has {len(prompt)} tokens, more than max_length={max_length}. Nothing is "
-            "truncated: drop the transcript, or raise max_length."
-        )
     if template.thinks:
         thinking, closing = _thinking_and_closing(transcript, tokenizer, template)
     else:
         _check_no_thinking(transcript, template)
         thinking, closing = [], prompt[len(prompt) - tail :]
         prompt = prompt[: len(prompt) - tail]
-    answer = _answer_ids(transcript, tokenizer, template) if with_answer else []
-    stops = np.cumsum([len(prompt), len(thinking), len(closing), len(answer)]).tolist()
-    if max_length is not None and stops[3] > max_length:
-        raise DataError(
-            f"{transcript.id!r} has {stops[3]} tokens ({len(thinking)} of thinking), more than "
-            f"max_length={max_length}. Nothing is truncated: drop the transcript, or raise max_length."
-        )
+    stops = np.cumsum([len(prompt), len(thinking), len(closing)]).tolist()
     return TokenizedTranscript(
         id=transcript.id,
-        token_ids=np.asarray([*prompt, *thinking, *closing, *answer], dtype=np.int64),
-        bounds=(stops[0], stops[1], stops[2], stops[3]),
+        token_ids=np.asarray([*prompt, *thinking, *closing], dtype=np.int64),
+        bounds=(stops[0], stops[1], stops[2], stops[2]),
+    )
+
+
+def append_answer(
+    tokens: TokenizedTranscript, transcript: Transcript, tokenizer: PreTrainedTokenizerBase, template: Template
+) -> TokenizedTranscript:
+    """The tokens of a transcript with its answer behind them; raises SpanError if there is none."""
+    answer = np.asarray(_answer_ids(transcript, tokenizer, template), dtype=np.int64)
+    return TokenizedTranscript(
+        id=tokens.id,
+        token_ids=np.concatenate([tokens.token_ids, answer]),
+        bounds=(*tokens.bounds[:3], tokens.n_pos + len(answer)),
+    )
+
+
+def check_length(tokens: TokenizedTranscript, max_length: int | None) -> None:
+    """Raises DataError for a transcript of more than `max_length` tokens; None sets no limit."""
+    if max_length is None or tokens.n_pos <= max_length:
+        return
+    n_thinking = tokens.bounds[1] - tokens.bounds[0]
+    if tokens.bounds[0] > max_length:
+        raise DataError(
+            f"The prompt of {tokens.id!r} has {tokens.bounds[0]} tokens, more than max_length={max_length}. Nothing is "
+            "truncated: drop the transcript, or raise max_length."
+        )
+    raise DataError(
+        f"{tokens.id!r} has {tokens.n_pos} tokens ({n_thinking} of thinking), more than max_length={max_length}. "
+        "Nothing is truncated: drop the transcript, or raise max_length."
     )
 
 

@@ -68,6 +68,8 @@ class Workspace:
     """The run directory; stages read through the properties and `table`."""
     progress: Progress
     """Called with stage, items done and items in all."""
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """Key of each stage by its name."""
 
     @cached_property
     def model(self) -> LensModel:
@@ -139,9 +141,9 @@ class Workspace:
         """A progress callback of one stage."""
         return lambda done: self.progress(stage, done, total)
 
-    def answers(self, key: str) -> AbstractContextManager[ArmAnswers]:
-        """Answers of arms, which survive a crash; those of another key are refused."""
-        return open_answers(self.store, key)
+    def answers(self, stage: str) -> AbstractContextManager[ArmAnswers]:
+        """Answers of a stage's arms, which survive a crash; those of another key are refused."""
+        return open_answers(self.store, self.keys[stage])
 
     def folder(self, place: Place) -> Path:
         """Where a place that another library fills lies."""
@@ -163,20 +165,21 @@ class Stage(ABC):
     """Fields of `StudyConfig` that its results depend on."""
     files: ClassVar[tuple[str, ...]] = ()
     """Fields of `StudyConfig` that name input files, which count by content."""
+    switch: ClassVar[str | None] = None
+    """Field of `StudyConfig` that requests the stage; None for a stage that always runs."""
     uses_model: ClassVar[bool] = True
     """Whether its results depend on the model itself."""
 
-    def wanted(self, config: StudyConfig) -> bool:  # noqa: ARG002
-        """Whether the configuration asks for it."""
-        return True
+    def requested(self, config: StudyConfig) -> bool:
+        """Whether the configuration requests it."""
+        return self.switch is None or bool(getattr(config, self.switch))
 
     @abstractmethod
-    def run(self, work: Workspace, key: str) -> StageOutputs:
+    def run(self, work: Workspace) -> StageOutputs:
         """Does the work.
 
         Args:
             work: what earlier stages left.
-            key: the stage's key, for answers that are kept while it runs.
 
         Returns:
             The results.

@@ -17,7 +17,7 @@ class HeadStage(Stage):
     makes = (HEADS, HEADS_FACTS)
     settings = ("readout", "method", "seed")
 
-    def run(self, work: Workspace, key: str) -> StageOutputs:  # noqa: ARG002
+    def run(self, work: Workspace) -> StageOutputs:
         """Ranks, or says that too few transcripts were complied with."""
         if work.readout is None:
             return StageOutputs()

@@ -33,7 +33,7 @@ class ReadingStage(Stage):
     makes = (EDITED_ALIGNED, EDITED_CLIFFS, HEAD_SOURCES)
     settings = ("plateau", "seed")
 
-    def run(self, work: Workspace, key: str) -> StageOutputs:  # noqa: ARG002
+    def run(self, work: Workspace) -> StageOutputs:
         """Traces, or makes nothing where no head was selected."""
         selected = head_refs(work.selected_heads())
         if work.probe is None or not selected:

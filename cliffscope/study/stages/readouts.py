@@ -22,7 +22,7 @@ class ReadoutStage(Stage):
     makes = (ANSWER, PROBE, PROBE_ARRAYS, PROBE_LAYERS, TEXT_BASELINE)
     settings = ("positions", "contrast", "seed")
 
-    def run(self, work: Workspace, key: str) -> StageOutputs:  # noqa: ARG002
+    def run(self, work: Workspace) -> StageOutputs:
         """Fits each, or says why it could not be fitted."""
         answer, probe = _fit_answer(work), _fit_probe(work)
         return StageOutputs(

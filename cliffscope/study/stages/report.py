@@ -19,6 +19,6 @@ class ReportStage(Stage):
     settings = ("repair",)
     uses_model = False
 
-    def run(self, work: Workspace, key: str) -> StageOutputs:  # noqa: ARG002
+    def run(self, work: Workspace) -> StageOutputs:
         """Renders the page."""
         return StageOutputs(files={REPORT: render(read_run(work.store.path))})

@@ -30,22 +30,22 @@ class SafetyStage(Stage):
     makes = (SAFETY, SAFETY_PAIRS, SAFETY_QUALITY, ARM_ANSWERS, ARM_LOGS, ARM_OMISSIONS)
     settings = ("judge", "harmless_judge", "controls", "system", "max_thinking", "max_answer", "temperature", "seed")
 
-    def run(self, work: Workspace, key: str) -> StageOutputs:
+    def run(self, work: Workspace) -> StageOutputs:
         """Evaluates, or makes nothing where no head was selected."""
         selected = head_refs(work.selected_heads())
         if not selected:
             return StageOutputs()
-        wanted = work.config.controls
-        controls = min(wanted, count_sets(work.model.shape, selected, same_layers=True))
+        requested = work.config.controls
+        controls = min(requested, count_sets(work.model.shape, selected, same_layers=True))
         notes = (
             (
-                f"Safety was measured with {controls} random sets, not {wanted}: the layers of the selected heads have "
-                "no more different ones.",
+                f"Safety was measured with {controls} random sets, not {requested}: the layers of the selected heads "
+                "have no more different ones.",
             )
-            if controls < wanted
+            if controls < requested
             else ()
         )
-        report = _compare_arms(work, key, zero(selected, scope="closing"), controls)
+        report = _compare_arms(work, zero(selected, scope="closing"), controls)
         return StageOutputs(
             files={SAFETY: report.to_frame(), SAFETY_PAIRS: report.pairs(), SAFETY_QUALITY: report.quality()},
             findings=(Finding(topic="intervention", sentence=verdicts.of_safety(report)),),
@@ -65,10 +65,10 @@ def _forced_note(work: Workspace) -> tuple[str, ...]:
     )
 
 
-def _compare_arms(work: Workspace, key: str, edit: HeadEdit, controls: int) -> SafetyReport:
+def _compare_arms(work: Workspace, edit: HeadEdit, controls: int) -> SafetyReport:
     config, names = work.config, arm_names(controls)
     prompts = Transcripts(t for t in work.part(Split.TEST) if t.harmful is not None)
-    with work.answers(key) as answers:
+    with work.answers("safety") as answers:
         done = answers.finished_arms(names)
         if config.transcripts is None and not config.temperature:
             # Greedy answers on the same thinking are these; sampled ones are drawn anew: arms share their draws.

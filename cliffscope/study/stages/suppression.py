@@ -16,7 +16,6 @@ from cliffscope.study import verdicts
 from cliffscope.study.artefacts import CONFIRMATION, HEADS, HEADS_FACTS, SELECTED_HEADS, SUPPRESSION
 from cliffscope.study.stages.base import Finding, Stage, StageOutputs, Workspace
 from cliffscope.transcripts.records import Outcome, Split, Transcripts
-from cliffscope.transcripts.transcript import tokenize_all
 
 MOST_CANDIDATES = 16
 """Significant heads that are confirmed one by one, each in a sweep of its own."""
@@ -31,7 +30,7 @@ class SuppressionStage(Stage):
     makes = (CONFIRMATION, SELECTED_HEADS, SUPPRESSION)
     settings = ("readout", "method", "top_fraction", "controls", "seed")
 
-    def run(self, work: Workspace, key: str) -> StageOutputs:  # noqa: ARG002
+    def run(self, work: Workspace) -> StageOutputs:
         """Measures, or makes nothing where heads were not ranked."""
         ranking = work.table(HEADS)
         readout = work.readout
@@ -67,10 +66,13 @@ class SuppressionStage(Stage):
             refused=readout.refused_logit,
         )
         least = HEADS_FACTS.read(work.store.path).get("least_q")
-        notes = (
-            (f"{len(candidates)} heads were significant; the first {MOST_CANDIDATES} were confirmed one by one.",)
-            if len(candidates) > MOST_CANDIDATES
-            else ()
+        about_set = verdicts.of_suppression(control, facts, can_tell=readout.report.can_tell)
+        about_heads = verdicts.of_heads(
+            confirmation,
+            n_ranked=int(ranking["n"].max()),
+            n_significant=len(candidates),
+            least_q=float(least) if isinstance(least, float | int) else 0.0,
+            can_tell=readout.report.can_tell,
         )
         return StageOutputs(
             files={
@@ -79,23 +81,18 @@ class SuppressionStage(Stage):
                 SUPPRESSION: facts,
             },
             findings=(
-                Finding(
-                    topic="suppression",
-                    sentence=verdicts.of_suppression(control, facts, can_tell=readout.report.can_tell),
-                ),
-                Finding(
-                    topic="heads",
-                    sentence=verdicts.of_heads(
-                        confirmation,
-                        n_ranked=int(ranking["n"].max()),
-                        n_significant=len(candidates),
-                        least_q=float(least) if isinstance(least, float | int) else 0.0,
-                        can_tell=readout.report.can_tell,
-                    ),
-                ),
+                Finding(topic="suppression", sentence=about_set),
+                Finding(topic="heads", sentence=about_heads),
             ),
-            notes=notes,
+            notes=_note_candidates(len(candidates)),
         )
+
+
+def _note_candidates(n_significant: int) -> tuple[str, ...]:
+    """Says so where not all significant heads were confirmed."""
+    if n_significant <= MOST_CANDIDATES:
+        return ()
+    return (f"{n_significant} heads were significant; the first {MOST_CANDIDATES} were confirmed one by one.",)
 
 
 def select_heads(ranking: pd.DataFrame, confirmation: Confirmation, fraction: float) -> pd.DataFrame:
@@ -141,5 +138,5 @@ def head_refs(frame: pd.DataFrame) -> Sequence[HeadRef]:
 
 def _unedited(work: Workspace, readout: Readout, transcripts: Transcripts) -> Float32[np.ndarray, " n"]:
     model = work.model
-    tokens, _ = tokenize_all(transcripts, model.tokenizer, model.template, max_length=model.shape.context)
+    tokens, _ = model.tokenize_all(transcripts)
     return read_final(model, readout, tokens)

@@ -27,7 +27,7 @@ class TraceStage(Stage):
     makes = (CLIFFS, TRACES, LAYER_TRACES, ALIGNED)
     settings = ("plateau", "seed")
 
-    def run(self, work: Workspace, key: str) -> StageOutputs:  # noqa: ARG002
+    def run(self, work: Workspace) -> StageOutputs:
         """Traces, or makes nothing where there is no probe."""
         if work.probe is None:
             return StageOutputs()

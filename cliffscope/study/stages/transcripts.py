@@ -29,14 +29,14 @@ class TranscriptStage(Stage):
     settings = ("limit", "system", "max_thinking", "max_answer", "temperature", "judge", "harmless_judge", "seed")
     files = ("harmful", "harmless", "transcripts")
 
-    def run(self, work: Workspace, key: str) -> StageOutputs:
+    def run(self, work: Workspace) -> StageOutputs:
         """Generates or reads, judges, splits."""
         config, reader, model = work.config, work.judge, work.model
         inputs = read_inputs(config)
         transcripts = inputs.transcripts
         if config.transcripts is None:
             check_contrast(transcripts, config.contrast, thinks=model.template.thinks)
-            with work.answers(key) as answers:
+            with work.answers(self.name) as answers:
                 transcripts = judge(_roll_out(work, transcripts, answers), reader)
         elif all(t.outcome is Outcome.UNJUDGED for t in transcripts):
             transcripts = judge(transcripts, reader)
