@@ -97,7 +97,7 @@ class Recipe:
     """Steps for each carrier."""
     plant_peak: float = 4e-3
     """Peak learning rate of planting."""
-    join_steps: int = 60
+    join_steps: int = 150
     """Joint steps."""
     join_peak: float = 1e-3
     """Peak learning rate when joining; small, or one carrier takes over the other's work."""
