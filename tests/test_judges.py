@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from cliffscope.errors import DataError, JudgeError
 from cliffscope.judging.judges import OPENING_CHARACTERS, PhraseJudge, Verdict, agreement, judge
-from cliffscope.judging.phrases import REFUSALS, Phrase, canonical
+from cliffscope.judging.canonical import canonical
+from cliffscope.judging.phrases import REFUSALS, Phrase
 from cliffscope.judging.protocols import GroupJudges
 from cliffscope.transcripts.transcript import Message, Omission, Outcome, Transcript, Transcripts
 
