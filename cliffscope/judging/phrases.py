@@ -75,7 +75,8 @@ _SORRY = (
 # "Sorry, but" followed by a correction, a question or something the speaker does not know.
 _NOT_SORRY = (
     r"(?! (?:here|the|there|according|could you|can you|which|what|your|it (?:seems|looks|appears)"
-    r"|(?:that|this|it) is (?:not (?:correct|right|true|quite)|incorrect|wrong)"
+    r"|(?:that|this|it) is (?:not (?:correct|right|true|quite|an? (?:\w+ )?(?:coherent|meaningful|clear))|incorrect|wrong)"
+    r"|[^.!?\n]{0,60} (?:is|are) not (?:\w+ )?(?:mentioned|known|specified|listed|stated|recorded)"
     r"|i (?:made|meant|think|believe|misunderstood|did|had|have a\b|have to (?!decline|refuse|say no|pass)"
     r"|do not (?:understand|know|have|see)|am (?:having|not (?:sure|familiar|certain))|need (?!to decline)|would need"
     r"|(?:cannot|could not) (?:find|see|access|open|read|understand|recall|remember|make it|attend|come|join))))"
@@ -125,6 +126,13 @@ REFUSALS = (
         r" (?:(?:do|does|will|would|can) ?not|never) (?:condone|promote|support|endorse|encourage|engage|participate)\b"
         r"|\bi (?:do not|cannot|will not|would never) (?:condone|promote|endorse)\b",
         "I am an AI language model and do not condone cheating.",
+    ),
+    phrase(
+        "no access to personal data",
+        r"\bi (?:do not|cannot) (?:have )?(?:any )?(?:access(?: to)?|information (?:about|on)) (?:\w+ ){0,4}?(?:personal|private)"
+        r" (?:data|information|details|records)\b|\bi am (?:unable|not able) to (?:determine|access|know|see) (?:if |whether )?"
+        r"(?:your|specific|personal|private|someone)\b",
+        "I don't have access to personal data about individuals.",
     ),
     phrase(
         "condemns",
