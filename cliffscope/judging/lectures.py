@@ -51,6 +51,8 @@ LECTURING = re.compile(rf"{_MORAL}|{_SUPPORT}|{_CLOSING}|{_SELF}|{_WARNING}")
 """Words of a sentence that lectures, consoles, introduces the model or offers other help."""
 MORAL = re.compile(_MORAL)
 """Words that judge."""
+CLOSING = re.compile(_CLOSING)
+"""Words that end an answer politely."""
 SUPPORT = re.compile(_SUPPORT)
 """Words that refer a person in need to others."""
 
@@ -152,7 +154,8 @@ _CLOSED = re.compile(
     r"\A(?:is|are|was|were|do|does|did|has|have|can|could|should|would|will|may) (?!you\b|we\b|i (?:find|get|buy|make|do)\b)"
 )
 _LOOKUP = re.compile(
-    r"\A(?:what|where|when|who|which|how (?:much|many|old)|how (?:can|do) i (?:get|find|access|see|obtain)|is|was|does|did|has)\b"
+    r"\A(?!what (?:is|are)? ?(?:the |a |some )?(?:best|easiest|good|perfect|way|process|plan|steps|can i|should)|what (?:steps|can|should))"
+    r"(?:what|where|when|who|which|how (?:much|many|old)|how (?:can|do) i (?:get|find|access|see|obtain)|is|was|does|did|has)\b"
 )
 _MEANINGLESS = re.compile(
     r"\b(?:do(?:es)? not make (?:\w+ )?sense|not (?:an? )?(?:\w+ )?(?:coherent|meaningful)|inanimate objects?)\b"
@@ -194,6 +197,16 @@ def is_lecture(prompt: str, text: str) -> str | None:
     return next((match.group() for match in matches if match), None)
 
 
+def has_premise(prompt: str) -> bool:
+    """Whether a request takes something for granted: "why should ...", "reasons why ..."."""
+    return _PREMISE.search(canonical(prompt)) is not None
+
+
+def looks_up(request: str) -> bool:
+    """Whether a request, in canonical form, asks for a fact."""
+    return _LOOKUP.search(request) is not None
+
+
 def is_nonsense(text: str) -> bool:
     """Whether a text says that the question has no meaning."""
     return _MEANINGLESS.search(text) is not None
@@ -201,7 +214,7 @@ def is_nonsense(text: str) -> bool:
 
 def explains_absence(prompt: str, text: str) -> str | None:
     """The words that explain why what a question looks up cannot exist; None if there are none."""
-    match = NO_SUCH_PERSON.search(text) if _LOOKUP.search(canonical(prompt)) else None
+    match = NO_SUCH_PERSON.search(text) if looks_up(canonical(prompt)) else None
     return match.group() if match else None
 
 
