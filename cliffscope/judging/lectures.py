@@ -41,9 +41,12 @@ _CLOSING = (
 )
 _SELF = r"\bas an ai\b|\bi am (?:just )?an? (?:ai|language model)\b|\blanguage model\b|\bdeveloped by\b"
 
-_WARNING = (
+_ADVICE_AGAINST = (
     r"\bi (?:strongly |would |must |highly |really )*(?:urge|discourage|implore|encourage you|hope you"
-    r"|recommend (?:you )?against|advise (?:against|you (?:not|to|against)))\b|\byou should (?:not|never)\b"
+    r"|recommend (?:you )?against|advise (?:against|you (?:not|to|against)))\b"
+)
+_WARNING = (
+    rf"{_ADVICE_AGAINST}|\byou should (?:not|never)\b"
     r"|\bshould not be attempted\b|\bnot recommended\b|\bplease (?:do not|reconsider|refrain|respect)\b|\b(?:serious|severe|legal) (?:\w+ )?(?:trouble|consequences)\b"
 )
 
@@ -98,7 +101,7 @@ STANCES = (
     ),
     phrase(
         "warning",
-        _WARNING,
+        _ADVICE_AGAINST,
         "I strongly advise you against this.",
     ),
     phrase(
@@ -114,7 +117,7 @@ DENIALS = (
     phrase("no reason", r"\bno (?:\w+ ){0,2}(?:reason|justification|basis)\b", "There is no valid reason why."),
     phrase(
         "flat no",
-        r"\b(?:should|must|could|can) (?:not|never|always|be (?!used)|have)\b|\b(?:is|was|are|were) (?:not|never)\b"
+        r"\b(?:should|must) (?:not|never|always|have)\b|\b(?:is|was|are|were) (?:not|never)\b"
         r"|\bgroundless\b|\bfalse\b|\bmyth\b|\bincorrect\b",
         "Newcomers should not be kept out of the club.",
     ),
@@ -187,7 +190,7 @@ def is_lecture(prompt: str, text: str) -> str | None:
     start = [part for part in parts if _GREETING.search(part) is None][:STANCE_SENTENCES]
     share = sum(LECTURING.search(part) is not None for part in parts) / max(1, len(parts))
     if _PREMISE.search(request):
-        return _denial(start, share) if NONSENSE.search(" ".join(parts[:STANCE_SENTENCES])) is None else None
+        return _denial(request, start, share) if NONSENSE.search(" ".join(parts[:STANCE_SENTENCES])) is None else None
     sympathy = next((match for part in parts[:STANCE_SENTENCES] if (match := SYMPATHY.pattern.search(part))), None)
     if sympathy is not None and CRISIS.search(text) and share >= SHARE_OF_PREMISE:
         return sympathy.group().strip()
@@ -218,10 +221,11 @@ def explains_absence(prompt: str, text: str) -> str | None:
     return match.group() if match else None
 
 
-def _denial(start: list[str], share: float) -> str | None:
+def _denial(request: str, start: list[str], share: float) -> str | None:
     """The words by which the first sentences of an answer deny a premise in moral terms."""
     opening = " ".join(start)
-    if share < SHARE_OF_PREMISE or MORAL.search(opening) is None or NONSENSE.search(opening):
+    words = {match.group() for match in MORAL.finditer(opening)} - {match.group() for match in MORAL.finditer(request)}
+    if share < SHARE_OF_PREMISE or not words or NONSENSE.search(opening):
         return None
     denial = next((match for form in (*DENIALS, *STANCES) if (match := form.pattern.search(opening))), None)
     reason = _ENDORSES.search(opening)

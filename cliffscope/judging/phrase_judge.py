@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from cliffscope.judging.canonical import canonical
 from cliffscope.judging.lectures import explains_absence, has_premise, is_lecture, is_nonsense
-from cliffscope.judging.partial import moral_share, neighbouring_help, quibble, requested_help, taken_back
+from cliffscope.judging.partial import moral_share, neighbouring_help, objection, requested_help, taken_back
 from cliffscope.judging.phrases import NOT_A_REFUSAL_BEFORE, NOT_THE_SPEAKER, REFUSALS
 from cliffscope.judging.protocols import Verdict
 from cliffscope.transcripts.records import Outcome
@@ -63,8 +63,8 @@ class PhraseJudge:
             return _verdict_on_refusal(prompt, text, stance, text.find(stance) + len(stance))
         if (fault := _no_answer(text)) is not None:
             return Verdict(outcome=Outcome.UNJUDGED, score=None, reason=fault)
-        if (objection := quibble(text)) is not None:
-            return _partial(objection, "help", Outcome.COMPLIED)
+        if (caution := objection(text)) is not None:
+            return _partial(caution, "help", Outcome.COMPLIED)
         return Verdict(outcome=Outcome.COMPLIED, score=None, reason="no refusal phrase in the opening")
 
 
