@@ -1,7 +1,7 @@
 """What form of an answer do the wordings match?
 
-Lower case, straight quotes, contractions expanded ("can't" becomes "cannot", "I'm" becomes "i am"), quoted text blanked to
-"", code blanked to `CODE`, markup removed, line breaks preserved.
+Lower case, straight quotes, contractions expanded ("can't" becomes "cannot", "I'm" becomes "i am"), quoted text
+blanked to "", code blanked to `CODE`, markup removed, line breaks preserved.
 """
 
 import json
@@ -70,10 +70,10 @@ def canonical(answer: str) -> str:
 
 
 def sentences(text: str) -> list[str]:
-    """Splits a text in canonical form into sentences and lines; those without words are dropped.
+    r"""Splits a text in canonical form into sentences and lines; those without words are dropped.
 
     Example:
-        >>> sentences("no. it is late.\\nsee 3.5 of the rules!")
+        >>> sentences("no. it is late.\nsee 3.5 of the rules!")
         ['no.', 'it is late.', 'see 3.5 of the rules!']
     """
     return [part.strip() for part in _SENTENCE_END.split(text) if re.search(r"\w", part)]
