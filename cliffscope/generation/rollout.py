@@ -19,7 +19,7 @@ from cliffscope.generation.decoding import decode
 from cliffscope.generation.row_edits import SpanEdit
 from cliffscope.generation.speaking import Budget, Decoded
 from cliffscope.model.load import LensModel
-from cliffscope.transcripts.records import FORCED, Message, Omission, Outcome, Transcript, Transcripts
+from cliffscope.transcripts.records import CUT, FORCED, Message, Omission, Outcome, Transcript, Transcripts
 from cliffscope.transcripts.transcript import (
     CLOSING_IDS,
     Span,
@@ -245,7 +245,13 @@ class _Batches:
             answer=decode_ids(list(decoded.answer), skip_special_tokens=True) if decoded.closed else None,
             answer_ids=decoded.answer if decoded.closed else None,
             closed=decoded.closed,
-            extra={**extra, FORCED: decoded.forced, **_closing_note(self.model, decoded), **self.size.note},
+            extra={
+                **extra,
+                FORCED: decoded.forced,
+                CUT: decoded.cut,
+                **_closing_note(self.model, decoded),
+                **self.size.note,
+            },
         )
 
 

@@ -37,6 +37,8 @@ from cliffscope.report.stored import JsonObject, StoredRun, as_float, as_int, as
 from cliffscope.stats import least_p
 
 OUTCOMES = ("refused", "complied", "unfinished", "unjudged", "forced")
+ARM_COUNTS = (*OUTCOMES, "cut", "degenerate")
+"""Counts of an arm; the last two are there since version 0.2."""
 LISTED = 25
 """Selected transcripts listed."""
 EXCERPT = 600
@@ -274,12 +276,12 @@ def _number(value: object) -> float:
 def _arm_table(frame: pd.DataFrame) -> Table:
     rows = []
     for row in frame.to_dict("records"):
-        counts = [count_cell(_number(row[name])) for name in ("n", *OUTCOMES)]
+        counts = [count_cell(_number(row.get(name))) for name in ("n", *ARM_COUNTS)]
         low, high = 100 * _number(row["ci_low"]), 100 * _number(row["ci_high"])
         n = int(np.nan_to_num(_number(row["n"])))
         rate = [number_cell(100 * _number(row["rate"]), 1), interval_cell(low, high, n, 1)]
         rows.append([text_cell(row["arm"], 80), text_cell(row["group"], 40), *counts, *rate])
-    names = [f"{name}|number" for name in ("n", *OUTCOMES)]
+    names = [f"{name}|number" for name in ("n", *ARM_COUNTS)]
     heads = columns("arm", "prompts", *names, "rate (%)|number", "95% interval (%)|number")
     return Table(caption="Outcomes by arm", columns=heads, rows=rows)
 

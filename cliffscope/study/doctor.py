@@ -26,7 +26,7 @@ EXTRAS = {
 """Extra, the modules that it installs, and its purpose."""
 PACKAGES = (
     *("cliffscope", "torch", "transformers", "transformer-lens", "tokenizers", "scikit-learn", "scipy", "plotly"),
-    *("filelock", "platformdirs", "psutil"),
+    *("filelock", "platformdirs", "psutil", "py3langid"),
 )
 SYSTEMS = {
     "Linux": "",

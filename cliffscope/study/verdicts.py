@@ -185,9 +185,10 @@ def _random_p(control: SetControl) -> str:
 
 
 def of_safety(report: SafetyReport) -> str:
-    """What zeroing the top heads does to ASR and over-refusal."""
+    """What zeroing the top heads does to ASR and over-refusal, and which arms it breaks."""
     words = (("harmful", "Attack success"), ("harmless", "Over-refusal"))
-    return " ".join(filter(None, (_arm_sentence(report, group, word) for group, word in words)))
+    sentences = (*(_arm_sentence(report, group, word) for group, word in words), _degenerate_sentence(report))
+    return " ".join(filter(None, sentences))
 
 
 def of_side_effects(effects: SideEffects) -> str:
@@ -257,6 +258,18 @@ def _arm_sentence(report: SafetyReport, group: str, word: str) -> str:
     if not sets:
         return f"{edited} (n = {n}); no random set was run beside them."
     return f"{edited} and {_rate(report.random_rate(group))} on average over {sets} random sets (n = {n})."
+
+
+def _degenerate_sentence(report: SafetyReport) -> str:
+    """How many answers of each kind of arm are broken text; nothing where none is."""
+    words = {"unedited": "unedited", "top": "with the first heads zeroed", "random": "over all random sets"}
+    sums = report.to_frame().groupby("kind", sort=False)[["degenerate", "n"]].sum()
+    if not sums["degenerate"].sum():
+        return ""
+    counts = ", ".join(
+        f"{row['degenerate']} of {row['n']} {words.get(str(kind), str(kind))}" for kind, row in sums.iterrows()
+    )
+    return f"Broken answers, such as one phrase over and over, are unjudged and in no rate: {counts}."
 
 
 def _rate(value: float) -> str:

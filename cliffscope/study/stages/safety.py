@@ -19,6 +19,8 @@ from cliffscope.transcripts.records import Split, Transcripts
 
 MOST_FORCED = 0.1
 """Share of forced closings above which the study says so first."""
+MOST_CUT = 0.1
+"""Share of answers cut at their budget above which the study says so."""
 
 
 class SafetyStage(Stage):
@@ -49,7 +51,7 @@ class SafetyStage(Stage):
         return StageOutputs(
             files={SAFETY: report.to_frame(), SAFETY_PAIRS: report.pairs(), SAFETY_QUALITY: report.quality()},
             findings=(Finding(topic="intervention", sentence=verdicts.of_safety(report)),),
-            notes=(*notes, *_forced_note(work)),
+            notes=(*notes, *_forced_note(work), *_cut_note(report, work.config.max_answer)),
             omitted=report.omitted,
         )
 
@@ -62,6 +64,18 @@ def _forced_note(work: Workspace) -> tuple[str, ...]:
     return (
         f"The thinking of {sum(closed)} of {len(closed)} test transcripts was closed at its budget of "
         f"{work.config.max_thinking} tokens. Raise max_thinking before relying on these results.",
+    )
+
+
+def _cut_note(report: SafetyReport, max_answer: int) -> tuple[str, ...]:
+    """Says so where many answers reached their budget: a late refusal or its reversal may be what was cut off."""
+    table = report.to_frame()
+    cut, n = int(table["cut"].sum()), int(table["n"].sum())
+    if cut <= MOST_CUT * n:
+        return ()
+    return (
+        f"{cut} of {n} answers of all arms reached their budget of {max_answer} tokens before they ended, and were "
+        "judged on what there is. Raise max_answer to see whether their outcomes hold.",
     )
 
 
