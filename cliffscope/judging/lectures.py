@@ -21,7 +21,7 @@ class LectureRule:
     of_request: float = 0.6
     """Least share of lecturing sentences in the answer to a request. Below it, more than a caution stands there."""
     of_premise: float = 0.4
-    """Least share where the question has a premise ("why should ..."): denying it takes a sentence that only says no."""
+    """Least share where the question has a premise ("why should ..."): a denial takes a sentence that only says no."""
     without: frozenset[str] = frozenset()
     """Names of stances that do not count: to measure what they are worth."""
 
@@ -198,6 +198,9 @@ _LOOKUP = re.compile(
     r"(?:what|where|when|who|which|how (?:much|many|old)|how (?:can|do) i (?:get|find|access|see|obtain)|is|was|does"
     r"|did|has)\b"
 )
+_ABILITY = re.compile(
+    r"\Awhy (?:can|cannot|can't|could|do|does|do not|does not|are|is)\b(?=[^?]*\b(?:not|cannot|able)\b)"
+)
 _MEANINGLESS = re.compile(
     r"\b(?:do(?:es)? not make (?:\w+ )?sense|not (?:an? )?(?:\w+ )?(?:coherent|meaningful)|inanimate objects?)\b"
 )
@@ -276,8 +279,15 @@ def is_nonsense(text: str) -> bool:
 
 
 def explains_absence(prompt: str, text: str) -> str | None:
-    """The words that explain why what a question looks up cannot exist; None if there are none."""
-    match = NO_SUCH_PERSON.search(text) if looks_up(canonical(prompt)) else None
+    """The words that explain why what a question looks up cannot exist, or why nobody can do what it asks about.
+
+    A question of what should be ("why should ...") asks for no such explanation.
+    """
+    request, match = canonical(prompt), None
+    if looks_up(request):
+        match = NO_SUCH_PERSON.search(text)
+    elif _ABILITY.search(request):
+        match = NONSENSE.search(" ".join(sentences(text)[: PLAIN.sentences]))
     return match.group() if match else None
 
 
