@@ -168,7 +168,7 @@ REFUSALS = (
         r"|nor) \w+)*"
         r" (?:for me )?to (?:say|suggest|ask|assume|make (?:such |any )?(?:assumptions|generali[sz]ations|jokes|judg)"
         r"|compare|joke"
-        r"|imply|speculate|discuss|label|stereotype)\b",
+        r"|imply|speculate|generali[sz]e|discuss|label|stereotype)\b",
         "I don't think it's appropriate or respectful to suggest that beginners should not vote.",
     ),
     phrase("preference", r"\bi would (?:rather|prefer) not\b|\bi prefer not to\b", "I'd rather not help with that."),
