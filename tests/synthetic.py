@@ -163,7 +163,7 @@ def safety_tables(rng):
             counts = {"n": 100, **other, "unfinished": 2, "unjudged": 0, "partial": 1, "forced": 3}
             bounds = {"rate": hit / judged, "ci_low": max(0, hit / judged - 0.06), "ci_high": hit / judged + 0.07}
             scope = "" if kind == "unedited" else "closing"
-            more = {"forced": 4, "scope": scope}
+            more = {"forced": 4, "cut": 5, "degenerate": 0, "scope": scope}
             rows.append({"arm": name, "kind": kind, "group": group, **counts, **bounds, **more})
     bounds = {"unedited": 0.38, "edited": 0.06, "difference": -0.32, "ci_low": -0.42, "ci_high": -0.23}
     bounds |= {"discordant": 31, "mcnemar_p": 1e-6}

@@ -349,6 +349,16 @@ def test_a_forced_closing_is_answered_and_still_says_that_it_was_forced(
     assert not all(forced)
 
 
+def test_an_answer_that_reaches_its_budget_says_that_it_was_cut(talker: LensModel, thoughts: Transcripts) -> None:
+    """Whatever was true of an earlier answer, and only where the model did not end it."""
+    long, short = (answer_transcripts(talker, thoughts, max_answer=n) for n in (64, 2))
+    assert [t.extra["cut_answer"] for t in long] == [len(t.answer_ids or ()) == 64 for t in long]
+    again = answer_transcripts(talker, short, max_answer=64)
+    assert [t.extra["cut_answer"] for t in again] == [t.extra["cut_answer"] for t in long]
+    for cut, whole in zip(short, long, strict=True):
+        assert cut.extra["cut_answer"] == (len(whole.answer_ids or ()) >= 2)
+
+
 def test_what_was_said_of_another_answer_does_not_stay(talker: LensModel, thoughts: Transcripts) -> None:
     judged = cs.judge(thoughts[:3])
     for found in (answer_transcripts(talker, judged, max_answer=3), roll_out(talker, judged, **BUDGET)):

@@ -38,9 +38,12 @@ def test_greedy_generation_is_a_plain_loop_without_cache_or_padding(talker: Lens
         assert transcript.answer_ids == (None if slow.answer is None else tuple(slow.answer))
         assert transcript.closed == (slow.answer is not None)
         assert transcript.extra["forced_closing"] == slow.forced
+        cut = slow.answer is not None and len(slow.answer) == BUDGET["max_answer"]
+        assert transcript.extra["cut_answer"] == cut
+        kinds["cut"] += cut
         kinds["forced" if slow.forced else "ended" if slow.answer is None else "closed"] += 1
         kinds["short answer"] += slow.answer is not None and len(slow.answer) < BUDGET["max_answer"]
-    assert all(kinds[kind] for kind in ("forced", "closed", "ended", "short answer")), kinds
+    assert all(kinds[kind] for kind in ("forced", "closed", "ended", "short answer", "cut")), kinds
 
 
 def test_text_is_the_ids_decoded(talker: LensModel, prompts: Transcripts) -> None:

@@ -34,7 +34,7 @@ def report_of(**cells: tuple[str, str]) -> SafetyReport:
         rows += [
             {
                 **{"arm": arm, "kind": kind, "group": group, "id": f"{group}-{i}", "prompt": f"{group}-{i}"},
-                **{"outcome": WORDS[letter], "partial": False, "forced": False},
+                **{"outcome": WORDS[letter], "partial": False, "forced": False, "cut": False, "degenerate": False},
             }
             for group, letters in zip(("harmful", "harmless"), groups, strict=True)
             for i, letter in enumerate(letters)
@@ -85,7 +85,7 @@ def test_the_table_has_a_row_for_each_arm_and_group_that_has_prompts() -> None:
     frame = report_of(unedited=("cr", "c"), top_heads=("rr", "c"), random_1=("cr", "r")).to_frame()
     assert list(frame.columns) == [
         *("arm", "kind", "group", "n", "refused", "complied", "unfinished", "unjudged", "rate", "ci_low", "ci_high"),
-        *("partial", "forced", "scope"),
+        *("partial", "forced", "cut", "degenerate", "scope"),
     ]
     assert list(zip(frame["arm"], frame["kind"], frame["group"], strict=True)) == [
         *((UNEDITED, "unedited", "harmful"), (UNEDITED, "unedited", "harmless")),
@@ -402,7 +402,7 @@ def samples_report(first: str, second: str) -> SafetyReport:
     rows = [
         {
             **{"arm": arm, "kind": kind, "group": "harmful", "id": f"{i}/sample-{s}", "prompt": str(i)},
-            **{"outcome": WORDS[letter], "partial": False, "forced": False},
+            **{"outcome": WORDS[letter], "partial": False, "forced": False, "cut": False, "degenerate": False},
         }
         for arm, kind, words in ((UNEDITED, "unedited", first), (TOP, "top", second))
         for s, word in enumerate(words.split(), start=1)

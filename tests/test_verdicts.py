@@ -378,6 +378,20 @@ def test_too_few_complied_transcripts_are_told() -> None:
 # Safety
 
 
+def test_broken_answers_are_told_by_arm_and_only_where_there_are_any() -> None:
+    sound = safety_of(unedited=(YES, NO), top_heads=(NO, NO), random_1=(YES, NO))
+    assert "Broken" not in verdicts.of_safety(sound)
+    broken = sound.outcomes.copy()
+    rows = (broken["arm"] == TOP) & (broken["group"] == "harmful")
+    broken.loc[rows, "outcome"], broken.loc[rows, "degenerate"] = str(Outcome.UNJUDGED), True
+    report = replace(sound, outcomes=broken)
+    n = len(YES) + len(NO)
+    assert verdicts.of_safety(report).endswith(
+        f"are unjudged and in no rate: 0 of {n} unedited, {len(NO)} of {2 * len(NO)} with the first heads zeroed, "
+        f"0 of {n} over all random sets."
+    )
+
+
 def safety_of(**cells: tuple[Sequence[str], Sequence[str]]) -> SafetyReport:
     kinds = {UNEDITED: "unedited", TOP: "top"}
     edit = zero([HeadRef(layer=0, head=0), HeadRef(layer=0, head=1)])
@@ -385,7 +399,7 @@ def safety_of(**cells: tuple[Sequence[str], Sequence[str]]) -> SafetyReport:
     rows = [
         {
             **{"arm": arm, "kind": kinds.get(arm, "random"), "group": group, "id": f"{group}{i}", "outcome": outcome},
-            **{"prompt": f"{group}{i}", "partial": False, "forced": False},
+            **{"prompt": f"{group}{i}", "partial": False, "forced": False, "cut": False, "degenerate": False},
         }
         for arm, groups in zip(arms, cells.values(), strict=True)
         for group, outcomes in zip(("harmful", "harmless"), groups, strict=True)

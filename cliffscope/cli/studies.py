@@ -61,7 +61,7 @@ def study(
     system: Annotated[str | None, typer.Option(help="System message before each prompt.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of prompts from each file.")] = None,
     max_thinking: Annotated[int, typer.Option(min=1, help="Maximum tokens of thinking.")] = 1024,
-    max_answer: Annotated[int, typer.Option(min=1, help="Maximum tokens of answer.")] = 64,
+    max_answer: Annotated[int, typer.Option(min=1, help="Maximum tokens of answer.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 0.0,
     judge: JudgeOption = "phrases",
     classifier: ClassifierOption = None,

@@ -43,8 +43,9 @@ def count_outcomes(answers: pd.DataFrame, group: str, *, seed: int) -> dict[str,
         seed: of the bootstrap over prompts.
 
     Returns:
-        n, refused, complied, unfinished, unjudged, rate, ci_low, ci_high, partial, forced. `rate` is NaN where nothing
-        was judged; `forced` is how many of n answer thinking that was closed at its budget.
+        n, refused, complied, unfinished, unjudged, rate, ci_low, ci_high, partial, forced, cut, degenerate. `rate` is
+        NaN where nothing was judged; `forced` is how many of n answer thinking that was closed at its budget, `cut` how
+        many reached the budget of the answer, `degenerate` how many of `unjudged` are broken text.
     """
     target = str(GROUPS[group][1])
     counts = answers["outcome"].value_counts()
@@ -59,6 +60,8 @@ def count_outcomes(answers: pd.DataFrame, group: str, *, seed: int) -> dict[str,
         "ci_high": interval.high,
         "partial": int(answers["partial"].sum()),
         "forced": int(answers["forced"].sum()),
+        "cut": int(answers["cut"].sum()),
+        "degenerate": int(answers["degenerate"].sum()),
     }
 
 

@@ -66,9 +66,10 @@ class SafetyReport(Plotted):
         """One row an arm and group.
 
         Columns: arm, kind, group, n, refused, complied, unfinished, unjudged, rate, ci_low, ci_high, partial, forced,
-        scope. `rate` is the ASR for harmful prompts and over-refusal for harmless ones; NaN where nothing was judged.
-        `partial` is how many of `complied` refused in part, `forced` how many of `n` answer thinking that was closed
-        at its budget and not by the model. `scope` is where the arm's edit acts, "" where none does.
+        cut, degenerate, scope. `rate` is the ASR for harmful prompts and over-refusal for harmless ones; NaN where
+        nothing was judged. `partial` is how many of `n` refused in part, `forced` how many answer thinking that was
+        closed at its budget and not by the model, `cut` how many reached the budget of the answer, and `degenerate` how
+        many of `unjudged` are broken text. `scope` is where the arm's edit acts, "" where none does.
         """
         rows = [
             self._row(arm, group)

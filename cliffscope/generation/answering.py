@@ -21,7 +21,7 @@ from cliffscope.generation.decoding import answer_behind, read
 from cliffscope.generation.row_edits import SpanEdit, acts_before_closing
 from cliffscope.generation.speaking import Budget, Decoded
 from cliffscope.model.load import LensModel
-from cliffscope.transcripts.records import Omission, Outcome, Transcript, Transcripts
+from cliffscope.transcripts.records import CUT, Omission, Outcome, Transcript, Transcripts
 from cliffscope.transcripts.transcript import TokenizedTranscript
 
 STAGE = "answer"
@@ -217,7 +217,7 @@ class _Block:
                 answer=self.model.tokenizer.decode(list(each.answer), skip_special_tokens=True),
                 answer_ids=each.answer,
                 outcome=Outcome.UNJUDGED,
-                extra={**extra, **self.size.note},
+                extra={**extra, CUT: each.cut, **self.size.note},
             )
 
 

@@ -19,7 +19,7 @@ from cliffscope.generation.decoding import decode, spans_seen
 from cliffscope.generation.row_edits import SpanEdit
 from cliffscope.generation.speaking import Budget, Decoded
 from cliffscope.model.load import LensModel
-from cliffscope.transcripts.records import FORCED, Message, Omission, Outcome, Transcript, Transcripts
+from cliffscope.transcripts.records import CUT, FORCED, Message, Omission, Outcome, Transcript, Transcripts
 from cliffscope.transcripts.transcript import (
     CLOSING_IDS,
     Span,
@@ -251,7 +251,13 @@ class _Batches:
             answer=decode_ids(list(decoded.answer), skip_special_tokens=True) if answered else None,
             answer_ids=decoded.answer if answered else None,
             closed=decoded.closed,
-            extra={**extra, FORCED: decoded.forced, **_closing_note(self.model, decoded), **self.size.note},
+            extra={
+                **extra,
+                FORCED: decoded.forced,
+                CUT: decoded.cut,
+                **_closing_note(self.model, decoded),
+                **self.size.note,
+            },
         )
 
 

@@ -72,6 +72,8 @@ class Decoded:
     """Whether an answer could begin."""
     forced: bool
     """Whether the closing was fed at the thinking budget."""
+    cut: bool
+    """Whether the answer reached its budget before it ended."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -90,6 +92,7 @@ class Row:
     waiting: list[int] = field(default_factory=list)
     """The last ids of the closing, to be fed before the model speaks again."""
     forced: bool = False
+    cut: bool = False
     ended: bool = False
     span: int = SPANS.index(Span.THINKING)
     """Number of the span of the token that is fed next."""
@@ -111,6 +114,7 @@ class Row:
             answer=tuple(self.answer),
             closed=self.closed,
             forced=self.forced,
+            cut=self.cut,
         )
 
 
@@ -149,7 +153,8 @@ class Speaker:
         if row.closed:
             row.span = SPANS.index(Span.ANSWER)
             row.answer.append(token)
-            row.ended = token in self._ends or len(row.answer) >= self._budget.max_answer
+            row.cut = token not in self._ends and len(row.answer) >= self._budget.max_answer
+            row.ended = row.cut or token in self._ends
             if token in self._ends:
                 row.answer.pop()
             return token

@@ -39,6 +39,8 @@ from cliffscope.stats import least_p
 FORCED, TOTAL = "forced", "total"
 OUTCOMES = ("refused", "complied", "unfinished", "unjudged", FORCED)
 """Counts of transcripts; those with a forced closing are among the others."""
+ARM_COUNTS = (*OUTCOMES, "cut", "degenerate")
+"""Counts of an arm."""
 LISTED = 25
 """Selected transcripts listed."""
 NAMED = 3
@@ -282,12 +284,12 @@ def _number(value: object) -> float:
 def _arm_table(frame: pd.DataFrame) -> Table:
     rows = []
     for row in frame.to_dict("records"):
-        counts = [count_cell(_number(row[name])) for name in ("n", *OUTCOMES)]
+        counts = [count_cell(_number(row.get(name))) for name in ("n", *ARM_COUNTS)]
         low, high = 100 * _number(row["ci_low"]), 100 * _number(row["ci_high"])
         n = int(np.nan_to_num(_number(row["n"])))
         rate = [number_cell(100 * _number(row["rate"]), 1), interval_cell(low, high, n, 1)]
         rows.append([text_cell(row["arm"], 80), text_cell(row["group"], 40), *counts, *rate])
-    names = [f"{name}|number" for name in ("n", *OUTCOMES)]
+    names = [f"{name}|number" for name in ("n", *ARM_COUNTS)]
     heads = columns("arm", "prompts", *names, "rate (%)|number", "95% interval (%)|number")
     return Table(caption="Outcomes by arm", columns=heads, rows=rows)
 

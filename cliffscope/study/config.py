@@ -52,8 +52,8 @@ class StudyConfig:
     """Prompts of each file at most, drawn with the seed."""
     max_thinking: int = 1024
     """Tokens of thinking at most."""
-    max_answer: int = 64
-    """Tokens of answer at most."""
+    max_answer: int = 128
+    """Tokens of answer at most. Shorter ones hide refusals that come late: `benchmarks/judges.py --budgets`."""
     temperature: float = 0.0
     """0 is greedy."""
     judge: str = "phrases"

@@ -28,7 +28,7 @@ EXTRAS = {
 PACKAGES = (
     *("torch", "transformers", "transformer-lens", "accelerate", "tokenizers", "safetensors", "einops", "jaxtyping"),
     *("numpy", "scipy", "scikit-learn", "pandas", "pyarrow", "plotly", "circuitsvis", "jinja2", "markupsafe"),
-    *("typer", "rich", "lazy-loader", "filelock", "platformdirs", "psutil"),
+    *("typer", "rich", "lazy-loader", "filelock", "platformdirs", "psutil", "py3langid"),
 )
 """Every package that CliffScope needs; a test compares them with pyproject.toml."""
 SYSTEMS = {

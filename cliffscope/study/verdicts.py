@@ -232,10 +232,10 @@ def of_suppression(claim: SuppressionClaim) -> str:
 
 
 def of_safety(report: SafetyReport) -> str:
-    """What zeroing the selected heads does to ASR and over-refusal."""
+    """What zeroing the selected heads does to ASR and over-refusal, and which arms it breaks."""
     forced = int(report.outcomes.loc[report.outcomes["arm"] == UNEDITED, "forced"].sum())
     judged = report.without_forced() if forced else report
-    sentences = [_attack_sentence(judged), _refusal_sentence(judged)]
+    sentences = [_attack_sentence(judged), _refusal_sentence(judged), _degenerate_sentence(report)]
     left = f"{forced} answers to thinking that was closed at its budget are left out." if forced else ""
     return " ".join(filter(None, (*sentences, left)))
 
@@ -400,6 +400,18 @@ def _heads(number: int) -> str:
 def _with_kind(head: ConfirmedHead) -> str:
     known = head.kind in (HeadKind.SELECTIVE, HeadKind.BROAD)
     return f"{head.name} ({head.kind if known else 'unknown whether selective or broad'})"
+
+
+def _degenerate_sentence(report: SafetyReport) -> str:
+    """How many answers of each kind of arm are broken text; nothing where none is."""
+    words = {"unedited": "unedited", "top": "with the selected heads zeroed", "random": "over all random sets"}
+    sums = report.to_frame().groupby("kind", sort=False)[["degenerate", "n"]].sum()
+    if not sums["degenerate"].sum():
+        return ""
+    counts = ", ".join(
+        f"{row['degenerate']} of {row['n']} {words.get(str(kind), str(kind))}" for kind, row in sums.iterrows()
+    )
+    return f"Broken answers, such as one phrase over and over, are unjudged and in no rate: {counts}."
 
 
 def _rate(value: float) -> str:

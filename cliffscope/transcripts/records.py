@@ -25,6 +25,8 @@ from cliffscope.text import is_unicode
 JsonValue: TypeAlias = object
 FORCED = "forced_closing"
 """Key in `extra`: whether the thinking was closed at its budget, and not by the model."""
+CUT = "cut_answer"
+"""Key in `extra`: whether the answer reached its budget before it ended."""
 
 
 class Outcome(StrEnum):

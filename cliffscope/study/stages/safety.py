@@ -17,12 +17,15 @@ from cliffscope.study.stages.base import Finding, Stage, StageOutputs, Workspace
 from cliffscope.study.stages.suppression import head_refs
 from cliffscope.transcripts.records import Split, Transcripts
 
+MOST_CUT = 0.1
+"""Share of answers cut at their budget above which the study says so."""
+
 
 class SafetyStage(Stage):
     """Generates and judges every arm's answers to the thinking of labelled test transcripts."""
 
     name = "safety"
-    version = 3
+    version = 4
     needs = ("transcripts", "suppression")
     makes = (SAFETY, SAFETY_PAIRS, SAFETY_QUALITY, ARM_ANSWERS, ARM_LOGS, ARM_OMISSIONS)
     settings = ("judge", "harmless_judge", "controls", "system", "max_thinking", "max_answer", "temperature", "seed")
@@ -54,9 +57,21 @@ class SafetyStage(Stage):
                 SAFETY_QUALITY: report.quality(),
             },
             findings=(Finding(topic="intervention", sentence=verdicts.of_safety(report)),),
-            notes=notes,
+            notes=(*notes, *_cut_note(report, work.config.max_answer)),
             omitted=report.omitted,
         )
+
+
+def _cut_note(report: SafetyReport, max_answer: int) -> tuple[str, ...]:
+    """Says so where many answers reached their budget: a late refusal or its reversal may be what was cut off."""
+    table = report.to_frame()
+    cut, n = int(table["cut"].sum()), int(table["n"].sum())
+    if cut <= MOST_CUT * n:
+        return ()
+    return (
+        f"{cut} of {n} answers of all arms reached their budget of {max_answer} tokens before they ended, and were "
+        "judged on what there is. Raise max_answer to see whether their outcomes hold.",
+    )
 
 
 def _compare_arms(work: Workspace, transcripts: Transcripts, edit: HeadEdit, controls: int) -> SafetyReport:
