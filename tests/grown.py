@@ -38,6 +38,12 @@ class Grown:
             self.answer(("test", 100, *kind)) for kind in ((True, plain), (True, self.full), (False, (*plain, *words)))
         )
 
+    @functools.cached_property
+    def answers(self) -> cs.AnswerReadout:
+        """The answer readout, fitted on the fit part; there is none where nothing harmful is complied with."""
+        refused = self.fit.where(harmful=True, outcome=Outcome.REFUSED)
+        return cs.fit_answer_readout(self.model, refused, self.complied_of(self.fit))
+
     def answer(self, *kinds: tuple[str, int, bool, tuple[str | None, ...]]) -> Transcripts:
         asked = Transcripts(
             t

@@ -10,6 +10,7 @@ from cliffscope.heads.edits import HeadRef, zero
 from cliffscope.heads.ranking import top_count
 from cliffscope.heads.statistics import ALPHA
 from cliffscope.heads.suppression import Suppression, measure_suppression
+from cliffscope.organisms import is_organism, read_truth
 from cliffscope.readouts.readout import Readout
 from cliffscope.study import verdicts
 from cliffscope.study.artefacts import (
@@ -59,11 +60,19 @@ class SuppressionStage(Stage):
             },
             findings=(
                 Finding(topic="suppression", sentence=verdicts.of_suppression(SuppressionClaim.of(facts))),
-                Finding(topic="heads", sentence=verdicts.of_heads(claim)),
+                Finding(topic="heads", sentence=" ".join((verdicts.of_heads(claim), *_truth(work, claim)))),
             ),
             notes=_note_candidates(len(candidates)),
             omitted=measured.omitted,
         )
+
+
+def _truth(work: Workspace, claim: HeadsClaim) -> tuple[str, ...]:
+    """Of an organism, what is planted in it beside what is confirmed."""
+    if not is_organism(work.config.model):
+        return ()
+    planted = [str(head) for head in read_truth(work.config.model).planted]
+    return (verdicts.of_truth(planted, [head.name for head in claim.confirmed]),)
 
 
 def _note_candidates(n_significant: int) -> tuple[str, ...]:
