@@ -31,9 +31,6 @@ class Grown:
         self.fit = self.answer(*(("fit", 120, *kind) for kind in ((True, plain), (True, self.full), (False, plain))))
         classes = contrast_classes(self.fit, "auto", thinks=True)
         self.probe = fit_probe(self.model, classes.refused, classes.complied, challenge=classes.challenge)
-        self.answers = cs.fit_answer_readout(
-            self.model, classes.refused, self.complied_of(self.fit) or classes.complied
-        )
         self.plain, self.wrapped, self.harmless = (
             self.answer(("test", 100, *kind)) for kind in ((True, plain), (True, self.full), (False, (*plain, *words)))
         )
