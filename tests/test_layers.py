@@ -33,6 +33,7 @@ LAYERS = [
     "model",
     "transcripts",
     "store",
+    "writing",
     "registry",
     "progress",
     "memory",

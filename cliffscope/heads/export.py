@@ -27,9 +27,9 @@ from cliffscope.model.export import (
     config_kept,
     note_dtype,
     stored_dtype,
-    write_folder,
 )
 from cliffscope.model.load import LensModel
+from cliffscope.writing import write_folder
 
 EDIT = "cliffscope_edit.json"
 _SAFETY_COLUMNS = ("arm", "group", "n", "complied", "refused", "unfinished", "rate", "ci_low", "ci_high", "scope")

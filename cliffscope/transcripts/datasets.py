@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import NoReturn
 
 from cliffscope.errors import DataError
-from cliffscope.store import RowLog, open_log, write_atomically
+from cliffscope.store import RowLog, open_log
 from cliffscope.transcripts.records import JsonValue, Message, Omission, Outcome, Transcript, Transcripts
 from cliffscope.transcripts.tables import TableRow, parse_json, read_rows, read_text
+from cliffscope.writing import write_atomically
 
 PROMPT_COLUMNS = (
     "prompt",
