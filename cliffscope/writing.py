@@ -46,7 +46,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         StoreError: the disk is full or the folder cannot be written; nothing is left behind.
     """
-    with _as_store_error(path), _neighbour(path, folder=False) as temporary:
+    with as_store_error(path), _neighbour(path, folder=False) as temporary:
         write(temporary)
         flush_file(temporary)
         temporary.chmod(0o666 & ~umask())
@@ -65,7 +65,7 @@ def write_folder(place: Path, write: Callable[[Path], object], *, overwrite: boo
     Raises:
         StoreError: the place cannot be written, such as on a full disk; nothing is left behind.
     """
-    with _as_store_error(place):
+    with as_store_error(place):
         place.parent.mkdir(parents=True, exist_ok=True)
         _bring_back(place)
         with _neighbour(place, folder=True) as temporary:
@@ -87,7 +87,7 @@ def check_writable(path: Path) -> None:
     Args:
         path: a file or folder to be written; neither it nor its parents need exist, and nothing is left behind.
     """
-    with _as_store_error(path):
+    with as_store_error(path):
         with suppress(FileNotFoundError):
             # A name that is too long fails here.
             path.lstat()
@@ -149,10 +149,14 @@ def umask() -> int:
 
 
 @contextmanager
-def _as_store_error(path: Path) -> Iterator[None]:
+def as_store_error(path: Path) -> Iterator[None]:
+    """Turns what a system or a library says of a failed write to a path into StoreError."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
+        # torch has no type of its own for this.
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise
         raise StoreError(
             f"{path} cannot be written: {system_reason(error)}. Free space or choose a different directory, then run "
             "again: what was finished is kept, and nothing was left half-written."

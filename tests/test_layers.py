@@ -33,7 +33,6 @@ LAYERS = [
     "model",
     "transcripts",
     "store",
-    "writing",
     "registry",
     "progress",
     "memory",
@@ -41,6 +40,7 @@ LAYERS = [
     "stats",
     "notebook",
     "figures",
+    "writing",
     "errors",
 ]
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or not p.name.startswith("__"))

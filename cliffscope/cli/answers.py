@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cliffscope.cli.options import (
+    AllowOption,
     ClassifierOption,
     JsonOption,
     JudgeOption,
@@ -46,7 +47,9 @@ def judge(
     Example: cliffscope judge --transcripts transcripts.jsonl --out judged.jsonl
     """
     import cliffscope as cs
+    from cliffscope.writing import check_writable
 
+    check_writable(out)
     judged = cs.judge(cs.read_transcripts(transcripts), judge_choice(judge, classifier, url))
     cs.write_transcripts(judged, out)
     counts = {str(k): int(v) for k, v in judged.to_frame()["outcome"].value_counts().items()}
@@ -79,6 +82,7 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=1, help="Answers for each prompt.")] = 1,
     template: TemplateOption = None,
     system: Annotated[str | None, typer.Option(help="System message before each prompt.")] = None,
+    allow_other_model: AllowOption = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Maximum number of prompts in a batch.")] = 64,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
@@ -97,6 +101,7 @@ def evaluate(
     from cliffscope.study.artefacts import SAFETY, SAFETY_PAIRS, SAFETY_QUALITY
 
     change, reader = _edit(heads, factor, edit), find_judge(judge_choice(judge, classifier, url))
+    inputs = _inputs(model, template, prompts, judge)
     as_transcripts = prompts.suffix == ".jsonl" and limit is None and harmful is None
     questions = (
         cs.read_transcripts(prompts)
@@ -104,12 +109,13 @@ def evaluate(
         else cs.read_prompts(prompts, harmful=harmful, limit=limit, seed=seed)
     )
     with (
-        open_run(out, options_of(context)) as store,
+        open_run(out, {**options_of(context), **inputs}) as store,
         store.stage("evaluate"),
         open_answers(store, store.config) as answers,
         show_progress() as progress,
     ):
         lens = cs.load_model(model, template=template)
+        change = change and change.for_model(lens, allow_other_model=allow_other_model)
         names = arm_names(controls) if change else [UNEDITED]
         done = answers.finished_arms(names)
         finished = set(done)
@@ -159,6 +165,7 @@ def export(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
     template: TemplateOption = None,
+    allow_other_model: AllowOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Writes the edited model as a checkpoint that plain transformers can load.
@@ -175,9 +182,10 @@ def export(
     run = None if measured is None else RunStore(path=measured)
     if run is not None and not run.has(SAFETY.file):
         raise DataError(f"{measured} holds no {SAFETY.file}. Pass a run directory of study or evaluate.")
+    lens = cs.load_model(model, template=template)
     folder = cs.export_edited(
-        cs.load_model(model, template=template),
-        change,
+        lens,
+        change.for_model(lens, allow_other_model=allow_other_model),
         out,
         why=why,
         safety=None if run is None else SAFETY.read(run.path),
@@ -185,6 +193,21 @@ def export(
         overwrite=overwrite,
     )
     say(as_json, {"out": str(folder), "edit": repr(change)}, f"{change!r} of {model}, written to {folder}")
+
+
+def _inputs(model: str, template: str | None, prompts: Path, judge: str) -> dict[str, object]:
+    """What answers depend on beside the options, by content, so that none of other prompts or weights is resumed."""
+    from dataclasses import asdict
+
+    from cliffscope.study.keys import Digests, code_digest, identify_model
+
+    digests = Digests()
+    identity = asdict(identify_model(model, digests, template=template))
+    return {
+        "model_contents": identity,
+        "prompts_contents": digests.of(prompts),
+        "judge_code": code_digest(judge, digests),
+    }
 
 
 def _edit(heads: str, factor: float, path: Path | None) -> "cs.HeadEdit | EditPlan | None":

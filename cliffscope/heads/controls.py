@@ -18,7 +18,7 @@ from jaxtyping import Float32
 
 from cliffscope.errors import EditError
 from cliffscope.heads.donors import Donors
-from cliffscope.heads.edits import HeadRef, Scope
+from cliffscope.heads.edits import HeadRef, Scope, check_heads
 from cliffscope.heads.methods import Method
 from cliffscope.heads.usable import check_finite, choose_method, prepare_task
 from cliffscope.model.load import LensModel, ModelShape
@@ -142,6 +142,7 @@ def control_sets(
         ProbeError: the readout does not fit the model.
     """
     readout.check_model(model)
+    check_heads(model, heads)
     how = choose_method(method, factor)
     task, _ = prepare_task(model, readout, transcripts, how, scope=Scope.parse(scope), donors=donors, seed=seed)
     rng = np.random.default_rng(seed)

@@ -36,6 +36,8 @@ def edited_weights(model: LensModel, edit: HeadEdit | EditPlan) -> Iterator[None
             floating point.
     """
     _check_everywhere(model, edit)
+    # It is hashed once, and is that of the unedited weights.
+    _ = model.fingerprint
     undo: list[Callable[[], object]] = []
     try:
         with torch.no_grad():

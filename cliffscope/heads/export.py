@@ -151,6 +151,7 @@ def _model_card(
         f"Weights are stored as {stored}; the model was loaded as {str(model.dtype).removeprefix('torch.')}.",
         "## Why",
         why.strip() or "No reason was given.",
+        *[part.origin.note for part in edit.edits if part.origin is not None and part.origin.note],
         "## Measured",
         *_measured(safety, _SAFETY_COLUMNS, "Outcomes (`rate`: ASR on harmful prompts, over-refusal on harmless ones)"),
         *_scope_note(safety, side_effects),

@@ -9,7 +9,7 @@ Knows nothing of edits or training: the weights are written as they are at that 
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -26,7 +26,13 @@ SHARD_BYTES = 5_000_000_000
 
 
 def write_checkpoint(
-    network: PreTrainedModel, model: LensModel, out: str | Path, *, card: str, shard_bytes: int = SHARD_BYTES
+    network: PreTrainedModel,
+    model: LensModel,
+    out: str | Path,
+    *,
+    card: str,
+    files: Mapping[str, str] | None = None,
+    shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Writes a trained network with the model's own tokenizer, completely or not at all.
 
@@ -35,6 +41,7 @@ def write_checkpoint(
         model: the model that it comes from.
         out: directory to create.
         card: text of its README.
+        files: further files, by name their text.
         shard_bytes: maximum size of a safetensors file.
 
     Returns:
@@ -49,7 +56,8 @@ def write_checkpoint(
     def write(folder: Path) -> None:
         network.save_pretrained(folder, max_shard_size=shard_bytes)
         model.tokenizer.save_pretrained(folder)
-        (folder / CARD).write_text(card, encoding="utf-8")
+        for name, text in {CARD: card, **(files or {})}.items():
+            (folder / name).write_text(text, encoding="utf-8")
 
     write_folder(place, write, overwrite=False)
     return Path(out)

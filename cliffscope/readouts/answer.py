@@ -92,6 +92,8 @@ class AnswerReadout(Readout, Plotted):
     """What it can tell, on held-out transcripts."""
     omitted: tuple[Omission, ...] = field(default=())
     """Transcripts that were left out, and why."""
+    note: str = ""
+    """That it is used on another model than the one it was fitted on; "" where it is not."""
 
     @cached_property
     def _tree(self) -> Continuations:

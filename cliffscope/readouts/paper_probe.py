@@ -86,6 +86,8 @@ class PaperProbe(Readout, Shown):
     """What it can tell, on held-out transcripts."""
     omitted: tuple[Omission, ...] = field(default=())
     """Transcripts that were left out, and why."""
+    note: str = ""
+    """That it is used on another model than the one it was fitted on; "" where it is not."""
 
     def logits(self, model: LensModel, residuals: Float[Tensor, "*batch node d_model"]) -> Float[Tensor, "*batch"]:
         """The normed residual at the final position times the weight, plus the bias, in fp32."""

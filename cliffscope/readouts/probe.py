@@ -87,6 +87,8 @@ class RefusalProbe(Readout, Plotted):
     """What it can tell, on held-out transcripts."""
     template: str = ""
     """Template that it was fitted with; "" where that is not recorded."""
+    note: str = ""
+    """That it is used on another model than the one it was fitted on; "" where it is not."""
     omitted: tuple[Omission, ...] = field(default=())
     """Transcripts that were left out, and why."""
 

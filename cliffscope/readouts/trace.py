@@ -18,7 +18,7 @@ from jaxtyping import Float, Float32
 from scipy.special import expit
 from transformers import PreTrainedTokenizerBase
 
-from cliffscope.errors import DataError, SpanError
+from cliffscope.errors import DataError, ResourceError, SpanError
 from cliffscope.model.load import LensModel
 from cliffscope.notebook import Plotted
 from cliffscope.readouts.activations import Intervention, project_layer, project_residuals
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 STAGE = "trace"
+NO_MEMORY = "memory does not suffice for it alone"
+"""Reason of a transcript that is too long for this machine."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -304,6 +306,7 @@ def trace_refusal(
     Raises:
         ProbeError: the probe does not fit the model.
         SpanError: not one transcript could be traced; the message holds the first reason.
+        ResourceError: memory does not suffice for any of them.
     """
     probe.check_model(model)
     tokens, omitted = tokenize_all(transcripts, model.tokenizer, model.template, max_length=model.shape.context)
@@ -314,23 +317,24 @@ def trace_refusal(
     deep = [t for t in tokens if t.id in wanted]
     every = project_residuals(model, deep, probe.layer_weights, probe.layer_biases, edit=edit) if deep else []
     read: dict[int, Float32[np.ndarray, " _"]] = {}
-    for row, values in project_layer(model, tokens, probe.layer, probe.weight, probe.bias, edit=edit):
+    too_long: list[int] = []
+    for row, values in project_layer(
+        model, tokens, probe.layer, probe.weight, probe.bias, edit=edit, skip=too_long.append
+    ):
         read[row] = values
         if progress is not None:
-            progress(len(read))
-    logits = [read[row] for row in range(len(tokens))]
-    finite = [bool(np.isfinite(values).all()) for values in logits]
-    broken = [
-        Omission(stage=STAGE, reason="residuals are NaN or infinite", id=t.id)
-        for t, ok in zip(tokens, finite, strict=True)
-        if not ok
-    ]
+            progress(len(read) + len(too_long))
+    if not read:
+        raise ResourceError(f"Memory suffices for none of {len(tokens)} transcripts. Load the model in another dtype.")
+    infinite = [row for row, values in read.items() if not np.isfinite(values).all()]
+    reasons = dict.fromkeys(too_long, NO_MEMORY) | dict.fromkeys(infinite, "residuals are NaN or infinite")
+    broken = [Omission(stage=STAGE, reason=reasons[row], id=tokens[row].id) for row in sorted(reasons)]
     known = {t.id: t for t in transcripts}
-    kept = [i for i, ok in enumerate(finite) if ok]
+    kept = [row for row in range(len(tokens)) if row not in reasons]
     return RefusalTraces(
         transcripts=tuple(known[tokens[i].id] for i in kept),
         tokens=tuple(tokens[i] for i in kept),
-        logits=tuple(logits[i] for i in kept),
+        logits=tuple(read[i] for i in kept),
         layer_logits={t.id: values for t, values in zip(deep, every, strict=True)},
         probe=probe,
         tokenizer=model.tokenizer,

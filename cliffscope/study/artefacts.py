@@ -90,6 +90,7 @@ PROBE = Document(
         "positions": "positions that it was fitted on",
         "fingerprint": "of the model",
         "template": "convention of thinking",
+        "note": "that it is used on another model than that it was fitted on, if it is",
         "strength": "inverse regularisation, C",
         "refused_logit": "mean logit of held-out refused transcripts at the final token",
         "contrast": "complied class: harmless or harmful",
@@ -140,6 +141,7 @@ ANSWER = Document(
         "vocabulary": "tokens of the model's head",
         "fingerprint": "of the model",
         "template": "convention of thinking",
+        "note": "that it is used on another model than that it was fitted on, if it is",
         "refused_logit": "mean log-odds of held-out refused transcripts",
         "openings": "token_ids, refuses, text",
         "omitted": "transcripts left out",
@@ -354,6 +356,7 @@ SELECTION = Table(
 )
 SELECTED = TranscriptFile(file="selection.jsonl", meaning="the selected transcripts; empty where none was selected")
 REPAIRED = Place(file="repaired", meaning="with `--repair`: the repaired checkpoint, a folder")
+REPAIR_SAVES = Place(file="repair-saves", meaning="saves of a repair that is still running, a folder", transient=True)
 REPAIR = Table(
     file="repair.parquet",
     meaning="with `--repair`: the model before and after",
@@ -386,7 +389,8 @@ ARTEFACTS: tuple[Artefact, ...] = (
     *(MANIFEST, TRANSCRIPTS, TRANSCRIPT_TABLE, PROBE, PROBE_ARRAYS, PROBE_LAYERS, TEXT_BASELINE, ANSWER),
     *(TRACES, LAYER_TRACES, ALIGNED, CLIFFS, HEADS, HEADS_FACTS, SELECTED_HEADS, CONFIRMATION, SUPPRESSION),
     *(EDITED_ALIGNED, EDITED_CLIFFS, HEAD_SOURCES, ARM_ANSWERS, ARM_LOGS, ARM_OMISSIONS),
-    *(SAFETY, SAFETY_PAIRS, SAFETY_QUALITY, SIDE_EFFECTS, SELECTION, SELECTED, REPAIRED, REPAIR, OMITTED, REPORT),
+    *(SAFETY, SAFETY_PAIRS, SAFETY_QUALITY, SIDE_EFFECTS, SELECTION, SELECTED, REPAIRED, REPAIR_SAVES),
+    *(REPAIR, OMITTED, REPORT),
 )
 """Every artefact, in the order in which a study makes them."""
 TABLES: Mapping[str, Table] = {artefact.name: artefact for artefact in ARTEFACTS if isinstance(artefact, Table)}

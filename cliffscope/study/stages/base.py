@@ -170,6 +170,9 @@ class Stage(ABC):
         """Whether the configuration asks for it."""
         return True
 
+    def check(self, work: Workspace) -> None:  # noqa: B027 - most stages have nothing to check
+        """Raises an error where the stage cannot work with this model, before any stage that runs has begun."""
+
     @abstractmethod
     def run(self, work: Workspace, key: str) -> StageOutputs:
         """Does the work.

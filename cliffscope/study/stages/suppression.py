@@ -6,11 +6,14 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float32
 
+from cliffscope.errors import EditError
 from cliffscope.heads.confirmation import Confirmation, confirm_heads
 from cliffscope.heads.controls import SetControl, control_sets
 from cliffscope.heads.edits import HeadRef
+from cliffscope.heads.methods import DonorNeed
 from cliffscope.heads.ranking import top_count
 from cliffscope.heads.statistics import ALPHA
+from cliffscope.heads.usable import choose_method
 from cliffscope.readouts.readout import Readout, read_final
 from cliffscope.study import verdicts
 from cliffscope.study.artefacts import CONFIRMATION, HEADS, HEADS_FACTS, SELECTED_HEADS, SUPPRESSION
@@ -31,6 +34,15 @@ class SuppressionStage(Stage):
     makes = (CONFIRMATION, SELECTED_HEADS, SUPPRESSION)
     settings = ("readout", "method", "top_fraction", "controls", "seed")
 
+    def check(self, work: Workspace) -> None:
+        """Raises EditError where the first heads are all there are: no other set could be compared with them."""
+        fraction, n_heads = work.config.top_fraction, len(work.model.shape.places)
+        if top_count(fraction, n_heads) == n_heads:
+            raise EditError(
+                f"top_fraction={fraction} edits {n_heads} of {n_heads} heads of {work.config.model!r}: no other set is "
+                "left to compare them with. Give a smaller share, or until='traces' where there is no smaller one."
+            )
+
     def run(self, work: Workspace, key: str) -> StageOutputs:  # noqa: ARG002
         """Measures, or makes nothing where heads were not ranked."""
         ranking = work.table(HEADS)
@@ -39,6 +51,7 @@ class SuppressionStage(Stage):
             return StageOutputs()
         complied = work.part(Split.TEST, harmful=True, outcome=Outcome.COMPLIED)
         candidates = head_refs(ranking[ranking["q"] <= ALPHA].sort_values("rank"))
+        donors = _donors(work)
         confirmation = confirm_heads(
             work.model,
             readout,
@@ -47,6 +60,7 @@ class SuppressionStage(Stage):
             refused=work.part(Split.TEST, harmful=True, outcome=Outcome.REFUSED),
             harmless=work.part(Split.TEST, harmful=False),
             method=work.config.method,
+            donors=donors,
             seed=work.config.seed,
         )
         selected = select_heads(ranking, confirmation, work.config.top_fraction)
@@ -56,6 +70,7 @@ class SuppressionStage(Stage):
             complied,
             head_refs(selected),
             method=work.config.method,
+            donors=donors,
             draws=work.config.controls,
             seed=work.config.seed,
         )
@@ -99,11 +114,12 @@ class SuppressionStage(Stage):
 
 
 def select_heads(ranking: pd.DataFrame, confirmation: Confirmation, fraction: float) -> pd.DataFrame:
-    """The first heads by rank, and every confirmed one behind them, best first."""
+    """The first heads by rank, best first, and every confirmed one behind them unless nothing were left beside them."""
     confirmed = {(head.layer, head.head) for head in confirmation.confirmed}
     places = list(zip(ranking["layer"], ranking["head"], strict=True))
     first = ranking["rank"] <= top_count(fraction, len(ranking))
-    return ranking[first | pd.Series([place in confirmed for place in places], index=ranking.index)].sort_values("rank")
+    both = first | pd.Series([place in confirmed for place in places], index=ranking.index)
+    return ranking[first if both.all() else both].sort_values("rank")
 
 
 def suppression_facts(
@@ -137,6 +153,16 @@ def suppression_facts(
 def head_refs(frame: pd.DataFrame) -> Sequence[HeadRef]:
     """Heads named by the columns layer and head."""
     return tuple(HeadRef(layer=int(a), head=int(b)) for a, b in zip(frame["layer"], frame["head"], strict=True))
+
+
+def _donors(work: Workspace) -> Transcripts | None:
+    """Transcripts that the method takes values from, those that heads were ranked with; None where it takes none."""
+    need = choose_method(work.config.method).needs
+    if need is DonorNeed.HARMLESS:
+        return work.part(Split.FIT, Split.VALIDATE, harmful=False)
+    if need is DonorNeed.REFUSED:
+        return work.part(Split.FIT, Split.VALIDATE, harmful=True, outcome=Outcome.REFUSED)
+    return None
 
 
 def _unedited(work: Workspace, readout: Readout, transcripts: Transcripts) -> Float32[np.ndarray, " n"]:
