@@ -249,7 +249,7 @@ def length_batches(lengths: Sequence[int], batch_tokens: int = BATCH_TOKENS) -> 
 def run_batches(
     lengths: Sequence[int],
     work: Callable[[list[int]], Result],
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     *,
     skip: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[list[int], Result]]:
@@ -258,7 +258,7 @@ def run_batches(
     Args:
         lengths: tokens of each transcript.
         work: what is done with the indices of a batch; done again with less of them where memory ran out.
-        batch_tokens: tokens of a batch at first, padding included.
+        batch_tokens: tokens of a batch at first, padding included; None takes `BATCH_TOKENS`.
         skip: told the index of a transcript for which memory does not even suffice alone, which is then left out; None
             raises.
 
@@ -268,7 +268,7 @@ def run_batches(
     Raises:
         ResourceError: memory does not suffice for one transcript.
     """
-    waiting = deque(length_batches(lengths, batch_tokens))
+    waiting = deque(length_batches(lengths, BATCH_TOKENS if batch_tokens is None else batch_tokens))
     most = float("inf")
     while waiting:
         rows = waiting.popleft()

@@ -105,12 +105,16 @@ class Readout(ABC):
 
     def check_model(self, model: LensModel) -> None:
         """Raises ProbeError if its layers or width do not fit the model, OtherModelError if it is of another model."""
+        self.check_sizes(model)
+        self.origin.check(f"The {self.name} readout", model)
+
+    def check_sizes(self, model: LensModel) -> None:
+        """Raises ProbeError if its layers or width do not fit the model; a readout of its own kind may check more."""
         if not 0 <= self.layer < model.shape.n_layers:
             raise ProbeError(
                 f"The {self.name} readout reads layer {self.layer}, but {model.name!r} has {model.shape.n_layers} "
                 "layers. Fit it on this model."
             )
-        self.origin.check(f"The {self.name} readout", model)
 
 
 def read_final(
