@@ -7,6 +7,8 @@ import typer
 
 from cliffscope.cli.options import (
     AllowOption,
+    ColumnOption,
+    EscapeOption,
     JsonOption,
     ModelOption,
     OutOption,
@@ -32,6 +34,8 @@ def roll_out(
     prompts: Annotated[Path, typer.Option(help="File of prompts.")],
     out: OutOption,
     harmful: Annotated[bool | None, typer.Option("--harmful/--harmless", help="Label of all prompts.")] = None,
+    column: ColumnOption = None,
+    escape_control_tokens: EscapeOption = False,
     template: TemplateOption = None,
     system: Annotated[str | None, typer.Option(help="System message before each prompt.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of prompts.")] = None,
@@ -50,7 +54,14 @@ def roll_out(
     from cliffscope.writing import check_writable
 
     check_writable(out)
-    questions = cs.read_prompts(prompts, harmful=harmful, limit=limit, seed=seed)
+    questions = cs.read_prompts(
+        prompts,
+        harmful=harmful,
+        column=column,
+        limit=limit,
+        seed=seed,
+        escape_control_tokens=escape_control_tokens,
+    )
     lens = cs.load_model(model, template=template)
     with show_progress() as progress:
         rolled_out = cs.roll_out(
@@ -109,7 +120,7 @@ def fit_probe(
         save_probe(store, probe, classes.name)
         report = PROBE.read(store.path)
     data = {"out": str(out), "layer": probe.layer, "report": report["report"]}
-    say(as_json, data, repr(probe), probe.omitted)
+    say(as_json, data, repr(probe), (*judged.omitted, *probe.omitted))
 
 
 @app.command()
@@ -137,12 +148,12 @@ def trace(
     with open_run(out, options_of(context)) as store, store.stage("trace"):
         lens = cs.load_model(model, template=template)
         fitted = fitted.for_model(lens, allow_other_model=allow_other_model)
-        store.update(note=fitted.note)
+        store.update({"note": fitted.note})
         traces = cs.trace_refusal(lens, fitted, judged)
         cliffs = traces.cliffs(plateau=height)
         TRACES.write(store, traces.to_frame())
         CLIFFS.write(store, cliffs.to_frame())
-    say_table(as_json, cliffs.to_frame(), f"{cliffs!r}, written to {out}", out, traces.omitted)
+    say_table(as_json, cliffs.to_frame(), f"{cliffs!r}, written to {out}", out, (*judged.omitted, *traces.omitted))
 
 
 @app.command("rank-heads")
@@ -165,7 +176,7 @@ def rank_heads(
     Example: cliffscope rank-heads --model ./my-model --probe probe/ --transcripts judged.jsonl --out heads/
     """
     import cliffscope as cs
-    from cliffscope.heads.usable import choose_method
+    from cliffscope.heads.tasks import choose_method
     from cliffscope.store import open_run
     from cliffscope.study.artefacts import HEADS
 
@@ -175,7 +186,7 @@ def rank_heads(
     with open_run(out, options_of(context)) as store, store.stage("rank-heads"), show_progress() as progress:
         lens = cs.load_model(model, template=template)
         fitted = fitted.for_model(lens, allow_other_model=allow_other_model)
-        store.update(note=fitted.note)
+        store.update({"note": fitted.note})
         ranking = cs.rank_heads(
             lens,
             fitted,
@@ -188,4 +199,4 @@ def rank_heads(
             progress=lambda done: progress("rank-heads", done, len(suppressed)),
         )
         HEADS.write(store, ranking.to_frame())
-    say_table(as_json, ranking.to_frame(), f"{ranking!r}, written to {out}", out, ranking.omitted)
+    say_table(as_json, ranking.to_frame(), f"{ranking!r}, written to {out}", out, (*judged.omitted, *ranking.omitted))

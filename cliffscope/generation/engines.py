@@ -19,7 +19,7 @@ from cliffscope.generation.endpoints import Endpoint, Reply, Request, ask_all
 from cliffscope.generation.rollout import STAGE, bare_prompt, roll_out
 from cliffscope.generation.speaking import Budget
 from cliffscope.model.load import LensModel
-from cliffscope.transcripts.records import Omission, Transcript, Transcripts
+from cliffscope.transcripts.records import CUT, Omission, Transcript, Transcripts
 from cliffscope.transcripts.templates import Template, find_template, split_reply
 
 
@@ -149,9 +149,10 @@ def _answered(transcript: Transcript, reply: Reply, template: Template) -> Trans
     else:
         # If there is nothing but thinking, it is unknown whether the thinking closed.
         thinking, answer = reply.reasoning.strip("\n"), reply.content.lstrip("\n") or None
+    cut = answer is not None and reply.finish == "length"
     return transcript.replace(
         thinking=thinking,
         answer=answer,
         closed=answer is not None,
-        extra={**transcript.extra, "finish": reply.finish},
+        extra={**transcript.extra, "finish": reply.finish, CUT: cut},
     )

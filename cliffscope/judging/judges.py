@@ -1,10 +1,11 @@
 """Did the model refuse, comply, or not finish?
 
-1. A transcript without an answer is unfinished; no judge is asked about it.
+1. A transcript without an answer is unfinished, and a degenerate answer unjudged; no judge is asked about either.
 2. A judge reads the prompt and the answer, never the thinking. The default is `PhraseJudge`: deterministic, offline,
    and checked against labelled answers. lookup.py finds other judges by name.
-3. An answer that the judge fails on stays unjudged, with an omission that gives the reason. No transcript is lost.
-4. `judge_agreement` compares two judges, or a judge with human labels.
+3. An answer that was cut at its budget is judged on what there is, and the reason says so.
+4. An answer that the judge fails on stays unjudged, with an omission that gives the reason. No transcript is lost.
+5. `judge_agreement` compares two judges, or a judge with human labels.
 
 This file does not know how the answers were generated.
 """
@@ -17,11 +18,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from cliffscope.errors import CliffScopeError, DataError, JudgeError
+from cliffscope.judging.degenerate import degeneration
 from cliffscope.judging.lookup import find_judge
 from cliffscope.judging.phrase_judge import OPENING_CHARACTERS, PhraseJudge
 from cliffscope.judging.protocols import BatchJudge, GroupJudges, HarmJudge, Judge, Verdict
 from cliffscope.stats import Interval, cohen_kappa
-from cliffscope.transcripts.records import Group, Omission, Outcome, Transcript, Transcripts
+from cliffscope.text import is_unicode
+from cliffscope.transcripts.records import CUT, Group, Omission, Outcome, Transcript, Transcripts
 
 __all__ = [
     "OPENING_CHARACTERS",
@@ -38,6 +41,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+CUT_NOTE = " (answer cut at its budget)"
+"""Ends the reason of a verdict on an answer that may have gone on."""
+
 _FAILURES = (CliffScopeError, ArithmeticError, LookupError, OSError, RuntimeError, ValueError)
 
 
@@ -50,8 +56,9 @@ def judge(transcripts: Transcripts, judge: Judge | str = "phrases") -> Transcrip
 
     Returns:
         The same transcripts in the same order, with `outcome` and `extra["verdict"]` (judge, reason, score, partial).
-        Transcripts whose thinking never closed, or whose answer is missing or blank, are unfinished. Answers that the
-        judge fails on are unjudged and also listed in `omitted`, as are answers to harmless prompts if the judge
+        Transcripts whose thinking never closed, or whose answer is missing or blank, are unfinished. Degenerate answers
+        (no words, one phrase over and over) are unjudged, whatever the judge: a guard would call them safe. Those that
+        the judge fails on are unjudged and also listed in `omitted`, as are answers to harmless prompts if the judge
         classifies harm rather than refusal.
 
     Raises:
@@ -66,7 +73,7 @@ def judge(transcripts: Transcripts, judge: Judge | str = "phrases") -> Transcrip
         'complied'
     """
     reader = find_judge(judge)
-    verdicts: dict[str, Verdict | Omission] = {t.id: v for t in transcripts if (v := _unfinished(t)) is not None}
+    verdicts: dict[str, Verdict | Omission] = {t.id: v for t in transcripts if (v := _unreadable(t)) is not None}
     for single, answered in _by_judge(reader, [t for t in transcripts if t.id not in verdicts]):
         verdicts |= _ask_all(single, answered)
     judged: list[Transcript] = []
@@ -202,6 +209,13 @@ def _unfinished(transcript: Transcript) -> Verdict | None:
     return None
 
 
+def _unreadable(transcript: Transcript) -> Verdict | None:
+    """The verdict on a transcript that no judge is asked about; None if one is."""
+    unfinished = _unfinished(transcript)
+    fault = None if unfinished is not None else degeneration(transcript.answer or "")
+    return unfinished if fault is None else Verdict(outcome=Outcome.UNJUDGED, score=None, reason=fault)
+
+
 def _ask_all(judge: Judge, transcripts: Sequence[Transcript]) -> dict[str, Verdict | Omission]:
     """The judge's verdict by id, or why there is none."""
     results: dict[str, Verdict | Omission] = {}
@@ -241,6 +255,9 @@ def _checked(judge: Judge, transcript: Transcript, verdict: object) -> Verdict |
             f"Judge {judge.name!r} returned {type(verdict).__name__} for {transcript.id!r}: expected a Verdict. "
             "Return Verdict(outcome=..., score=..., reason=...)."
         )
+    if not is_unicode(verdict.reason):
+        reason = f"{judge.name} gave a reason that holds half of a surrogate pair, which no file accepts"
+        return Omission(stage="judge", reason=reason, id=transcript.id)
     return verdict
 
 
@@ -248,7 +265,7 @@ def _with_verdict(transcript: Transcript, verdict: Verdict, name: str) -> Transc
     """The transcript with its outcome, and the verdict in `extra`."""
     record: dict[str, object] = {
         "judge": name,
-        "reason": verdict.reason,
+        "reason": f"{verdict.reason}{CUT_NOTE}" if transcript.extra.get(CUT) else verdict.reason,
         "score": verdict.score,
         "partial": verdict.partial,
     }

@@ -15,7 +15,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ LONG, CHUNK = 2048, 512
 keeps mask and activations small beside the cache (benchmarks/context.py)."""
 
 
+@runtime_checkable
 class Intervention(Protocol):
     """What changes a model's passes while a context lasts, such as a `HeadEdit`."""
 
@@ -49,7 +50,11 @@ class Intervention(Protocol):
 
 Result = TypeVar("Result")
 Reduced = Float32[np.ndarray, "layer ..."]
-_Kept = dict[int, dict[int, list[Tensor]]]
+_Piece = Float[Tensor, "_ ..."]
+_Pieces = dict[int, dict[int, list[_Piece]]]
+"""By transcript and layer: what was reduced of each chunk, one after another."""
+_Keys = Float[Tensor, "batch head _ _"]
+"""Keys or values of some tokens: latent attention gives them sizes of their own."""
 
 
 def project_residuals(
@@ -76,11 +81,11 @@ def project_residuals(
     """
     directions = torch.from_numpy(weight)
 
-    def reduce(layer: int, residual: Float[Tensor, "pos d_model"], _row: int, _start: int) -> Tensor:
+    def reduce(layer: int, residual: Float[Tensor, "pos d_model"], _row: int, _start: int) -> Float[Tensor, " pos"]:
         return residual @ directions[layer].to(residual.device)
 
-    found = _reduce(model, transcripts, reduce, progress, edit)
-    return [logits + bias[:, None] for logits in found]
+    projected = _reduce(model, transcripts, reduce, progress, edit)
+    return [logits + bias[:, None] for logits in projected]
 
 
 def gather_residuals(
@@ -101,15 +106,16 @@ def gather_residuals(
     Returns:
         For each transcript, in the order given, fp32 residuals.
     """
-    wanted = [torch.from_numpy(np.sort(p)) for p in positions]
+    sorted_positions = [torch.from_numpy(np.sort(p)) for p in positions]
 
-    def reduce(_layer: int, residual: Float[Tensor, "pos d_model"], row: int, start: int) -> Tensor:
-        own = wanted[row][(wanted[row] >= start) & (wanted[row] < start + len(residual))]
-        return residual[(own - start).to(residual.device)]
+    def reduce(_layer: int, residual: Float[Tensor, "pos d_model"], row: int, start: int) -> Float[Tensor, "k d_model"]:
+        every = sorted_positions[row]
+        inside = every[(every >= start) & (every < start + len(residual))]
+        return residual[(inside - start).to(residual.device)]
 
-    found = _reduce(model, transcripts, reduce, progress)
+    gathered = _reduce(model, transcripts, reduce, progress)
     # Back from ascending positions to the order that was asked for.
-    return [residuals[:, np.argsort(np.argsort(p))] for residuals, p in zip(found, positions, strict=True)]
+    return [residuals[:, np.argsort(np.argsort(p))] for residuals, p in zip(gathered, positions, strict=True)]
 
 
 def project_layer(
@@ -144,7 +150,7 @@ def project_layer(
     direction = torch.from_numpy(weight)
 
     def read(rows: list[int]) -> Float32[np.ndarray, "row pos"]:
-        parts: list[Tensor] = []
+        parts: list[Float[Tensor, "batch pos"]] = []
 
         def visit(index: int, hidden: Float[Tensor, "batch pos d_model"], _start: int) -> None:
             if index == layer:
@@ -201,17 +207,15 @@ def _acting(
     return nullcontext() if edit is None else edit.hooks(model, rows, start=start)
 
 
-class _ReservedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class _ReservedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers leaves it unannotated.
     """Keys and values of a known number of tokens: written in place, where growing would copy all of them a chunk."""
 
     def __init__(self, length: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated.
         self.length = length
-        self.reserved: tuple[Tensor, Tensor] | None = None
+        self.reserved: tuple[_Keys, _Keys] | None = None
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *_args: object, **_kwargs: object
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: _Keys, value_states: _Keys, *_args: object, **_kwargs: object) -> tuple[_Keys, _Keys]:
         """Writes behind what is there, and gives all that is there now."""
         if self.reserved is None:
             self.lazy_initialization(key_states, value_states)
@@ -306,27 +310,27 @@ def _attempt(work: Callable[[list[int]], Result], rows: list[int]) -> tuple[Resu
 def _reduce(
     model: LensModel,
     transcripts: Sequence[TokenizedTranscript],
-    reduce: Callable[[int, Tensor, int, int], Tensor],
+    reduce: Callable[[int, Float[Tensor, "pos d_model"], int, int], _Piece],
     progress: Callable[[int], None] | None,
     edit: Intervention | None = None,
 ) -> list[Reduced]:
     done: list[Reduced] = [np.empty(0, dtype=np.float32)] * len(transcripts)
     finished = 0
 
-    def read(rows: list[int]) -> _Kept:
-        kept: _Kept = {row: {} for row in rows}
+    def read(rows: list[int]) -> _Pieces:
+        pieces: _Pieces = {row: {} for row in rows}
 
-        def visit(layer: int, hidden: Tensor, start: int) -> None:
+        def visit(layer: int, hidden: Float[Tensor, "batch pos d_model"], start: int) -> None:
             for i, row in enumerate(rows):
                 residual = hidden[i, : transcripts[row].n_pos - start].float()
-                kept[row].setdefault(layer, []).append(reduce(layer, residual, row, start).cpu())
+                pieces[row].setdefault(layer, []).append(reduce(layer, residual, row, start).cpu())
 
         run_decoder(model, [transcripts[row] for row in rows], visit, edit)
-        return kept
+        return pieces
 
-    for rows, kept in run_batches([t.n_pos for t in transcripts], read):
+    for rows, pieces in run_batches([t.n_pos for t in transcripts], read):
         for row in rows:
-            done[row] = torch.stack([torch.cat(parts) for _, parts in sorted(kept[row].items())]).numpy()
+            done[row] = torch.stack([torch.cat(parts) for _, parts in sorted(pieces[row].items())]).numpy()
         finished += len(rows)
         if progress is not None:
             progress(finished)

@@ -14,7 +14,7 @@ user's own readout is a subclass.
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, Self
+from typing import Protocol, Self, runtime_checkable
 
 import numpy as np
 import torch
@@ -26,10 +26,11 @@ from cliffscope.errors import ProbeError
 from cliffscope.model.load import LensModel
 from cliffscope.model.origin import Origin
 from cliffscope.readouts.activations import LONG, Intervention, run_batches, run_decoder
-from cliffscope.readouts.continuations import Continuations
+from cliffscope.readouts.continuations import NOTHING, Continuations
 from cliffscope.transcripts.transcript import TokenizedTranscript
 
 
+@runtime_checkable
 class ReadoutReport(Protocol):
     """What a readout can tell on held-out transcripts."""
 
@@ -59,7 +60,7 @@ class Readout(ABC):
     @property
     def continuations(self) -> Continuations:
         """Tokens after the final position at which it reads too; none unless a readout says otherwise."""
-        return Continuations()
+        return NOTHING
 
     @abstractmethod
     def logits(self, model: LensModel, residuals: Float[Tensor, "*batch node d_model"]) -> Float[Tensor, "*batch"]:

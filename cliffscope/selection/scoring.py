@@ -26,7 +26,7 @@ from cliffscope.model.origin import Origin
 from cliffscope.notebook import Plotted
 from cliffscope.readouts.activations import BATCH_TOKENS
 from cliffscope.readouts.files import saved_probe
-from cliffscope.readouts.probe import RefusalProbe
+from cliffscope.readouts.probe import RefusalProbe, linear_probe
 from cliffscope.readouts.trace import NO_MEMORY
 from cliffscope.selection.distributed import RayEngine, score_on_ray
 from cliffscope.selection.rows import SCORE_COLUMNS, score_window
@@ -126,6 +126,7 @@ def score_pool(
         >>> len(cs.score_pool(model, probe, pool).to_frame())
         40
     """
+    probe = linear_probe(probe, "A cliff is measured from scores over the thinking, which a probe reads.")
     probe.check_model(model)
     if not isinstance(engine, RayEngine) and engine not in ("local", "ray"):
         raise DataError(f"engine={engine!r}: expected 'local', 'ray' or a RayEngine.")

@@ -87,8 +87,10 @@ class Manifest:
         before = _list_of(begun_with.get(stage, {}), "versions") if resumes else ()
         earlier = tuple(v for v in before if isinstance(v, dict) and v != dict(versions))
         self.store.update(
-            begun={**self.begun, stage: key},
-            begun_with={**begun_with, stage: {"versions": [*earlier, dict(versions)]}},
+            {
+                "begun": {**self.begun, stage: key},
+                "begun_with": {**begun_with, stage: {"versions": [*earlier, dict(versions)]}},
+            }
         )
         return earlier
 
@@ -121,19 +123,23 @@ class Manifest:
         facts = {name: value for record in ordered.values() for name, value in _objects_of(record, "facts").items()}
         findings = {topic: text for r in ordered.values() for topic, text in _objects_of(r, "findings").items()}
         self.store.update(
-            **facts,
-            stages=ordered,
-            begun={name: key for name, key in self.begun.items() if name not in ordered},
-            begun_with={
-                name: value
-                for name, value in _objects(self.store.manifest.get("begun_with")).items()
-                if name not in ordered
-            },
-            verdict=dict(sorted(findings.items(), key=lambda item: TOPICS.index(item[0]))),
-            notes=[
-                {"stage": name, "text": text} for name, record in ordered.items() for text in _list_of(record, "notes")
-            ],
-            omitted=counts,
+            {
+                **facts,
+                "stages": ordered,
+                "begun": {name: key for name, key in self.begun.items() if name not in ordered},
+                "begun_with": {
+                    name: value
+                    for name, value in _objects(self.store.manifest.get("begun_with")).items()
+                    if name not in ordered
+                },
+                "verdict": dict(sorted(findings.items(), key=lambda item: TOPICS.index(item[0]))),
+                "notes": [
+                    {"stage": name, "text": text}
+                    for name, record in ordered.items()
+                    for text in _list_of(record, "notes")
+                ],
+                "omitted": counts,
+            }
         )
 
     def _write_omissions(self, stage: str, omitted: Sequence[Omission]) -> None:
