@@ -286,11 +286,11 @@ def deaths_of(folder: Path, steps: int, rounds: int) -> list[Death]:
     return at + [("size", int(largest * (i + 0.5) / n_sizes)) for i in range(n_sizes)]
 
 
-def differences(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> list[str]:
+def differences(outcome: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> list[str]:
     """Names under which two results differ by more than the order of additions can."""
-    if found.keys() != expected.keys():
-        return sorted(found.keys() ^ expected.keys())
-    return [n for n in found if not np.allclose(found[n], expected[n], rtol=1e-4, atol=1e-6, equal_nan=True)]
+    if outcome.keys() != expected.keys():
+        return sorted(outcome.keys() ^ expected.keys())
+    return [n for n in outcome if not np.allclose(outcome[n], expected[n], rtol=1e-4, atol=1e-6, equal_nan=True)]
 
 
 def run_task(task: Task, place: Path, rounds: int) -> dict[str, object]:
@@ -330,14 +330,14 @@ def make_tasks(names: Sequence[str], run: Path | None, config: dict[str, object]
     model = cs.load_model("planted-llama", device="cpu")
     prompts = cs.organisms.prompts("fit", 48, harmful=True, wrappers=(None, "story"))
     pool = cs.judge(cs.roll_out(model, prompts, max_thinking=96, max_answer=8))
-    made: list[Task] = [Export(model), Replace(model), Figures()]
+    tasks: list[Task] = [Export(model), Replace(model), Figures()]
     complied = pool.where(outcome="complied")
-    made.append(Repair(model, complied))
+    tasks.append(Repair(model, complied))
     if "score-pool" in names:
-        made.append(Pool(model, cs.fit_probe(model, pool.where(outcome="refused"), complied), pool))
+        tasks.append(Pool(model, cs.fit_probe(model, pool.where(outcome="refused"), complied), pool))
     if run is not None:
-        made.append(StudyRepair(run, config))
-    return [task for task in made if task.name in names]
+        tasks.append(StudyRepair(run, config))
+    return [task for task in tasks if task.name in names]
 
 
 def main() -> None:
@@ -360,9 +360,9 @@ def main() -> None:
                 run_study(StudyConfig(model="planted-llama", out=str(run), device="cpu", **small))
             config = dict(json.loads((run / "manifest.json").read_text())["settings"]) | {"select_fraction": 0.2}
         for task in make_tasks(names, run, config):
-            found = run_task(task, place / task.name.replace(" ", "-"), options.rounds)
-            print(json.dumps(found), flush=True)
-            failed |= bool(found["wrong"])
+            counts = run_task(task, place / task.name.replace(" ", "-"), options.rounds)
+            print(json.dumps(counts), flush=True)
+            failed |= bool(counts["wrong"])
     sys.exit(int(failed))
 
 

@@ -109,18 +109,13 @@ def evaluate(
 
     change, reader = _edit(heads, factor, edit, scope), find_judge(judge_choice(judge, classifier, url))
     inputs = _inputs(model, template, prompts, judge)
-    as_transcripts = prompts.suffix == ".jsonl" and limit is None and harmful is None and column is None
-    questions = (
-        cs.read_transcripts(prompts, escape_control_tokens=escape_control_tokens)
-        if as_transcripts
-        else cs.read_prompts(
-            prompts,
-            harmful=harmful,
-            column=column,
-            limit=limit,
-            seed=seed,
-            escape_control_tokens=escape_control_tokens,
-        )
+    questions = _questions(
+        prompts,
+        harmful=harmful,
+        column=column,
+        limit=limit,
+        seed=seed,
+        escape_control_tokens=escape_control_tokens,
     )
     with (
         open_run(out, {**options_of(context), **inputs}) as store,
@@ -207,6 +202,25 @@ def export(
         overwrite=overwrite,
     )
     say(as_json, {"out": str(folder), "edit": repr(change)}, f"{change!r} of {model}, written to {folder}")
+
+
+def _questions(
+    path: Path,
+    *,
+    harmful: bool | None,
+    column: str | None,
+    limit: int | None,
+    seed: int,
+    escape_control_tokens: bool,
+) -> "cs.Transcripts":
+    """Transcripts of a JSONL file of which no option asks for anything, else the prompts of a file."""
+    import cliffscope as cs
+
+    if path.suffix == ".jsonl" and limit is None and harmful is None and column is None:
+        return cs.read_transcripts(path, escape_control_tokens=escape_control_tokens)
+    return cs.read_prompts(
+        path, harmful=harmful, column=column, limit=limit, seed=seed, escape_control_tokens=escape_control_tokens
+    )
 
 
 def _inputs(model: str, template: str | None, prompts: Path, judge: str) -> dict[str, object]:

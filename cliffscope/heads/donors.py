@@ -20,7 +20,7 @@ from torch import Tensor
 
 from cliffscope.errors import DataError, EditError
 from cliffscope.heads.branches import Change
-from cliffscope.heads.edits import EditKind, HeadEdit, HeadRef, Scope
+from cliffscope.heads.edits import EditKind, HeadEdit, HeadRef, Scope, check_heads
 from cliffscope.model.load import LensModel
 from cliffscope.model.origin import Origin
 from cliffscope.readouts.activations import length_batches
@@ -139,10 +139,10 @@ def mean(
     Raises:
         DataError: a reference cannot be used.
         EditError: the model lacks a head.
+        OtherModelError: the heads were ranked on another model.
     """
     where = Scope.parse(scope)
-    for ref in heads:
-        ref.check(model)
+    check_heads(model, heads)
     means = mean_outputs(model, _tokens(model, reference), where)
     edit = Change(kind=EditKind.MEAN, values=(means,)).edit(tuple(heads), where, 0)
     return replace(edit, origin=Origin.of(model))

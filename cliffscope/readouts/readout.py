@@ -14,7 +14,7 @@ user's own readout is a subclass.
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, Self, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -37,6 +37,10 @@ class ReadoutReport(Protocol):
     @property
     def can_tell(self) -> bool:
         """Whether it tells refused from complied at the final position."""
+
+
+# Types are checked function by function in tests, where typing.Self has no class to mean.
+Self = TypeVar("Self", bound="Readout")
 
 
 class Readout(ABC):
@@ -80,7 +84,7 @@ class Readout(ABC):
         """The model that it was fitted on."""
         return Origin(fingerprint=self.fingerprint, template=self.template, note=self.note)
 
-    def for_model(self, model: LensModel, *, allow_other_model: bool = False) -> Self:
+    def for_model(self: Self, model: LensModel, *, allow_other_model: bool = False) -> Self:
         """The readout for use on a model.
 
         Args:

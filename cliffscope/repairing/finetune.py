@@ -133,7 +133,7 @@ def repair(
         seed=seed,
         work=work,
     )
-    card = _card(model, len(taken), len(mixed), loss_on, losses, note)
+    card = _card(model, len(taken), len(mixed), loss_on=loss_on, losses=losses, note=note)
     record = training_record(model, [*taken, *mixed])
     path = write_checkpoint(network, model, out, card=card, files={RECORD: record})
     return Repaired(path=path, losses=losses, n_harmful=len(taken), n_harmless=len(mixed))
@@ -284,7 +284,7 @@ def _losses(history: Sequence[Mapping[str, float]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["step", "loss", "held_out"])
 
 
-def _card(model: LensModel, n_harmful: int, n_harmless: int, loss_on: str, losses: pd.DataFrame, note: str) -> str:
+def _card(model: LensModel, n_harmful: int, n_harmless: int, *, loss_on: str, losses: pd.DataFrame, note: str) -> str:
     last = f"; the last loss was {losses['loss'].iloc[-1]:.4g}" if len(losses) else ""
     return (
         f"# {Path(model.name).name}, repaired\n\n"

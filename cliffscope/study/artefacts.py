@@ -54,6 +54,7 @@ _CLIFF: tuple[Row, ...] = (
     ("valid", "bool", "whether the probe can tell there"),
     ("reason", "text", "why not"),
 )
+_REASON: Final[Row] = ("reason", "text", "why")
 _HEAD: tuple[Row, ...] = (("layer", "int", "layer index from 0"), ("head", "int", "query head index from 0"))
 _ARM: tuple[Row, ...] = (
     ("arm", "text", "name of the arm, such as `random 3`"),
@@ -429,12 +430,7 @@ REPAIR = Table(
 OMITTED = Table(
     file="omitted.parquet",
     meaning="everything that was left out, with the reason",
-    columns=columns_of(
-        ("stage", "text", "stage of the study"),
-        ("step", "text", "function that left it out"),
-        ("reason", "text", "why"),
-        _ID,
-    ),
+    columns=columns_of(("stage", "text", "stage of the study"), ("step", "text", "what left it out"), _REASON, _ID),
 )
 REPORT = Page(file="report.html", meaning="the report")
 MANIFEST = Place(
