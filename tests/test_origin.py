@@ -10,8 +10,10 @@ from transformers import PreTrainedModel
 
 from cliffscope.errors import OtherModelError
 from cliffscope.evaluation.dose import dose_response
+from cliffscope.evaluation.mediation import measure_mediation
 from cliffscope.evaluation.safety import evaluate_safety
 from cliffscope.evaluation.side_effects import measure_side_effects
+from cliffscope.generation.rollout import roll_out
 from cliffscope.heads.confirmation import confirm_heads
 from cliffscope.heads.controls import control_sets
 from cliffscope.heads.donors import mean
@@ -20,7 +22,7 @@ from cliffscope.heads.editing import edited_weights
 from cliffscope.heads.edits import EditPlan, HeadEdit, HeadRef, RankedHeads, compose, scale, zero
 from cliffscope.heads.export import export_edited
 from cliffscope.heads.ranking import HeadRanking, rank_heads
-from cliffscope.heads.sources import trace_sources
+from cliffscope.heads.sources import trace_all_sources, trace_sources
 from cliffscope.heads.suppression import measure_suppression
 from cliffscope.heads.sweep import sweep_branches
 from cliffscope.model.load import LensModel, load_model
@@ -149,6 +151,8 @@ EDITED: dict[str, Callable[[LensModel, HeadEdit], object]] = {
     "evaluate_safety": lambda model, edit: evaluate_safety(
         model, COMPLIED[:1], edit=edit, controls=0, max_thinking=2, max_answer=2
     ),
+    "measure_mediation": lambda model, edit: measure_mediation(model, COMPLIED[:1], edit, max_thinking=2, max_answer=2),
+    "roll_out": lambda model, edit: roll_out(model, COMPLIED[:1], edit=edit, max_thinking=2, max_answer=2),
     "measure_side_effects": lambda model, edit: measure_side_effects(model, edit, transcripts=COMPLIED, controls=0),
     "edited_weights": lambda model, edit: edited_weights(model, edit).__enter__(),
     "measure_suppression": lambda model, edit: measure_suppression(
@@ -199,6 +203,9 @@ def test_a_ranking_is_refused_wherever_it_meets_another_model(
         lambda r: dose_response(other, probe, r, COMPLIED, fractions=[0.02], controls=1),
         lambda r: control_sets(other, probe, COMPLIED, r.top(0.02), draws=1),
         lambda r: confirm_heads(other, probe, COMPLIED, r.top(0.02)),
+        lambda r: mean(other, r.top(0.02), COMPLIED),
+        lambda r: sweep_branches(other, probe, tokens_of(other), [r.top(0.02)]),
+        lambda r: trace_all_sources(other, probe, COMPLIED[0], r.top(0.02)),
     ]
     for function in meet:
         with pytest.raises(OtherModelError, match="The ranking was made with another model"):
