@@ -41,6 +41,12 @@ class ProbeError(CliffScopeError):
     exit_code = 3
 
 
+class OtherModelError(CliffScopeError):
+    """A probe, readout, edit, ranking or selection was made with other weights or another template than the model's."""
+
+    exit_code = 3
+
+
 class EditError(CliffScopeError):
     """A head edit names heads that the model does not have, or cannot be applied as requested."""
 

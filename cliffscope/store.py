@@ -6,22 +6,19 @@
 3. A stage is finished when the manifest says so, after its files; a resumed run skips finished stages.
 4. Work that is done row by row goes to a log that is only ever appended to, so that a killed run loses no finished row.
 
-Files are flushed with fsync, which survives a killed process and a crashed system. On macOS the drive may still lose
-its own cache in a power cut; F_FULLFSYNC would prevent that and cost a pause per row, for results that can be computed
-again. Knows files and JSON, no science.
+How a file is written whole is in writing.py. Knows files and JSON, no science.
 """
 
 import errno
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import pandas as pd
@@ -30,16 +27,16 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from cliffscope.errors import CliffScopeError, StoreError
+from cliffscope.writing import clear_partial, remove, system_reason
+from cliffscope.writing import umask as umask
+from cliffscope.writing import write_atomically as write_atomically
 
 SCHEMA = 2
 """Of run directories: 2 has a record and a key for each stage."""
 MANIFEST, LOCK = "manifest.json", ".lock"
 LOG = ".log"
 """Suffix of append-only files: work of a stage that is not finished."""
-PARTIAL = ".partial"
-"""Suffix of incomplete files; those that a killed process left behind are removed by the next one."""
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
-_NO_DIRECTORY_FLUSH = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -153,8 +150,8 @@ def open_run(path: str | Path, config: Mapping[str, object]) -> Iterator[RunStor
         StoreError: another process holds it, it belongs to another configuration, or it cannot be written.
     """
     folder = Path(path)
-    created = not folder.exists()
     try:
+        created = not folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StoreError(
@@ -164,8 +161,9 @@ def open_run(path: str | Path, config: Mapping[str, object]) -> Iterator[RunStor
         store = RunStore(path=folder)
         _claim(store, config)
         # A killed process may have left partial files, and the locks of its logs.
-        for rest in (*folder.glob(f".*{PARTIAL}"), *folder.glob(f".*{LOG}{LOCK}")):
-            rest.unlink(missing_ok=True)
+        clear_partial(folder)
+        for lock in folder.glob(f".*{LOG}{LOCK}"):
+            remove(lock)
         try:
             yield store
         except CliffScopeError:
@@ -184,8 +182,8 @@ class RowLog:
     """Rows that the file held when it was opened, by key."""
     dropped: int
     """Half-written rows at the end that were cut off: 0, or 1 after a crash."""
-    file: IO[bytes]
-    """Where rows are appended."""
+    file: FileIO
+    """Where rows are appended, without a buffer."""
     lock: BaseFileLock
     """Keeps other processes away from the file."""
 
@@ -226,7 +224,8 @@ def open_log(path: str | Path, config: Mapping[str, object]) -> Iterator[RowLog]
     """
     place = Path(path)
     try:
-        file = place.open("a+b")
+        # Without a buffer: what a full disk refused must not be tried once more when the file is closed.
+        file = place.open("a+b", buffering=0)
     except OSError as error:
         raise StoreError(f"{place} cannot be written: {error.strerror or error}. Choose a different file.") from error
     # Windows lets nobody read a locked file, so the lock is a separate one. Symbolic links are resolved, so that a log
@@ -235,65 +234,6 @@ def open_log(path: str | Path, config: Mapping[str, object]) -> Iterator[RowLog]
     lock_path = target.with_name(f".{target.name}{LOCK}")
     with file, _locked(lock_path, f"File {place}", "a different file", remove=True) as lock:
         yield _read_log(place, file, lock, config)
-
-
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file completely or not at all.
-
-    Args:
-        path: the destination.
-        write: fills a temporary file, whose path it receives.
-
-    Raises:
-        StoreError: the disk is full or the folder cannot be written; nothing is left behind.
-    """
-    temporary: Path | None = None
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=PARTIAL)
-        os.close(handle)
-        temporary = Path(name)
-        write(temporary)
-        flush_file(temporary)
-        temporary.chmod(0o666 & ~umask())
-        temporary.replace(path)
-        flush_directory(path.parent)
-    except (OSError, SafetensorError) as error:
-        raise StoreError(
-            f"{path} cannot be written: {system_reason(error)}. Free space or choose a different directory, then rerun "
-            "the command to resume after the finished stages."
-        ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def system_reason(error: Exception) -> str:
-    """What the system says about an error, without the numbers and paths around it."""
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)
-
-
-def flush_file(path: Path) -> None:
-    """Waits until a file's content is on the disk."""
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
-
-
-def flush_directory(folder: Path) -> None:
-    """Waits until a directory's entries are on the disk, so that a rename in it survives a crash of the system.
-
-    Does nothing where directories cannot be opened (Windows) or flushed (some network file systems).
-    """
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except PermissionError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if error.errno not in _NO_DIRECTORY_FLUSH:
-            raise
-    finally:
-        os.close(handle)
 
 
 @contextmanager
@@ -327,14 +267,15 @@ def _release(lock: BaseFileLock, *, remove: bool) -> None:
     lock.release()
 
 
-def _append(file: IO[bytes], row: Mapping[str, object]) -> None:
-    # One write per line: only a line that a kill cut short has no line break.
-    file.write(json.dumps(plain(row), ensure_ascii=True, allow_nan=False).encode() + b"\n")
-    file.flush()
+def _append(file: FileIO, row: Mapping[str, object]) -> None:
+    # Only a line that a kill or a full disk cut short has no line break; the next run cuts it off.
+    line = json.dumps(plain(row), ensure_ascii=True, allow_nan=False).encode() + b"\n"
+    while line:
+        line = line[file.write(line) :]
     os.fsync(file.fileno())
 
 
-def _read_log(path: Path, file: IO[bytes], lock: BaseFileLock, config: Mapping[str, object]) -> RowLog:
+def _read_log(path: Path, file: FileIO, lock: BaseFileLock, config: Mapping[str, object]) -> RowLog:
     expected = plain({"schema": SCHEMA, "config": dict(config)})
     head = json.dumps(expected).encode()
     file.seek(0)
@@ -375,13 +316,6 @@ def _log_line(path: Path, number: int, line: bytes) -> dict[str, object]:
 def _discard(store: RunStore) -> None:
     if {p.name for p in store.path.iterdir()} <= {MANIFEST, LOCK}:
         shutil.rmtree(store.path, ignore_errors=True)
-
-
-def umask() -> int:
-    """The permissions that new files do not get. The system reports them only when they are set, so they are reset."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return mask
 
 
 def _claim(store: RunStore, config: Mapping[str, object]) -> None:

@@ -1,5 +1,3 @@
-from functools import partial
-
 import numpy as np
 import pytest
 import torch
@@ -59,7 +57,7 @@ def test_batches_and_order_change_nothing(
 ) -> None:
     probe = random_probe(model, 0)
     together = project_residuals(model, tokens, probe.layer_weights, probe.layer_biases)
-    monkeypatch.setattr(activations, "length_batches", partial(length_batches, batch_tokens=1))
+    monkeypatch.setattr(activations, "BATCH_TOKENS", 1)
     one_by_one = project_residuals(model, tokens[::-1], probe.layer_weights, probe.layer_biases)[::-1]
     for a, b in zip(together, one_by_one, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
@@ -79,7 +77,7 @@ def test_tokens_after_a_position_do_not_change_its_residual(
 def test_progress_counts_every_transcript_once(
     llama: LensModel, refused: Transcripts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(activations, "length_batches", partial(length_batches, batch_tokens=120))
+    monkeypatch.setattr(activations, "BATCH_TOKENS", 120)
     tokens, probe, seen = tokens_of(llama, refused[:9]), random_probe(llama, 0), []
     project_residuals(llama, tokens, probe.layer_weights, probe.layer_biases, progress=seen.append)
     assert seen[-1] == 9

@@ -235,7 +235,7 @@ def test_a_long_transcript_in_chunks_is_the_one_pass(case: Case, monkeypatch: py
         gathered = gather_residuals(model, case.rows, positions)
         monkeypatch.setattr(activations, "CHUNK", 7)
         monkeypatch.setattr(activations, "LONG", 7)
-        monkeypatch.setattr(activations, "length_batches", lambda lengths, *_: ([i] for i in range(len(lengths))))
+        monkeypatch.setattr(activations, "BATCH_TOKENS", 1)
         ran: list[int] = []
         with model.residual_hook(lambda layer, hidden: ran.append(hidden.shape[1])):
             chunked = project_residuals(model, case.rows, probe.layer_weights, probe.layer_biases)

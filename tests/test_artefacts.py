@@ -20,6 +20,7 @@ from cliffscope.study.artefacts import (
     SUPPRESSION,
     TABLES,
 )
+from cliffscope.study.artefacts import HEADS as RANKED
 from cliffscope.study.stages import STAGES
 
 ROOT = Path(__file__).parent.parent
@@ -115,3 +116,15 @@ def test_no_other_module_names_a_file_of_a_run_directory() -> None:
         if path.name not in ("artefacts.py", "artefact_kinds.py"):
             strings = set(re.findall(r"[\"']([\w.-]+)[\"']", path.read_text(encoding="utf-8")))
             assert not strings & names, path
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [("layer", "second"), ("q", "0.01"), ("rank", 1.5), ("kind", 3)], ids=lambda v: str(v)
+)
+def test_a_table_that_was_edited_by_hand_is_refused_with_the_column(tmp_path: Path, column: str, value: object) -> None:
+    row = {c.name: {"text": "a", "int": 1, "float": 0.5, "bool": True}[c.kind] for c in RANKED.columns}
+    pd.DataFrame([row]).to_parquet(tmp_path / RANKED.file)
+    assert RANKED.read(tmp_path)["layer"].tolist() == [1]
+    pd.DataFrame([{**row, column: value}]).to_parquet(tmp_path / RANKED.file)
+    with pytest.raises(DataError, match=f"heads.parquet has values of another type in {column} "):
+        RANKED.read(tmp_path)

@@ -1,20 +1,24 @@
 """Repair on small models: what is trained, what stays, and what comes back from disk."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import written
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import cliffscope as cs
 from cliffscope.errors import DataError, MissingExtraError, StoreError
 from cliffscope.model.load import LensModel
 from cliffscope.repairing import finetune as module
+from cliffscope.repairing.comparison import compare_repair
 from cliffscope.repairing.finetune import repair
 from cliffscope.repairing.formats import IGNORED, examples, with_safe_answer
+from cliffscope.repairing.saves import MARK, check_not_trained_on, last_save
 from cliffscope.transcripts.records import Outcome, Transcripts
 
 pytest.importorskip("trl", reason="the extra repair is not installed")
@@ -196,3 +200,65 @@ def test_without_the_extra_it_is_said_what_to_install(
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(MissingExtraError, match=r"cliffscope\[repair\]"):
         repair(llama, chosen, tmp_path / "x", steps=1)
+
+
+STEPS = {"answer": SAFE, "steps": 4, "batch_size": 2, "lora_rank": 0, "seed": 4}
+
+
+def test_saves_of_another_training_are_refused_whatever_differs(
+    llama: LensModel, models: dict[str, LensModel], chosen: Transcripts, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    repair(llama, chosen, tmp_path / "first", work=work, **STEPS)
+    others = {
+        "examples was": (llama, chosen[:5], {}),
+        "seed was 4, now 5": (llama, chosen, {"seed": 5}),
+        "rate was 5e-05, now 0.001": (llama, chosen, {"learning_rate": 1e-3}),
+        "model was": (models["qwen2"], chosen, {}),
+    }
+    for i, (difference, (model, transcripts, options)) in enumerate(others.items()):
+        with pytest.raises(StoreError, match=f"belongs to another configuration .*{difference}"):
+            repair(model, transcripts, tmp_path / f"other-{i}", work=work, **{**STEPS, **options})
+        assert not (tmp_path / f"other-{i}").exists()
+
+
+def test_a_save_that_was_half_written_is_not_gone_on_from(
+    llama: LensModel, chosen: Transcripts, tmp_path: Path
+) -> None:
+    whole = repair(llama, chosen, tmp_path / "whole", work=tmp_path / "work", **STEPS)
+    saves = sorted((tmp_path / "work").glob("checkpoint-*"))
+    assert [path.name for path in saves] == ["checkpoint-3", "checkpoint-4"]
+    # As a kill leaves the last one while it is written, and the one before whole.
+    (saves[1] / MARK).unlink()
+    for path in saves[1].iterdir():
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    (saves[1] / "trainer_state.json").unlink()
+    again = repair(llama, chosen, tmp_path / "again", work=tmp_path / "work", **STEPS)
+    np.testing.assert_allclose(again.losses["loss"], whole.losses["loss"], rtol=1e-4)
+    weights = [load_file(found.path / "model.safetensors") for found in (whole, again)]
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weights[1][name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_a_save_beyond_the_last_step_is_not_taken_for_it(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / MARK).touch()
+    assert last_save(tmp_path, 5) == tmp_path / "checkpoint-4"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-4"]
+    assert last_save(tmp_path, 3) is None
+
+
+def test_a_repaired_model_is_not_measured_on_prompts_that_it_was_trained_on(
+    llama: LensModel, chosen: Transcripts, harmless: Transcripts, tmp_path: Path
+) -> None:
+    repaired = repair(llama, chosen, tmp_path / "out", harmless=harmless[:3], **STEPS)
+    after = cs.load_model(repaired.path, device="cpu")
+    for trained in (chosen[2], harmless[1]):
+        same = trained.replace(
+            id="the same", messages=tuple(replace(m, content=f" {m.content}") for m in trained.messages)
+        )
+        with pytest.raises(DataError, match="was trained on 1 of these 2 prompts, such as that of 'the same'"):
+            compare_repair(llama, after, Transcripts([harmless[5], same]))
+    check_not_trained_on(after, harmless[4:])
+    check_not_trained_on(llama, chosen)

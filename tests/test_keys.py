@@ -79,7 +79,8 @@ def test_a_template_that_is_asked_for_counts_by_what_it_says(config: StudyConfig
 
 def test_settings_count_for_the_stages_that_declare_them_and_those_that_stand_on_them(config: StudyConfig) -> None:
     assert changed(config, replace(config, select_fraction=0.5)) == {"selection", "repair", "report"}
-    assert changed(config, replace(config, plateau="max")) == {"traces", "reading", "selection", "repair", "report"}
+    by_plateau = {"traces", "reading", "witnesses", "selection", "repair", "report"}
+    assert changed(config, replace(config, plateau="max")) == by_plateau
     assert changed(config, replace(config, repair=True)) == {"report"}
     assert changed(config, replace(config, max_thinking=9)) == ALL
 
@@ -90,7 +91,7 @@ def test_every_setting_is_declared_by_a_stage_or_known_to_change_no_result() -> 
 
 
 def test_a_version_that_is_raised_counts(config: StudyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    later = {"heads", "suppression", "reading", "safety", "side effects", "report"}
+    later = {"heads", "suppression", "early closings", "reading", "safety", "side effects", "witnesses", "report"}
     assert changed(config, config, lambda: monkeypatch.setattr(HeadStage, "version", 77)) == later
 
 

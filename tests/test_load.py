@@ -2,7 +2,6 @@ import copy
 import json
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -341,15 +340,16 @@ def test_a_gguf_file_is_converted_once_and_the_copy_is_the_same_model(
     first = load_model("smollm2", device="cpu")
     assert not getattr(first.hf, "is_quantized", False)
     (copied,) = (tmp_path / "gguf").iterdir()
-    started = time.perf_counter()
-    again = load_model("smollm2", device="cpu")
-    took = time.perf_counter() - started
+    with monkeypatch.context() as patched:
+        # Dequantising is what takes long, and what a copy that is read does not need.
+        patched.setattr("transformers.modeling_gguf_pytorch_utils.load_gguf_checkpoint", None)
+        patched.setattr("gguf.GGUFReader", None)
+        again = load_model("smollm2", device="cpu")
     assert again.fingerprint == first.fingerprint
     assert again.shape == first.shape
     text = "Hello, wie geht's?\n\n1. 你好 \U0001f642"
     assert again.tokenizer.encode(text) == first.tokenizer.encode(text)
     assert again.tokenizer.chat_template == first.tokenizer.chat_template
-    assert took < 12, "the copy was not read"
     monkeypatch.setattr(checkpoints, "LARGEST_COPY", 1)
     shutil.rmtree(copied)
     load_model("smollm2", device="cpu")

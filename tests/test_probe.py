@@ -9,7 +9,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from transformers import PreTrainedModel
 
-from cliffscope.errors import ProbeError
+from cliffscope.errors import OtherModelError, ProbeError
 from cliffscope.model.load import LensModel, load_model
 from cliffscope.readouts import probe as probe_module
 from cliffscope.readouts.logistic import fit_logistic
@@ -397,7 +397,8 @@ def test_a_probe_knows_the_model_it_was_fitted_on(
 
     assert final_probe.fingerprint == models["llama"].fingerprint
     final_probe.check_model(models["llama"])
-    final_probe.check_model(models["qwen3"])
+    with pytest.raises(OtherModelError, match=f"{final_probe.fingerprint}, these {models['qwen3'].fingerprint}"):
+        final_probe.check_model(models["qwen3"])
     with pytest.raises(ProbeError, match="layer 7 of width 32.*4 layers"):
         random_probe(models["llama"], 7).check_model(models["qwen3"])
     wide = load_model(make_checkpoint("llama", hidden_size=40, head_dim=8, change=narrower), device="cpu")

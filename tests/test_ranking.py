@@ -14,6 +14,7 @@ from cliffscope.heads.edits import HeadRef, Scope
 from cliffscope.heads.ranking import HeadRanking, rank_heads, top_count
 from cliffscope.heads.sweep import sweep_branches
 from cliffscope.model.load import LensModel, ModelShape
+from cliffscope.model.origin import Origin
 from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.transcripts.records import Transcripts
 
@@ -44,6 +45,7 @@ def ranking_of(
         gap=gap,
         gap_score=0.8 if gap > 0 else 0.0,
         shape=SHAPE,
+        origin=Origin(fingerprint="a model's"),
         readout="probe",
         method="zero",
         each_alone=True,

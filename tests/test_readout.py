@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cliffscope.errors import DataError, ProbeError
+from cliffscope.errors import DataError, OtherModelError, ProbeError
 from cliffscope.heads.attribution import attribute_heads
 from cliffscope.heads.branches import Change, Job
 from cliffscope.heads.controls import control_sets
@@ -145,7 +145,7 @@ def test_progress_counts_transcripts(llama: LensModel, refused: Transcripts) -> 
 
 def test_a_readout_of_another_template_or_depth_is_refused(models: dict[str, LensModel]) -> None:
     probe = random_probe(models["llama"], 7)
-    with pytest.raises(ProbeError, match="fitted with template 'qwq'.* loaded with 'organism'"):
+    with pytest.raises(OtherModelError, match="closed thinking as template 'qwq' does, this one as 'organism'"):
         replace(probe, template="qwq").check_model(models["llama"])
     replace(probe, template="organism").check_model(models["llama"])
     with pytest.raises(ProbeError, match="curved readout reads layer 7, but .* has 4 layers"):

@@ -161,7 +161,9 @@ def test_thinking_at_its_budget_is_unfinished_unless_it_is_closed_for_the_model(
 
 
 def test_budgets_of_one_token_are_kept(talker: LensModel, prompts: Transcripts) -> None:
-    for transcript in roll_out(talker, prompts, max_thinking=1, max_answer=1):
+    made = roll_out(talker, prompts, max_thinking=1, max_answer=1)
+    assert len(made) == len(prompts)
+    for transcript in made:
         assert len(transcript.thinking_ids) <= 1
         assert transcript.answer_ids is None or len(transcript.answer_ids) <= 1
 

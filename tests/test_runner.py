@@ -13,11 +13,14 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import MakeCheckpoint
 
 from cliffscope.errors import CliffScopeError, DataError, EditError, StoreError
 from cliffscope.model.checkpoints import ASSETS
+from cliffscope.store import open_run
 from cliffscope.study.config import StudyConfig
-from cliffscope.study.runner import Study, open_study, plan_study, run_study
+from cliffscope.study.manifest import Manifest, library_versions
+from cliffscope.study.runner import Study, _version_notes, open_study, plan_study, run_study
 from cliffscope.study.stages.selection import SelectionStage
 from cliffscope.transcripts.datasets import read_transcripts, write_transcripts
 
@@ -420,6 +423,10 @@ def test_an_organism_that_complies_with_nothing_is_told_so(tmp_path: Path) -> No
         ({"harmless": "x.csv"}, DataError),
         ({"model": "some-model"}, DataError),
         ({"harmful": "x.csv", "transcripts": "t.jsonl"}, DataError),
+        ({"method": "zeroo"}, DataError),
+        ({"readout": "answers"}, DataError),
+        ({"method": "direct"}, DataError),
+        ({"method": "mean", "harmful": "x.csv"}, DataError),
     ],
 )
 def test_a_configuration_that_cannot_work_is_refused_before_a_directory_is_made(
@@ -428,6 +435,32 @@ def test_a_configuration_that_cannot_work_is_refused_before_a_directory_is_made(
     with pytest.raises(error):
         run_study(config_of(tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
+
+
+def test_heads_that_leave_no_others_to_compare_with_are_refused_before_anything_is_generated(
+    tmp_path: Path, make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cliffscope.study.stages.transcripts.roll_out", None)
+    for fraction in (1.0, 0.995):
+        with pytest.raises(EditError, match="edits 64 of 64 heads of 'planted-llama': no other set is left"):
+            run_study(config_of(tmp_path / "run", top_fraction=fraction))
+    (tmp_path / "prompts.txt").write_text("how do i bake bread\n")
+    model = make_checkpoint("llama", num_hidden_layers=1, num_attention_heads=1)
+    with pytest.raises(EditError, match="edits 1 of 1 heads"):
+        run_study(config_of(tmp_path / "run", model=str(model), harmful=str(tmp_path / "prompts.txt")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_stage_that_was_interrupted_says_with_which_libraries_it_had_begun(tmp_path: Path) -> None:
+    with open_run(tmp_path / "run", {}) as store:
+        manifest = Manifest(store=store)
+        assert manifest.begin("safety", "key", {"torch": "2.12"}, resumes=False) == ()
+        assert manifest.begin("safety", "key", {"torch": "2.13"}, resumes=True) == ({"torch": "2.12"},)
+        assert manifest.begin("safety", "key", {"torch": "2.13"}, resumes=True) == ({"torch": "2.12"},)
+        assert manifest.begin("safety", "other", {"torch": "2.13"}, resumes=False) == ()
+    (note,) = _version_notes([{"torch": "2.12"}, library_versions()])
+    assert note.endswith("what it had kept was made with torch 2.12.")
+    assert _version_notes([library_versions()]) == ()
 
 
 def test_a_run_that_fails_before_anything_is_written_leaves_no_directory_that_it_made(tmp_path: Path) -> None:

@@ -607,3 +607,10 @@ def test_samples_of_an_answer_share_their_thinking(llama: LensModel, thoughts: T
     own = {t.id: t.thinking_ids for t in thoughts}
     assert all(t.thinking_ids == own[t.extra["sample_of"]] for t in arms[TOP])
     assert len({t.answer_ids for t in arms[TOP][:3]}) > 1
+
+
+def test_the_name_of_the_unedited_arm_is_the_first_ones(prompts: Transcripts) -> None:
+    first, second = (prompts.map(lambda t, text=text: t.replace(answer=text)) for text in ("Sure!", "Sorry, I can't."))
+    assert compare_answers({"unedited": first, "edited": second}).rate("edited") == 0
+    with pytest.raises(DataError, match="The arm 'unedited' comes after 'plain', but its name is the first arm's"):
+        compare_answers({"plain": first, "unedited": second})

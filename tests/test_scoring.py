@@ -1,9 +1,10 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import random_probe, written
+from conftest import fixed_report, random_probe, written
 
 from cliffscope.errors import DataError, ProbeError, StoreError
 from cliffscope.model.load import LensModel
@@ -115,6 +116,34 @@ def test_a_pool_that_changes_under_the_run_is_refused(
         score_pool(llama, probe, path, out=tmp_path / "scores", window=8)
     with pytest.raises(StoreError, match="another configuration"):
         score_pool(llama, random_probe(llama, 5), path, out=tmp_path / "scores", window=8)
+
+
+def test_scores_of_another_template_or_another_probe_are_not_resumed(
+    llama: LensModel, probe: RefusalProbe, pool: Transcripts, tmp_path: Path
+) -> None:
+    path = tmp_path / "pool.jsonl"
+    write_transcripts(pool[:8], path)
+    score_pool(llama, probe, path, out=tmp_path / "scores")
+    other = replace(llama, template=replace(llama.template, closing=f"{llama.template.closing}\n"))
+    with pytest.raises(StoreError, match="another configuration .template was"):
+        score_pool(other, probe, path, out=tmp_path / "scores")
+    # The same sum and the same sum of sizes, in another order.
+    turned = replace(probe, weight=probe.weight[::-1].copy())
+    blind = replace(probe, report=replace(probe.report, final=fixed_report("final", low=0.5)))
+    for changed in (turned, blind):
+        with pytest.raises(StoreError, match="another configuration .probe was"):
+            score_pool(llama, changed, path, out=tmp_path / "scores")
+    assert score_pool(llama, probe, path, out=tmp_path / "scores").resumed == 8
+
+
+def test_a_label_of_the_pool_that_changes_under_the_run_is_noticed(
+    llama: LensModel, probe: RefusalProbe, pool: Transcripts, tmp_path: Path
+) -> None:
+    score_pool(llama, probe, pool[:4], out=tmp_path / "scores")
+    for change in ({"outcome": Outcome.REFUSED}, {"harmful": None}, {"source": "c"}):
+        changed = Transcripts([pool[0].replace(**change), *pool[1:4]])
+        with pytest.raises(StoreError, match="the pool has changed"):
+            score_pool(llama, probe, changed, out=tmp_path / "scores")
 
 
 def test_a_pool_that_lost_its_end_and_one_without_rows_are_refused(

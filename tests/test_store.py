@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from cliffscope import store as store_module
+from cliffscope import writing
 from cliffscope.errors import StoreError
 from cliffscope.store import LOCK, MANIFEST, SCHEMA, RunStore, open_log, open_run, write_atomically
 
@@ -131,7 +131,7 @@ def test_a_disk_that_fills_up_while_flushing_leaves_nothing_behind(
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store_module.os, "fsync", full)
+    monkeypatch.setattr(writing.os, "fsync", full)
     with pytest.raises(StoreError, match="No space left"):
         write_atomically(tmp_path / "a.txt", lambda p: p.write_text("all"))
     assert names(tmp_path) == set()
@@ -148,7 +148,7 @@ def test_a_file_is_flushed_before_it_is_renamed_and_its_folder_after(
         events.append(("folder" if folder else "file", path.exists()))
         fsync(handle)
 
-    monkeypatch.setattr(store_module.os, "fsync", flush)
+    monkeypatch.setattr(writing.os, "fsync", flush)
     write_atomically(path, lambda p: p.write_text("x"))
     assert events == [("file", False), ("folder", True)]
 
@@ -161,7 +161,7 @@ def test_a_system_that_cannot_flush_a_directory_still_writes(tmp_path: Path, mon
             raise OSError(errno.EINVAL, "Invalid argument")
         fsync(handle)
 
-    monkeypatch.setattr(store_module.os, "fsync", no_flush)
+    monkeypatch.setattr(writing.os, "fsync", no_flush)
     write_atomically(tmp_path / "a.txt", lambda p: p.write_text("x"))
     monkeypatch.undo()
     open_file = os.open
@@ -171,7 +171,7 @@ def test_a_system_that_cannot_flush_a_directory_still_writes(tmp_path: Path, mon
             raise PermissionError(errno.EACCES, "Permission denied")
         return open_file(path, *args, **options)
 
-    monkeypatch.setattr(store_module.os, "open", no_folder)
+    monkeypatch.setattr(writing.os, "open", no_folder)
     write_atomically(tmp_path / "b.txt", lambda p: p.write_text("y"))
     monkeypatch.undo()
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"a.txt": "x", "b.txt": "y"}
@@ -187,7 +187,7 @@ def test_a_disk_that_fails_while_a_directory_is_flushed_is_a_store_error(
             raise OSError(errno.EIO, "Input/output error")
         fsync(handle)
 
-    monkeypatch.setattr(store_module.os, "fsync", fail)
+    monkeypatch.setattr(writing.os, "fsync", fail)
     with pytest.raises(StoreError, match="Input/output error"):
         write_atomically(tmp_path / "a.txt", lambda p: p.write_text("x"))
     assert names(tmp_path) == {"a.txt"}
@@ -221,7 +221,7 @@ def test_a_folder_that_is_not_there_or_cannot_be_written_is_a_store_error(
     def refuse(*args: object, **options: object) -> tuple[int, str]:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(store_module.tempfile, "mkstemp", refuse)
+    monkeypatch.setattr(writing.tempfile, "mkstemp", refuse)
     with pytest.raises(StoreError, match="Permission denied"):
         write_atomically(tmp_path / "a.txt", lambda p: p.write_text("x"))
 
@@ -441,7 +441,7 @@ def test_a_disk_full_at_the_first_manifest_leaves_an_empty_run_that_can_be_taken
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store_module.os, "fsync", full)
+    monkeypatch.setattr(writing.os, "fsync", full)
     with pytest.raises(StoreError, match="No space left"), open_run(tmp_path / "run", CONFIG):
         pass
     monkeypatch.undo()
@@ -558,7 +558,7 @@ def test_a_log_that_is_closed_early_can_be_opened_again(tmp_path: Path) -> None:
 def test_files_that_a_killed_process_left_half_written_are_removed_by_the_next_one(tmp_path: Path) -> None:
     path = tmp_path / "run"
     with open_run(path, CONFIG) as run:
-        run.write_with("a.txt", lambda p: (path / f"{p.name}x{store_module.PARTIAL}").touch())
+        run.write_with("a.txt", lambda p: (path / f"{p.name}x{writing.PARTIAL}").touch())
         (path / ".arm-a.log.lock").touch()
         for name in (".keep", "mine.partial", "mine.log.lock", ".mine.lock"):
             (path / name).touch()

@@ -391,14 +391,15 @@ def test_no_transcripts_give_an_empty_sweep(llama: LensModel) -> None:
     assert repr(found) == "Sweep(64 branches, n=0, packed)"
 
 
-def test_an_empty_set_of_heads_gives_the_clean_logit_or_is_refused_by_name(
-    llama: LensModel, refused: Transcripts
-) -> None:
-    try:
-        found = sweep_branches(llama, random_probe(llama, 2), tokens_of(llama, refused[:1]), [(), *every_head(llama)])
-    except EditError:
-        return
-    assert found.edited[0, 0] == pytest.approx(found.clean[0], rel=1e-4)
+@pytest.mark.parametrize("scope", [Scope.CLOSING, Scope.ALL])
+def test_an_empty_set_of_heads_gives_the_clean_logit(llama: LensModel, refused: Transcripts, scope: Scope) -> None:
+    probe, rows = random_probe(llama, 2), tokens_of(llama, refused[:1])
+    found = sweep_branches(llama, probe, rows, [(), *every_head(llama)], scope=scope)
+    where = scope.positions(rows[0])
+    clean, expected = loop_logits(llama, probe, rows[0], every_head(llama)[:1], where=where)
+    assert found.edited[0, 0] == pytest.approx(clean, rel=1e-4)
+    assert found.edited[0, 1] == pytest.approx(expected[0], rel=1e-4)
+    assert found.edited[0, 1] != pytest.approx(clean, rel=1e-4), "the heads beside it are edited"
 
 
 def test_an_unknown_head_is_refused(llama: LensModel, refused: Transcripts) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cliffscope.cli.options import (
+    AllowOption,
     ClassifierOption,
     ColumnOption,
     EscapeOption,
@@ -48,7 +49,9 @@ def judge(
     Example: cliffscope judge --transcripts transcripts.jsonl --out judged.jsonl
     """
     import cliffscope as cs
+    from cliffscope.writing import check_writable
 
+    check_writable(out)
     judged = cs.judge(cs.read_transcripts(transcripts), judge_choice(judge, classifier, url))
     cs.write_transcripts(judged, out)
     counts = {str(k): int(v) for k, v in judged.to_frame()["outcome"].value_counts().items()}
@@ -86,6 +89,7 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=1, help="Answers for each prompt.")] = 1,
     template: TemplateOption = None,
     system: Annotated[str | None, typer.Option(help="System message before each prompt.")] = None,
+    allow_other_model: AllowOption = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Maximum number of prompts in a batch.")] = 64,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
@@ -104,26 +108,23 @@ def evaluate(
     from cliffscope.study.artefacts import SAFETY, SAFETY_PAIRS, SAFETY_QUALITY
 
     change, reader = _edit(heads, factor, edit, scope), find_judge(judge_choice(judge, classifier, url))
-    as_transcripts = prompts.suffix == ".jsonl" and limit is None and harmful is None and column is None
-    questions = (
-        cs.read_transcripts(prompts, escape_control_tokens=escape_control_tokens)
-        if as_transcripts
-        else cs.read_prompts(
-            prompts,
-            harmful=harmful,
-            column=column,
-            limit=limit,
-            seed=seed,
-            escape_control_tokens=escape_control_tokens,
-        )
+    inputs = _inputs(model, template, prompts, judge)
+    questions = _questions(
+        prompts,
+        harmful=harmful,
+        column=column,
+        limit=limit,
+        seed=seed,
+        escape_control_tokens=escape_control_tokens,
     )
     with (
-        open_run(out, options_of(context)) as store,
+        open_run(out, {**options_of(context), **inputs}) as store,
         store.stage("evaluate"),
         open_answers(store, store.config) as answers,
         show_progress() as progress,
     ):
         lens = cs.load_model(model, template=template)
+        change = change and change.for_model(lens, allow_other_model=allow_other_model)
         names = arm_names(controls) if change else [UNEDITED]
         done = answers.finished_arms(names)
         finished = set(done)
@@ -173,6 +174,7 @@ def export(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing checkpoint.")] = False,
     template: TemplateOption = None,
+    allow_other_model: AllowOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Writes the edited model as a checkpoint that plain transformers can load.
@@ -189,9 +191,10 @@ def export(
     run = None if measured is None else RunStore(path=measured)
     if run is not None and not run.has(SAFETY.file):
         raise DataError(f"{measured} holds no {SAFETY.file}. Pass a run directory of study or evaluate.")
+    lens = cs.load_model(model, template=template)
     folder = cs.export_edited(
-        cs.load_model(model, template=template),
-        change,
+        lens,
+        change.for_model(lens, allow_other_model=allow_other_model),
         out,
         why=why,
         safety=None if run is None else SAFETY.read(run.path),
@@ -199,6 +202,40 @@ def export(
         overwrite=overwrite,
     )
     say(as_json, {"out": str(folder), "edit": repr(change)}, f"{change!r} of {model}, written to {folder}")
+
+
+def _questions(
+    path: Path,
+    *,
+    harmful: bool | None,
+    column: str | None,
+    limit: int | None,
+    seed: int,
+    escape_control_tokens: bool,
+) -> "cs.Transcripts":
+    """Transcripts of a JSONL file of which no option asks for anything, else the prompts of a file."""
+    import cliffscope as cs
+
+    if path.suffix == ".jsonl" and limit is None and harmful is None and column is None:
+        return cs.read_transcripts(path, escape_control_tokens=escape_control_tokens)
+    return cs.read_prompts(
+        path, harmful=harmful, column=column, limit=limit, seed=seed, escape_control_tokens=escape_control_tokens
+    )
+
+
+def _inputs(model: str, template: str | None, prompts: Path, judge: str) -> dict[str, object]:
+    """What answers depend on beside the options, by content, so that none of other prompts or weights is resumed."""
+    from dataclasses import asdict
+
+    from cliffscope.study.keys import Digests, code_digest, identify_model
+
+    digests = Digests()
+    identity = asdict(identify_model(model, digests, template=template))
+    return {
+        "model_contents": identity,
+        "prompts_contents": digests.of(prompts),
+        "judge_code": code_digest(judge, digests),
+    }
 
 
 def _edit(heads: str, factor: float, path: Path | None, scope: str = "all") -> "cs.HeadEdit | EditPlan | None":

@@ -19,6 +19,12 @@ OutOption = Annotated[Path, typer.Option("--out", help="File or directory to wri
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 SeedOption = Annotated[int, typer.Option(help="Seed of all random numbers.")]
 TranscriptsOption = Annotated[Path, typer.Option("--transcripts", help="JSONL file of transcripts.")]
+AllowOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-other-model", help="Use a probe or edit that was made with another model, and note it in the results."
+    ),
+]
 ProbeOption = Annotated[Path, typer.Option("--probe", help="Directory written by fit-probe or study.")]
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cliffscope.cli.options import (
+    AllowOption,
     ColumnOption,
     EscapeOption,
     JsonOption,
@@ -50,7 +51,9 @@ def roll_out(
     """
     import cliffscope as cs
     from cliffscope.generation.rollout import check_left
+    from cliffscope.writing import check_writable
 
+    check_writable(out)
     questions = cs.read_prompts(
         prompts,
         harmful=harmful,
@@ -129,6 +132,7 @@ def trace(
     out: OutOption,
     template: TemplateOption = None,
     plateau: Annotated[str, typer.Option(help="Plateau: mean or max.")] = "mean",
+    allow_other_model: AllowOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Traces the refusal score through transcripts, into traces.parquet and cliffs.parquet of a directory.
@@ -142,7 +146,10 @@ def trace(
     height: Plateau = one_of("plateau", plateau, "mean", "max")
     fitted, judged = read_probe(probe), cs.read_transcripts(transcripts)
     with open_run(out, options_of(context)) as store, store.stage("trace"):
-        traces = cs.trace_refusal(cs.load_model(model, template=template), fitted, judged)
+        lens = cs.load_model(model, template=template)
+        fitted = fitted.for_model(lens, allow_other_model=allow_other_model)
+        store.update({"note": fitted.note})
+        traces = cs.trace_refusal(lens, fitted, judged)
         cliffs = traces.cliffs(plateau=height)
         TRACES.write(store, traces.to_frame())
         CLIFFS.write(store, cliffs.to_frame())
@@ -160,6 +167,7 @@ def rank_heads(
     method: Annotated[str, typer.Option(help="zero, or another method of the guide to heads.")] = "zero",
     scope: Annotated[str, typer.Option(help="Positions of the edit: closing, thinking, prompt or all.")] = "closing",
     factor: Annotated[float | None, typer.Option(help="Factor of the method scale; 0.5 by default.")] = None,
+    allow_other_model: AllowOption = False,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -176,8 +184,11 @@ def rank_heads(
     fitted, judged = read_probe(probe), cs.read_transcripts(transcripts)
     suppressed = judged.where(harmful=True, outcome="complied")
     with open_run(out, options_of(context)) as store, store.stage("rank-heads"), show_progress() as progress:
+        lens = cs.load_model(model, template=template)
+        fitted = fitted.for_model(lens, allow_other_model=allow_other_model)
+        store.update({"note": fitted.note})
         ranking = cs.rank_heads(
-            cs.load_model(model, template=template),
+            lens,
             fitted,
             suppressed,
             method=how,

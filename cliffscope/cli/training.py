@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cliffscope.cli.options import (
+    AllowOption,
     JsonOption,
     ModelOption,
     OutOption,
@@ -38,6 +39,7 @@ def score_pool(
     pool: PoolOption,
     out: OutOption,
     template: TemplateOption = None,
+    allow_other_model: AllowOption = False,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first broken row.")] = False,
     window: Annotated[int, typer.Option(min=1, help="Rows in a shard.")] = 1024,
     engine: Annotated[str, typer.Option(help="local, or ray for the nodes of a Ray cluster.")] = "local",
@@ -65,9 +67,10 @@ def score_pool(
 
     fitted = read_probe(probe)
     with show_progress() as progress:
+        lens = cs.load_model(model, template=template)
         scores = cs.score_pool(
-            cs.load_model(model, template=template),
-            fitted,
+            lens,
+            fitted.for_model(lens, allow_other_model=allow_other_model),
             pool,
             out=out,
             window=window,
@@ -94,6 +97,7 @@ def select(
         Path | None, typer.Option(help="Directory of score-pool, for a pool that does not fit into memory.")
     ] = None,
     template: TemplateOption = None,
+    allow_other_model: AllowOption = False,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -104,16 +108,20 @@ def select(
     import cliffscope as cs
     from cliffscope.selection.choice import select_from_pool
     from cliffscope.selection.criteria import CRITERIA, check_size
+    from cliffscope.writing import check_writable
 
     height: Plateau = one_of("plateau", plateau, "mean", "max")
     check_size(fraction, number)
-    rule = CRITERIA.get(criterion)
-    unread: tuple[Omission, ...] = ()
+    check_writable(out)
+    rule, fitted = CRITERIA.get(criterion), read_probe(probe)
+    pool = cs.read_transcripts(transcripts) if scores is None else cs.Transcripts()
+    unread: tuple[Omission, ...] = pool.omitted
+    lens = cs.load_model(model, template=template)
+    fitted = fitted.for_model(lens, allow_other_model=allow_other_model)
     if scores is None:
-        pool, fitted = cs.read_transcripts(transcripts), read_probe(probe)
-        size, unread = len(pool), pool.omitted
+        size = len(pool)
         selection = cs.select_by_cliff(
-            cs.load_model(model, template=template),
+            lens,
             fitted,
             pool,
             fraction=fraction,
@@ -125,7 +133,7 @@ def select(
             seed=seed,
         )
     else:
-        scored = cs.score_pool(cs.load_model(model, template=template), read_probe(probe), transcripts, out=scores)
+        scored = cs.score_pool(lens, fitted, transcripts, out=scores)
         size = len(scored.frame)
         selection = select_from_pool(
             scored,
@@ -164,7 +172,9 @@ def export_examples(
     """
     import cliffscope as cs
     from cliffscope.repairing.formats import with_safe_answer, write_examples
+    from cliffscope.writing import check_writable
 
+    check_writable(out)
     form: Format = one_of("format", format, "chat", "prompt-completion", "alpaca", "sharegpt")
     examples = cs.read_transcripts(transcripts)
     unread = examples.omitted

@@ -139,6 +139,7 @@ def dose_response(
     """
     reader = find_judge(judge)
     readout.check_model(model)
+    ranking.origin.check("The ranking", model)
     how = choose_method(method)
     task, _ = prepare_task(model, readout, transcripts, how, scope=ranking.scope)
     counts = sorted({top_count(fraction, len(ranking.heads)): fraction for fraction in fractions}.items())

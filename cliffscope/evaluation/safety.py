@@ -303,7 +303,8 @@ def compare_answers(
         The report; its first arm is named "unedited", whatever its name was.
 
     Raises:
-        DataError: there is no arm, a prompt has no label, or an arm answers other prompts than the first.
+        DataError: there is no arm, another arm than the first is named "unedited", a prompt has no label, or an arm
+            answers other prompts than the first.
 
     Example:
         >>> import cliffscope as cs
@@ -321,6 +322,11 @@ def compare_judged(answers: Mapping[str, Transcripts], *, seed: int = 0) -> Safe
     if not answers:
         raise DataError("No answers were given. Give {name: transcripts}, the unedited model's first.")
     first, *rest = answers
+    if UNEDITED in rest:
+        raise DataError(
+            f"The arm {UNEDITED!r} comes after {first!r}, but its name is the first arm's. Give the unedited model's "
+            "answers first, or the arm another name."
+        )
     finished = {UNEDITED: answers[first], **{name: answers[name] for name in rest}}
     check_labels(finished[UNEDITED])
     _check_done(finished[UNEDITED], finished)

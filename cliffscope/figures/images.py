@@ -6,13 +6,17 @@ be there. A page of its own (`.html`, which loads nothing) and plotly's JSON nee
 """
 
 import logging
+import shutil
+import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import plotly.graph_objects as go
 
 from cliffscope.errors import DataError, MissingExtraError, StoreError
 from cliffscope.figures import theme
+from cliffscope.writing import check_writable, write_atomically
 
 IMAGES = ("svg", "png", "pdf", "webp", "jpeg")
 FORMATS = (*IMAGES, "html", "json")
@@ -52,18 +56,31 @@ def save_figures(
     for target in figures:
         if _kind(target) not in FORMATS:
             raise DataError(f"{target.name}: expected a file name that ends in one of .{', .'.join(FORMATS)}.")
+    drawn = {t: _on_paper(f, transparent=transparent) for t, f in figures.items() if _kind(t) in IMAGES}
     try:
-        for target, figure in figures.items():
+        for target in figures:
             target.parent.mkdir(parents=True, exist_ok=True)
-            if _kind(target) == "json":
-                figure.write_json(target)
-            elif _kind(target) == "html":
-                figure.write_html(target, include_plotlyjs=True, include_mathjax=False)
-        drawn = {t: _on_paper(f, transparent=transparent) for t, f in figures.items() if _kind(t) in IMAGES}
-        if drawn:
-            _draw(drawn, width=width, scale=scale)
+            check_writable(target)
+        # The browser writes elsewhere first: an image is whole or not there.
+        with tempfile.TemporaryDirectory() as folder:
+            images = {Path(folder) / f"{i}.{_kind(t)}": figure for i, (t, figure) in enumerate(drawn.items())}
+            if images:
+                _draw(images, width=width, scale=scale)
+            contents = dict(zip(drawn, images, strict=True))
+            for target, figure in figures.items():
+                write_atomically(target, partial(_write, figure, _kind(target), contents.get(target)))
     except OSError as error:
         raise StoreError(f"An image cannot be written: {error}. Choose a different path.") from error
+
+
+def _write(figure: go.Figure, kind: str, drawn: Path | None, path: Path) -> None:
+    """Writes a figure to a path, whose name does not say what kind it is."""
+    if drawn is not None:
+        shutil.copyfile(drawn, path)
+    elif kind == "json":
+        path.write_text(figure.to_json(), encoding="utf-8")
+    else:
+        path.write_text(figure.to_html(include_plotlyjs=True, include_mathjax=False), encoding="utf-8")
 
 
 def _draw(figures: Mapping[Path, go.Figure], *, width: int, scale: float) -> None:

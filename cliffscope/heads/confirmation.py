@@ -19,7 +19,7 @@ import pandas as pd
 from jaxtyping import Float, Float32
 
 from cliffscope.heads.donors import Donors
-from cliffscope.heads.edits import HeadRef, Scope
+from cliffscope.heads.edits import HeadRef, Scope, check_heads
 from cliffscope.heads.methods import Effects, Method, Task
 from cliffscope.heads.statistics import ALPHA, HeadKind, decisive, decisive_p, kinds_of
 from cliffscope.heads.tasks import check_finite, choose_method, prepare_task, usable_tokens
@@ -130,6 +130,7 @@ def confirm_heads(
         ProbeError: the readout does not fit the model.
     """
     readout.check_model(model)
+    check_heads(model, candidates)
     how, where, heads = choose_method(method), Scope.parse(scope), tuple(candidates)
     task, _ = prepare_task(model, readout, transcripts, how, scope=where, donors=donors, seed=seed)
     alone = _measure_alone(task, how, heads)

@@ -19,7 +19,7 @@ from jaxtyping import Float32
 
 from cliffscope.errors import EditError
 from cliffscope.heads.donors import Donors
-from cliffscope.heads.edits import HeadRef, Scope
+from cliffscope.heads.edits import HeadRef, Scope, check_heads
 from cliffscope.heads.methods import EditMethod, Method, Task
 from cliffscope.heads.placebo import draw_directions, placebo_effects
 from cliffscope.heads.tasks import check_finite, choose_method, prepare_task
@@ -159,6 +159,7 @@ def control_sets(
         ProbeError: the readout does not fit the model.
     """
     readout.check_model(model)
+    check_heads(model, heads)
     how = choose_method(method, factor)
     _check_kinds(kinds, how)
     task, _ = prepare_task(model, readout, transcripts, how, scope=Scope.parse(scope), donors=donors, seed=seed)

@@ -10,7 +10,7 @@ A donor must have as many positions in the scope as the transcript that it gives
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -20,8 +20,9 @@ from torch import Tensor
 
 from cliffscope.errors import DataError, EditError
 from cliffscope.heads.branches import Change
-from cliffscope.heads.edits import EditKind, HeadEdit, HeadRef, Scope
+from cliffscope.heads.edits import EditKind, HeadEdit, HeadRef, Scope, check_heads
 from cliffscope.model.load import LensModel
+from cliffscope.model.origin import Origin
 from cliffscope.readouts.activations import length_batches
 from cliffscope.readouts.trace import group_name
 from cliffscope.transcripts.records import Transcript, Transcripts
@@ -138,12 +139,13 @@ def mean(
     Raises:
         DataError: a reference cannot be used.
         EditError: the model lacks a head.
+        OtherModelError: the heads were ranked on another model.
     """
     where = Scope.parse(scope)
-    for ref in heads:
-        ref.check(model)
+    check_heads(model, heads)
     means = mean_outputs(model, _tokens(model, reference), where)
-    return Change(kind=EditKind.MEAN, values=(means,)).edit(tuple(heads), where, 0)
+    edit = Change(kind=EditKind.MEAN, values=(means,)).edit(tuple(heads), where, 0)
+    return replace(edit, origin=Origin.of(model))
 
 
 def mean_outputs(

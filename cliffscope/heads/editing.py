@@ -38,6 +38,8 @@ def edited_weights(model: LensModel, edit: HeadEdit | EditPlan) -> Iterator[None
     """
     _check_everywhere(model, edit)
     check_constant(edit)
+    # It is hashed once, and is that of the unedited weights.
+    _ = model.fingerprint
     undo: list[Callable[[], object]] = []
     try:
         with torch.no_grad():

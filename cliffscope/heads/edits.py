@@ -21,6 +21,7 @@ from jaxtyping import Float32
 
 from cliffscope.errors import EditError
 from cliffscope.model.load import LensModel
+from cliffscope.model.origin import Origin
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 
 HeadValues = Float32[np.ndarray, "head position d_head"]
@@ -96,6 +97,39 @@ class HeadRef:
         return f"L{self.layer}H{self.head}"
 
 
+class RankedHeads(tuple[HeadRef, ...]):
+    """Heads that were found on a model, which an edit of them remembers."""
+
+    origin: Origin
+
+    @classmethod
+    def of(cls, heads: Iterable[HeadRef], origin: Origin) -> "RankedHeads":
+        """Heads with the model that they were found on."""
+        ranked = cls(heads)
+        ranked.origin = origin
+        return ranked
+
+    def for_model(self, model: LensModel, *, allow_other_model: bool = False) -> "RankedHeads":
+        """The heads for use on a model; those of another model are refused or noted, as in `Readout.for_model`."""
+        heads = RankedHeads.of(self, self.origin.moved_to("The ranking", model)) if allow_other_model else self
+        check_heads(model, heads)
+        return heads
+
+
+def origin_of(heads: Iterable[HeadRef]) -> Origin | None:
+    """The model that heads were found on; None where they are named by hand."""
+    return heads.origin if isinstance(heads, RankedHeads) else None
+
+
+def check_heads(model: LensModel, heads: Iterable[HeadRef]) -> None:
+    """Raises EditError if the model lacks a head, OtherModelError if they were found on another model."""
+    for ref in heads:
+        ref.check(model)
+    origin = origin_of(heads)
+    if origin is not None:
+        origin.check("The ranking", model)
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class HeadEdit:
     """One thing done to some heads: `hook_z <- factor x hook_z + values`."""
@@ -112,6 +146,8 @@ class HeadEdit:
     """Whether all heads of an edited layer are then scaled, position by position, back to their norm before."""
     scope: Scope = Scope.ALL
     """Where it acts."""
+    origin: Origin | None = None
+    """The model that its values were read from, or whose heads were ranked; None where heads are named by hand."""
 
     def __post_init__(self) -> None:
         """Refuses an edit that names a head twice, or whose numbers do not belong to its kind."""
@@ -146,7 +182,7 @@ class HeadEdit:
         return (self,)
 
     def check(self, model: LensModel) -> None:
-        """Raises EditError if the model lacks one of the heads, or its heads are of another size."""
+        """Raises EditError if the model lacks a head or has heads of another size, OtherModelError if it is another."""
         for ref in self.heads:
             ref.check(model)
         if self.values is not None and self.values.shape[2] != model.shape.d_head:
@@ -154,6 +190,16 @@ class HeadEdit:
                 f"The edit's values have {self.values.shape[2]} numbers a head, but heads of {model.name!r} have "
                 f"{model.shape.d_head}. Is the edit from another model?"
             )
+        if self.origin is not None:
+            self.origin.check("The edit", model)
+
+    def for_model(self, model: LensModel, *, allow_other_model: bool = False) -> "HeadEdit":
+        """The edit for use on a model; one of another model is refused or noted, as in `Readout.for_model`."""
+        edit = self
+        if allow_other_model and self.origin is not None:
+            edit = replace(self, origin=self.origin.moved_to("The edit", model))
+        edit.check(model)
+        return edit
 
     def hooks(self, model: LensModel, rows: Sequence[TokenizedTranscript], *, start: int = 0) -> Context:
         """Acts on every pass over these rows inside the context, as `edited_hooks` does."""
@@ -178,12 +224,14 @@ class HeadEdit:
             "values": [] if self.values is None else self.values.tolist(),
             "preserve_norm": self.preserve_norm,
             "scope": str(self.scope),
+            **({} if self.origin is None else {"origin": self.origin.to_dict()}),
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, object]) -> "HeadEdit":
         """Reads what `to_dict` wrote; raises EditError where a field is missing or wrong."""
         heads, kind, values = data.get("heads"), data.get("kind"), data.get("values", [])
+        origin = data.get("origin")
         # A label says nothing about numbers, so that those of an unknown kind must be there.
         factor = data.get("factor", 0.0 if kind in set(EditKind) else None)
         number = isinstance(factor, int | float) and not isinstance(factor, bool)
@@ -201,10 +249,11 @@ class HeadEdit:
             values=_checked_values(values, len(heads), kind) if values else None,
             preserve_norm=bool(preserve),
             scope=Scope.parse(str(data.get("scope", "all"))),
+            origin=Origin.from_dict(origin) if isinstance(origin, Mapping) else None,
         )
 
     def __eq__(self, other: object) -> bool:
-        """Whether both do the same to the same heads, values compared number by number."""
+        """Whether both do the same to the same heads, values compared number by number, wherever they come from."""
         return isinstance(other, HeadEdit) and self._key() == other._key()
 
     def __hash__(self) -> int:
@@ -255,9 +304,13 @@ class EditPlan:
         return scopes.pop() if scopes else Scope.ALL
 
     def check(self, model: LensModel) -> None:
-        """Raises EditError if one of the edits does not fit the model."""
+        """Raises EditError or OtherModelError if one of the edits does not fit the model."""
         for edit in self.edits:
             edit.check(model)
+
+    def for_model(self, model: LensModel, *, allow_other_model: bool = False) -> "EditPlan":
+        """The plan for use on a model; an edit of another model is refused or noted, as in `Readout.for_model`."""
+        return EditPlan(edits=tuple(e.for_model(model, allow_other_model=allow_other_model) for e in self.edits))
 
     def hooks(self, model: LensModel, rows: Sequence[TokenizedTranscript], *, start: int = 0) -> Context:
         """Acts on every pass over these rows inside the context, as `edited_hooks` does."""
@@ -304,7 +357,8 @@ def zero(heads: Iterable[HeadRef], *, scope: Scope | str = Scope.ALL, preserve_n
         ['L4H5']
     """
     kind = EditKind.NORM_PRESERVING if preserve_norm else EditKind.ZERO
-    return HeadEdit(heads=tuple(heads), kind=kind, preserve_norm=preserve_norm, scope=Scope.parse(scope))
+    where, origin = Scope.parse(scope), origin_of(heads)
+    return HeadEdit(heads=tuple(heads), kind=kind, preserve_norm=preserve_norm, scope=where, origin=origin)
 
 
 def scale(
@@ -312,8 +366,14 @@ def scale(
 ) -> HeadEdit:
     """Multiplies `hook_z` of heads by a factor; see `zero`."""
     kind = EditKind.NORM_PRESERVING if preserve_norm else EditKind.SCALE
-    where = Scope.parse(scope)
-    return HeadEdit(heads=tuple(heads), kind=kind, factor=factor, preserve_norm=preserve_norm, scope=where)
+    return HeadEdit(
+        heads=tuple(heads),
+        kind=kind,
+        factor=factor,
+        preserve_norm=preserve_norm,
+        scope=Scope.parse(scope),
+        origin=origin_of(heads),
+    )
 
 
 def compose(*edits: HeadEdit | EditPlan) -> EditPlan:

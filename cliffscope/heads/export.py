@@ -27,9 +27,9 @@ from cliffscope.model.export import (
     config_kept,
     note_dtype,
     stored_dtype,
-    write_folder,
 )
 from cliffscope.model.load import LensModel
+from cliffscope.writing import write_folder
 
 EDIT = "cliffscope_edit.json"
 _SAFETY_COLUMNS = ("arm", "group", "n", "complied", "refused", "unfinished", "rate", "ci_low", "ci_high", "scope")
@@ -152,6 +152,7 @@ def _model_card(
         f"Weights are stored as {stored}; the model was loaded as {str(model.dtype).removeprefix('torch.')}.",
         "## Why",
         why.strip() or "No reason was given.",
+        *[part.origin.note for part in edit.edits if part.origin is not None and part.origin.note],
         "## Measured",
         *_measured(safety, _SAFETY_COLUMNS, "Outcomes (`rate`: ASR on harmful prompts, over-refusal on harmless ones)"),
         *_scope_note(safety, side_effects),

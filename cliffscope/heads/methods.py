@@ -115,6 +115,8 @@ class Method(ABC):
     """Whether the model is edited; else the effect is an estimate or a share."""
     needs: DonorNeed = DonorNeed.NONE
     """Whether it takes values from other transcripts."""
+    linear: bool = False
+    """Whether it needs a readout that is linear in the residual, such as a probe."""
     each_alone: bool = True
     """Whether a head's effect depends on that head alone, so that halves of the transcripts can be compared."""
 

@@ -15,7 +15,7 @@ Source: refusal suppression heads, arXiv 2510.06036, section 4; intervals, tests
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,11 +25,12 @@ from scipy.special import expit
 
 from cliffscope.errors import EditError
 from cliffscope.heads.donors import Donors
-from cliffscope.heads.edits import HeadRef, Scope
+from cliffscope.heads.edits import HeadRef, RankedHeads, Scope
 from cliffscope.heads.methods import Method
 from cliffscope.heads.statistics import HeadKind, decisive, decisive_p, decisive_q, kinds_of, least_q
 from cliffscope.heads.tasks import check_finite, choose_method, prepare_task, usable_tokens
 from cliffscope.model.load import LensModel, ModelShape
+from cliffscope.model.origin import Origin
 from cliffscope.notebook import Plotted
 from cliffscope.readouts.readout import Readout
 from cliffscope.resampling import bootstrap_mean
@@ -74,6 +75,8 @@ class HeadRanking(Plotted):
     """The same gap in score."""
     shape: ModelShape
     """Of the model."""
+    origin: Origin
+    """The model; its note says where the readout is of another one."""
     readout: str
     """What was read."""
     method: str
@@ -94,6 +97,13 @@ class HeadRanking(Plotted):
     """Of donors, intervals and permutations."""
     omitted: tuple[Omission, ...]
     """Transcripts left out, and why."""
+
+    def for_model(self, model: LensModel, *, allow_other_model: bool = False) -> "HeadRanking":
+        """The ranking for use on a model; one of another model is refused or noted, as in `Readout.for_model`."""
+        if allow_other_model:
+            return replace(self, origin=self.origin.moved_to("The ranking", model))
+        self.origin.check("The ranking", model)
+        return self
 
     def to_frame(self) -> pd.DataFrame:
         """One row a head, best first.
@@ -129,28 +139,28 @@ class HeadRanking(Plotted):
         frame["readout"], frame["method"], frame["scope"] = self.readout, self.method, str(self.scope)
         return frame.sort_values("rank", ignore_index=True)
 
-    def top(self, fraction: float = FRACTION) -> tuple[HeadRef, ...]:
+    def top(self, fraction: float = FRACTION) -> RankedHeads:
         """The first heads.
 
         Args:
             fraction: of all query heads of the model, in (0, 1]; rounded, at least one head.
 
         Returns:
-            Heads, best first. They need not be significant.
+            Heads, best first. They need not be significant. They remember the model, so that an edit of them is
+            refused on another one.
         """
-        return tuple(self.heads[i] for i in self.order[: top_count(fraction, len(self.heads))])
+        first = self.order[: top_count(fraction, len(self.heads))]
+        return RankedHeads.of((self.heads[i] for i in first), self.origin)
 
-    def significant(self, q: float = 0.05) -> tuple[HeadRef, ...]:
+    def significant(self, q: float = 0.05) -> RankedHeads:
         """The heads that change the answer on their own: those whose q is at most `q`, best first.
 
         They were ranked and tested on the same transcripts; `confirm_heads` tests them on others.
         """
         frame = self.to_frame()
         passing = frame[frame["q"] <= q]
-        return tuple(
-            HeadRef(layer=int(layer), head=int(head))
-            for layer, head in zip(passing["layer"], passing["head"], strict=True)
-        )
+        places = zip(passing["layer"], passing["head"], strict=True)
+        return RankedHeads.of((HeadRef(layer=int(layer), head=int(head)) for layer, head in places), self.origin)
 
     @property
     def least_q(self) -> float:
@@ -298,6 +308,7 @@ def rank_heads(
         gap=gap,
         gap_score=gap_score,
         shape=model.shape,
+        origin=replace(Origin.of(model), note=readout.note),
         readout=readout.name,
         method=how.name,
         each_alone=how.each_alone,

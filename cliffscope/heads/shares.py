@@ -81,6 +81,7 @@ class ShareMethod(Method):
     """A method that reads shares of the logit and edits nothing."""
 
     causal = False
+    linear = True
 
     def check(self, scope: Scope, donors: DonorTokens | None) -> None:
         """Raises EditError for another scope than the closing: shares are read at the final position."""

@@ -20,7 +20,7 @@ from jaxtyping import Float, Float32
 from torch import Tensor
 
 from cliffscope.errors import SpanError, UnsupportedModelError
-from cliffscope.heads.edits import HeadRef
+from cliffscope.heads.edits import HeadRef, check_heads
 from cliffscope.heads.shares import NOT_LINEAR, decompose_logit
 from cliffscope.model.bridges import TOLERANCE
 from cliffscope.model.load import LensModel
@@ -160,8 +160,8 @@ def trace_all_sources(
     """The same for several heads in one pass; arguments and errors as of `trace_sources`."""
     linear = linear_probe(probe, NOT_LINEAR)
     linear.check_model(model)
+    check_heads(model, heads)
     for head in heads:
-        head.check(model)
         if head.layer > probe.layer:
             raise SpanError(f"{head} writes above layer {probe.layer}, where the probe reads. Choose a head below.")
     tokens = model.tokenization.tokens(transcript)

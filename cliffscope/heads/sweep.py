@@ -24,7 +24,7 @@ from jaxtyping import Float32
 from cliffscope.errors import EditError
 from cliffscope.heads.batched import CHUNK_TOKENS, batched_logits, chunks
 from cliffscope.heads.branches import Branch, Change, Job, plain_logit
-from cliffscope.heads.edits import Scope
+from cliffscope.heads.edits import Scope, check_heads
 from cliffscope.heads.packed import Disagreement, PackSize, packed_logits
 from cliffscope.model.load import LensModel
 from cliffscope.readouts.readout import Readout
@@ -97,8 +97,7 @@ def sweep_branches(
     """
     readout.check_model(model)
     for branch in branches:
-        for ref in branch:
-            ref.check(model)
+        check_heads(model, branch)
     job = Job(model=model, readout=readout, branches=tuple(branches), change=change or Change(), scope=scope)
     _check_values(job, transcripts)
     reasons: list[str] = []

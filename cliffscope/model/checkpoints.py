@@ -13,7 +13,6 @@ import hashlib
 import importlib.util
 import logging
 import os
-import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +36,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from cliffscope.errors import DataError, MissingExtraError, UnsupportedModelError
+from cliffscope.errors import DataError, MissingExtraError, StoreError, UnsupportedModelError
+from cliffscope.writing import write_folder
 
 ASSETS = Path(__file__).parents[1] / "organisms" / "assets"
 _SAMPLE = "Hello, how do I bake bread?\n\n1. Mix  the flour's 42 g, then wait; é ß 你好 \U0001f642."
@@ -219,8 +219,15 @@ def _mark_as_plain(model: PreTrainedModel) -> None:
 
 
 def cache_folder() -> Path | None:
-    """Where converted models are cached: `CLIFFSCOPE_CACHE`, else the user's cache directory; None if it is `off`."""
-    setting = os.environ.get(CACHE) or platformdirs.user_cache_dir("cliffscope", appauthor=False)
+    """Where converted models are cached: `CLIFFSCOPE_CACHE`, else the user's cache directory.
+
+    Returns:
+        The folder; None if the setting is `off`, or if the user has no home directory, as in some containers.
+    """
+    try:
+        setting = os.environ.get(CACHE) or platformdirs.user_cache_dir("cliffscope", appauthor=False)
+    except RuntimeError:
+        return None
     return None if setting == "off" else Path(setting)
 
 
@@ -240,15 +247,15 @@ def _cache_copy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path
     size = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     if size > LARGEST_COPY or path.exists():
         return
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            complete = Path(folder) / "complete"
-            model.save_pretrained(complete)
-            tokenizer.save_pretrained(complete)
-            complete.rename(path)
-    except (OSError, SafetensorError) as error:
-        _log.warning("the converted copy of the GGUF file could not be cached in %s: %s", path, error)
+        write_folder(path, write, overwrite=False)
+    except StoreError as error:
+        _log.warning("the converted copy of the GGUF file could not be cached: %s", error)
 
 
 def hash_weights(prefix: str, network: PreTrainedModel) -> str:

@@ -4,15 +4,18 @@
 2. One forward pass of the blocks (the language-model head is not run) visits every layer.
 3. Inside the hook, the residual is reduced at once: to a projection on each layer's direction, or to a few positions.
 4. A transcript longer than `LONG` tokens goes through in chunks, each of which sees the cache of those before it.
+5. Where memory runs out, batches are halved, this one and all that follow.
 
 Memory: the activations of a batch or a chunk, the cache of one long transcript, and what is kept: [layer, pos] floats a
 transcript for projections, [layer, k, d_model] for k gathered positions. It grows linearly with the length. Knows
 nothing of probes or labels.
 """
 
+import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,9 +24,12 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from cliffscope.errors import ResourceError
+from cliffscope.memory import is_out_of_memory
 from cliffscope.model.load import LensModel
 from cliffscope.transcripts.transcript import TokenizedTranscript
 
+_log = logging.getLogger(__name__)
 BATCH_TOKENS = 4096
 """Tokens of a batch, padding included: enough to keep two cores or a GPU busy at short lengths."""
 
@@ -42,6 +48,7 @@ class Intervention(Protocol):
         """Acts on every pass inside the context over these rows, which begins at position `start` of them."""
 
 
+Result = TypeVar("Result")
 Reduced = Float32[np.ndarray, "layer ..."]
 _Piece = Float[Tensor, "_ ..."]
 _Pieces = dict[int, dict[int, list[_Piece]]]
@@ -120,6 +127,7 @@ def project_layer(
     *,
     batch_tokens: int = BATCH_TOKENS,
     edit: Intervention | None = None,
+    skip: Callable[[int], None] | None = None,
 ) -> Iterator[tuple[int, Float32[np.ndarray, " _"]]]:
     """One layer's probe at every token, batch by batch; the blocks above are not run.
 
@@ -131,22 +139,28 @@ def project_layer(
         bias: its bias.
         batch_tokens: tokens of a batch, padding included.
         edit: done to the model during the passes.
+        skip: as in `run_batches`.
 
     Yields:
         Index of a transcript and its logits; the longest transcripts first.
+
+    Raises:
+        ResourceError: as in `run_batches`.
     """
     direction = torch.from_numpy(weight)
-    parts: list[Float[Tensor, "batch pos"]] = []
 
-    def visit(index: int, hidden: Float[Tensor, "batch pos d_model"], _start: int) -> None:
-        if index == layer:
-            parts.append((hidden.float() @ direction.to(hidden.device) + bias).cpu())
+    def read(rows: list[int]) -> Float32[np.ndarray, "row pos"]:
+        parts: list[Float[Tensor, "batch pos"]] = []
 
-    for rows in length_batches([t.n_pos for t in transcripts], batch_tokens):
+        def visit(index: int, hidden: Float[Tensor, "batch pos d_model"], _start: int) -> None:
+            if index == layer:
+                parts.append((hidden.float() @ direction.to(hidden.device) + bias).cpu())
+
         with model.only_blocks(0, layer):
             run_decoder(model, [transcripts[row] for row in rows], visit, edit)
-        logits = torch.cat(parts, 1).numpy()
-        parts.clear()
+        return np.asarray(torch.cat(parts, 1).numpy())
+
+    for rows, logits in run_batches([t.n_pos for t in transcripts], read, batch_tokens, skip=skip):
         for i, row in enumerate(rows):
             yield row, logits[i, : transcripts[row].n_pos].copy()
 
@@ -236,6 +250,63 @@ def length_batches(lengths: Sequence[int], batch_tokens: int = BATCH_TOKENS) -> 
         yield batch
 
 
+def run_batches(
+    lengths: Sequence[int],
+    work: Callable[[list[int]], Result],
+    batch_tokens: int | None = None,
+    *,
+    skip: Callable[[int], None] | None = None,
+) -> Iterator[tuple[list[int], Result]]:
+    """Works through transcripts batch by batch, in halves from where memory runs out.
+
+    Args:
+        lengths: tokens of each transcript.
+        work: what is done with the indices of a batch; done again with less of them where memory ran out.
+        batch_tokens: tokens of a batch at first, padding included; None takes `BATCH_TOKENS`.
+        skip: told the index of a transcript for which memory does not even suffice alone, which is then left out; None
+            raises.
+
+    Yields:
+        Indices of a batch, longest transcripts first, and what came of it.
+
+    Raises:
+        ResourceError: memory does not suffice for one transcript.
+    """
+    waiting = deque(length_batches(lengths, BATCH_TOKENS if batch_tokens is None else batch_tokens))
+    most = float("inf")
+    while waiting:
+        rows = waiting.popleft()
+        if len(rows) > 1 and len(rows) * lengths[rows[0]] > most:
+            waiting.extendleft((rows[len(rows) // 2 :], rows[: len(rows) // 2]))
+            continue
+        result = _attempt(work, rows)
+        if result is not None:
+            yield rows, result[0]
+        elif len(rows) > 1:
+            most = len(rows) * lengths[rows[0]] / 2
+            waiting.appendleft(rows)
+            _log.warning("Memory ran out with %d transcripts at once; going on with half of them.", len(rows))
+        elif skip is not None:
+            skip(rows[0])
+        else:
+            raise ResourceError(
+                f"Memory does not suffice for one transcript of {lengths[rows[0]]} tokens. Drop it, or load the model "
+                "in a smaller dtype."
+            )
+
+
+def _attempt(work: Callable[[list[int]], Result], rows: list[int]) -> tuple[Result] | None:
+    """What the work gives; None where memory ran out, which is then free again."""
+    try:
+        return (work(rows),)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return None
+
+
 def _reduce(
     model: LensModel,
     transcripts: Sequence[TokenizedTranscript],
@@ -245,21 +316,19 @@ def _reduce(
 ) -> list[Reduced]:
     done: list[Reduced] = [np.empty(0, dtype=np.float32)] * len(transcripts)
     finished = 0
-    for rows in length_batches([t.n_pos for t in transcripts]):
+
+    def read(rows: list[int]) -> _Pieces:
         pieces: _Pieces = {row: {} for row in rows}
 
-        def visit(
-            layer: int,
-            hidden: Float[Tensor, "batch pos d_model"],
-            start: int,
-            rows: list[int] = rows,
-            pieces: _Pieces = pieces,
-        ) -> None:
+        def visit(layer: int, hidden: Float[Tensor, "batch pos d_model"], start: int) -> None:
             for i, row in enumerate(rows):
                 residual = hidden[i, : transcripts[row].n_pos - start].float()
                 pieces[row].setdefault(layer, []).append(reduce(layer, residual, row, start).cpu())
 
         run_decoder(model, [transcripts[row] for row in rows], visit, edit)
+        return pieces
+
+    for rows, pieces in run_batches([t.n_pos for t in transcripts], read):
         for row in rows:
             done[row] = torch.stack([torch.cat(parts) for _, parts in sorted(pieces[row].items())]).numpy()
         finished += len(rows)

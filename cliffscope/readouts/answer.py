@@ -92,6 +92,8 @@ class AnswerReadout(Readout, Plotted):
     """What it can tell, on held-out transcripts."""
     omitted: tuple[Omission, ...] = field(default=())
     """Transcripts that were left out, and why."""
+    note: str = ""
+    """That it is used on another model than the one it was fitted on; "" where it is not."""
 
     @cached_property
     def _tree(self) -> Continuations:
@@ -143,12 +145,12 @@ class AnswerReadout(Readout, Plotted):
         nodes, columns, there = (torch.from_numpy(steps).to(logs.device) for steps in self._steps)
         return (logs[..., nodes, columns] * there).sum(-1)
 
-    def check_model(self, model: LensModel) -> None:
-        """Raises ProbeError if the model has other layers, another vocabulary, tokenizer or template.
+    def check_sizes(self, model: LensModel) -> None:
+        """Raises ProbeError if the model has other layers, another vocabulary or tokenizer.
 
         Raises UnsupportedModelError if its final norm or output embedding is quantised or offloaded.
         """
-        super().check_model(model)
+        super().check_sizes(model)
         check_weights(model)
         texts = [str(model.tokenizer.decode(list(opening.token_ids))) for opening in self.openings]
         odd = [opening.text for opening, text in zip(self.openings, texts, strict=True) if opening.text != text]

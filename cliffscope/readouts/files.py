@@ -45,6 +45,7 @@ def saved_probe(probe: RefusalProbe) -> SavedProbe:
         "positions": probe.positions,
         "fingerprint": probe.fingerprint,
         "template": probe.template,
+        "note": probe.note,
         "strength": probe.strength,
         "refused_logit": probe.refused_logit,
         "n_fit": _class_counts(report.cells),
@@ -112,6 +113,7 @@ def probe_from_saved(
             refused_logit=float(data["refused_logit"]),
             fingerprint=str(data["fingerprint"]),
             template=str(data["template"]),
+            note=str(data.get("note", "")),
             report=report,
             omitted=tuple(Omission(**omission) for omission in data.get("omitted", ())),
         )
@@ -127,6 +129,7 @@ def saved_answer_readout(readout: AnswerReadout) -> dict[str, object]:
         "vocabulary": readout.vocabulary,
         "fingerprint": readout.fingerprint,
         "template": readout.template,
+        "note": readout.note,
         "refused_logit": readout.refused_logit,
         "openings": [asdict(opening) for opening in readout.openings],
         "omitted": [asdict(omission) for omission in readout.omitted],
@@ -179,6 +182,7 @@ def answer_readout_from_saved(data: Mapping[str, Any], *, place: Path) -> Answer
             refused_logit=float(data["refused_logit"]),
             fingerprint=str(data["fingerprint"]),
             template=str(data["template"]),
+            note=str(data.get("note", "")),
             report=AnswerReport(
                 final=_region(report["final"]),
                 within_harmful=_region(report["within_harmful_final"]),

@@ -86,6 +86,8 @@ class PaperProbe(Readout, Shown):
     """What it can tell, on held-out transcripts."""
     omitted: tuple[Omission, ...] = field(default=())
     """Transcripts that were left out, and why."""
+    note: str = ""
+    """That it is used on another model than the one it was fitted on; "" where it is not."""
 
     def logits(self, model: LensModel, residuals: Float[Tensor, "*batch node d_model"]) -> Float[Tensor, "*batch"]:
         """The normed residual at the final position times the weight, plus the bias, in fp32."""
@@ -93,15 +95,15 @@ class PaperProbe(Readout, Shown):
         normed = _normed(model, final)
         return normed @ torch.from_numpy(self.weight).to(normed.device) + self.bias
 
-    def check_model(self, model: LensModel) -> None:
-        """Raises ProbeError if the model has another width, number of layers or template."""
+    def check_sizes(self, model: LensModel) -> None:
+        """Raises ProbeError if the model has another width or number of layers."""
         shape = model.shape
         if self.weight.shape != (shape.d_model,) or self.layer != shape.n_layers - 1:
             raise ProbeError(
                 f"The probe reads behind layer {self.layer} of width {self.weight.shape[0]}, the last one of its "
                 f"model, but {model.name!r} has {shape.n_layers} layers of width {shape.d_model}. Fit one on it."
             )
-        super().check_model(model)
+        super().check_sizes(model)
 
     def small_table(self) -> pd.DataFrame:
         """Held-out AUROC overall and among harmful transcripts."""

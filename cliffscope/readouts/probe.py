@@ -87,6 +87,8 @@ class RefusalProbe(Readout, Plotted):
     """What it can tell, on held-out transcripts."""
     template: str = ""
     """Template that it was fitted with; "" where that is not recorded."""
+    note: str = ""
+    """That it is used on another model than the one it was fitted on; "" where it is not."""
     omitted: tuple[Omission, ...] = field(default=())
     """Transcripts that were left out, and why."""
 
@@ -96,15 +98,15 @@ class RefusalProbe(Readout, Plotted):
         final = rearrange(residuals, "... 1 d_model -> ... d_model")
         return final.float() @ torch.from_numpy(self.weight).to(final.device) + self.bias
 
-    def check_model(self, model: LensModel) -> None:
-        """Raises ProbeError if the probe's width, layer or template does not fit the model."""
+    def check_sizes(self, model: LensModel) -> None:
+        """Raises ProbeError if the probe's width or layer does not fit the model."""
         shape = model.shape
         if self.weight.shape != (shape.d_model,) or not 0 <= self.layer < shape.n_layers:
             raise ProbeError(
                 f"The probe reads layer {self.layer} of width {self.weight.shape[0]}, but {model.name!r} has "
                 f"{shape.n_layers} layers of width {shape.d_model}. Fit a probe on this model."
             )
-        super().check_model(model)
+        super().check_sizes(model)
 
     def to_frame(self) -> pd.DataFrame:
         """Held-out quality, one row a layer and region, as the report has it."""

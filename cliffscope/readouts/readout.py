@@ -11,9 +11,10 @@ user's own readout is a subclass.
 3. `report.can_tell` says whether the number means anything on held-out transcripts.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ from torch import Tensor
 
 from cliffscope.errors import ProbeError
 from cliffscope.model.load import LensModel
-from cliffscope.readouts.activations import LONG, Intervention, length_batches, run_decoder
+from cliffscope.model.origin import Origin
+from cliffscope.readouts.activations import LONG, Intervention, run_batches, run_decoder
 from cliffscope.readouts.continuations import NOTHING, Continuations
 from cliffscope.transcripts.transcript import TokenizedTranscript
 
@@ -35,6 +37,10 @@ class ReadoutReport(Protocol):
     @property
     def can_tell(self) -> bool:
         """Whether it tells refused from complied at the final position."""
+
+
+# Types are checked function by function in tests, where typing.Self has no class to mean.
+Self = TypeVar("Self", bound="Readout")
 
 
 class Readout(ABC):
@@ -50,6 +56,8 @@ class Readout(ABC):
     """Of the model that it was fitted on."""
     template: str
     """Name of the template that it was fitted with; "" where that is not recorded."""
+    note: str = ""
+    """That it is used on another model than the one it was fitted on; "" where it is not."""
     report: ReadoutReport
     """What it can tell on held-out transcripts."""
 
@@ -71,18 +79,46 @@ class Readout(ABC):
             One fp32 logit for each entry of the batch, with a gradient where the residuals have one.
         """
 
+    @property
+    def origin(self) -> Origin:
+        """The model that it was fitted on."""
+        return Origin(fingerprint=self.fingerprint, template=self.template, note=self.note)
+
+    def for_model(self: Self, model: LensModel, *, allow_other_model: bool = False) -> Self:
+        """The readout for use on a model.
+
+        Args:
+            model: the model.
+            allow_other_model: take it although it was fitted on other weights or with another template.
+
+        Returns:
+            Itself; where it comes from another model and that is allowed, a copy whose `note` says so.
+
+        Raises:
+            ProbeError: its layers or width do not fit the model.
+            OtherModelError: it comes from another model, and that was not allowed.
+        """
+        if not allow_other_model:
+            self.check_model(model)
+            return self
+        moved, copied = self.origin.moved_to(f"The {self.name} readout", model), copy.copy(self)
+        for name in ("fingerprint", "template", "note"):
+            # A readout may be frozen, and need not be a dataclass.
+            object.__setattr__(copied, name, getattr(moved, name))
+        copied.check_model(model)
+        return copied
+
     def check_model(self, model: LensModel) -> None:
-        """Raises ProbeError if the readout does not fit the model's layers, width or template."""
+        """Raises ProbeError if its layers or width do not fit the model, OtherModelError if it is of another model."""
+        self.check_sizes(model)
+        self.origin.check(f"The {self.name} readout", model)
+
+    def check_sizes(self, model: LensModel) -> None:
+        """Raises ProbeError if its layers or width do not fit the model; a readout of its own kind may check more."""
         if not 0 <= self.layer < model.shape.n_layers:
             raise ProbeError(
                 f"The {self.name} readout reads layer {self.layer}, but {model.name!r} has {model.shape.n_layers} "
                 "layers. Fit it on this model."
-            )
-        if self.template and self.template != model.template.name:
-            raise ProbeError(
-                f"The {self.name} readout was fitted with template {self.template!r}, but {model.name!r} is loaded "
-                f"with {model.template.name!r}, which closes the thinking in another way. Fit it with this template, "
-                f"or load the model with template={self.template!r}."
             )
 
 
@@ -133,8 +169,11 @@ def gather_nodes(
     rows = [readout.continuations.rows(transcript) for transcript in transcripts]
     done = 0
     # Paths of one transcript stay together: its logit may need all of them.
-    for batch in length_batches([len(paths) * max(row.n_pos for row in paths) for paths in rows]):
-        yield batch, _gather(model, readout, [row for i in batch for row in rows[i]], edit)
+    for batch, residuals in run_batches(
+        [len(paths) * max(row.n_pos for row in paths) for paths in rows],
+        lambda batch: _gather(model, readout, [row for i in batch for row in rows[i]], edit),
+    ):
+        yield batch, residuals
         done += len(batch)
         if progress is not None:
             progress(done)

@@ -18,7 +18,7 @@ from jaxtyping import Float, Float32, Shaped
 from scipy.special import expit
 from transformers import PreTrainedTokenizerBase
 
-from cliffscope.errors import DataError, SpanError
+from cliffscope.errors import DataError, ResourceError, SpanError
 from cliffscope.model.load import LensModel
 from cliffscope.notebook import Plotted
 from cliffscope.readouts.activations import Intervention, project_layer, project_residuals
@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 STAGE = "trace"
+NO_MEMORY = "memory does not suffice for it alone"
+"""Reason of a transcript that is too long for this machine."""
 FORCED_REASON = "the thinking was closed at its budget"
 """Why a cliff is not valid: what was cut off may be what decides."""
 
@@ -309,6 +311,7 @@ def trace_refusal(
     Raises:
         ProbeError: the probe does not fit the model, or the readout is no linear probe.
         SpanError: not one transcript could be traced; the message holds the first reason.
+        ResourceError: memory does not suffice for any of them.
     """
     linear = linear_probe(probe, "A score at every token, thinking included, is what a probe reads.")
     linear.check_model(model)
@@ -320,23 +323,24 @@ def trace_refusal(
     deep = [t for t in tokens if t.id in deep_ids]
     every = project_residuals(model, deep, linear.layer_weights, linear.layer_biases, edit=edit) if deep else []
     read: dict[int, Float32[np.ndarray, " _"]] = {}
-    for row, values in project_layer(model, tokens, linear.layer, linear.weight, linear.bias, edit=edit):
+    too_long: list[int] = []
+    for row, values in project_layer(
+        model, tokens, linear.layer, linear.weight, linear.bias, edit=edit, skip=too_long.append
+    ):
         read[row] = values
         if progress is not None:
-            progress(len(read))
-    logits = [read[row] for row in range(len(tokens))]
-    finite = [bool(np.isfinite(values).all()) for values in logits]
-    broken = [
-        Omission(stage=STAGE, reason="residuals are NaN or infinite", id=t.id)
-        for t, ok in zip(tokens, finite, strict=True)
-        if not ok
-    ]
+            progress(len(read) + len(too_long))
+    if not read:
+        raise ResourceError(f"Memory suffices for none of {len(tokens)} transcripts. Load the model in another dtype.")
+    infinite = [row for row, values in read.items() if not np.isfinite(values).all()]
+    reasons = dict.fromkeys(too_long, NO_MEMORY) | dict.fromkeys(infinite, "residuals are NaN or infinite")
+    broken = [Omission(stage=STAGE, reason=reasons[row], id=tokens[row].id) for row in sorted(reasons)]
     by_id = {t.id: t for t in transcripts}
-    traced = [i for i, ok in enumerate(finite) if ok]
+    traced = [row for row in range(len(tokens)) if row not in reasons]
     return RefusalTraces(
         transcripts=tuple(by_id[tokens[i].id] for i in traced),
         tokens=tuple(tokens[i] for i in traced),
-        logits=tuple(logits[i] for i in traced),
+        logits=tuple(read[i] for i in traced),
         layer_logits={t.id: values for t, values in zip(deep, every, strict=True)},
         probe=linear,
         tokenizer=model.tokenizer,

@@ -27,6 +27,7 @@ from cliffscope.notebook import Plotted
 from cliffscope.readouts.contrast import contrast_classes
 from cliffscope.readouts.probe import fit_probe
 from cliffscope.readouts.trace import trace_refusal
+from cliffscope.repairing.saves import check_not_trained_on
 from cliffscope.resampling import bootstrap_mean
 from cliffscope.transcripts.records import Transcripts
 
@@ -92,7 +93,7 @@ def compare_repair(
     Args:
         before: the model.
         after: the repaired one, with the same tokenizer.
-        prompts: with `harmful` set; others than those that were trained on.
+        prompts: with `harmful` set; none that the repaired one was trained on, of which its checkpoint keeps a record.
         judge: reads the answers; a name or an object, see `find_judge`.
         max_thinking: tokens of thinking at most.
         max_answer: tokens of answer at most.
@@ -106,10 +107,11 @@ def compare_repair(
         The report.
 
     Raises:
-        DataError: there is no such judge, a prompt has no label, the models have other vocabularies, or `answered`
-            answers other prompts.
+        DataError: there is no such judge, a prompt has no label, the repaired model was trained on one, the models have
+            other vocabularies, or `answered` answers other prompts.
     """
     reader = find_judge(judge)
+    check_not_trained_on(after, prompts)
     if before.tokenizer.get_vocab() != after.tokenizer.get_vocab():
         raise DataError(f"{before.name!r} and {after.name!r} have other vocabularies, so they cannot be compared.")
     budget = Budget(max_thinking=max_thinking, max_answer=max_answer, temperature=temperature, seed=seed)

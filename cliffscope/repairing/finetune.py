@@ -4,7 +4,8 @@
    that the model gave them is mixed in, so that it does not learn to refuse everything.
 2. TRL's trainer fine-tunes a copy of the model: a LoRA adapter, merged at the end, or all weights of a small model. The
    loss counts on the answer alone (on request, on the closing too).
-3. The result is an ordinary checkpoint, written whole or not at all; a run that was stopped goes on from its last save.
+3. The result is an ordinary checkpoint, written whole or not at all; a run that was stopped goes on from its last save
+   (saves.py).
 
 Source: fine-tuning on selected examples, arXiv 2510.06036, section 5. Knows nothing of how examples were chosen.
 """
@@ -26,8 +27,10 @@ from cliffscope.memory import few_threads
 from cliffscope.model.export import check_place, write_checkpoint
 from cliffscope.model.load import LensModel
 from cliffscope.repairing.formats import SAFE_ANSWER, Answer, Example, LossOn, examples, with_safe_answer
+from cliffscope.repairing.saves import RECORD, MarkSaves, last_save, open_saves, training_config, training_record
 from cliffscope.selection.choice import Selection
 from cliffscope.transcripts.records import Outcome, Transcript, Transcripts
+from cliffscope.writing import as_store_error
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -94,17 +97,19 @@ def repair(
         patience: stop once the loss on a tenth of the examples, held out, has not fallen in so many of ten looks at it,
             and keep the weights of the best look; None trains on all examples for all steps.
         seed: of order, adapter and what is held out.
-        work: directory for saves, from which a stopped run goes on; None keeps none.
+        work: directory for saves, from which the same training goes on after a stop; None keeps none.
 
     Returns:
         Where it is, and the losses.
 
     Raises:
+        OtherModelError: the selection was made with another model.
         DataError: there is no example, one is beyond the context, or a number is out of its range.
         MissingExtraError: the packages trl and peft are missing.
-        StoreError: the directory exists or cannot be written.
+        StoreError: the directory exists or cannot be written, or `work` holds saves of another training.
     """
-    taken = selection.selected if isinstance(selection, Selection) else selection
+    taken = selection.for_model(model).selected if isinstance(selection, Selection) else selection
+    note = selection.origin.note if isinstance(selection, Selection) and selection.origin is not None else ""
     _check(taken, share=harmless_share, epochs=epochs, batch_size=batch_size, steps=steps, patience=patience)
     check_place(Path(out).absolute(), model, overwrite=False)
     mixed = _mixed(harmless, len(taken), harmless_share, seed)
@@ -128,8 +133,9 @@ def repair(
         seed=seed,
         work=work,
     )
-    card = _card(model, len(taken), len(mixed), loss_on, losses)
-    path = write_checkpoint(network, model, out, card=card)
+    card = _card(model, len(taken), len(mixed), loss_on=loss_on, losses=losses, note=note)
+    record = training_record(model, [*taken, *mixed])
+    path = write_checkpoint(network, model, out, card=card, files={RECORD: record})
     return Repaired(path=path, losses=losses, n_harmful=len(taken), n_harmless=len(mixed))
 
 
@@ -198,8 +204,12 @@ def _train(
         LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM") if rank else None
     )
     rate = learning_rate or (2e-4 if rank else 5e-5)
+    settings = {"rank": rank, "batch_size": batch_size, "rate": rate, "seed": seed, "patience": patience}
     with ExitStack() as stack:
-        place = stack.enter_context(tempfile.TemporaryDirectory()) if work is None else str(work)
+        if work is None:
+            place = stack.enter_context(tempfile.TemporaryDirectory())
+        else:
+            place = str(stack.enter_context(open_saves(work, training_config(model, data, held_out, settings))))
         options = _options(model, place, steps=steps, batch_size=batch_size, rate=rate, seed=seed)
         options |= _saving(steps, keep=work is not None, watch=patience is not None)
         stack.enter_context(warnings.catch_warnings())
@@ -213,12 +223,13 @@ def _train(
             eval_dataset=_rows(held_out) if held_out else None,
             processing_class=model.tokenizer,
             peft_config=adapter,
-            callbacks=[] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)],
+            callbacks=[MarkSaves(), *([EarlyStoppingCallback(patience)] if patience is not None else [])],
         )
         # The losses are in the result; nothing is printed besides.
         trainer.remove_callback(PrinterCallback)
-        saved = any(Path(place).glob("checkpoint-*"))
-        trainer.train(resume_from_checkpoint=True if saved else None)
+        save = last_save(Path(place), steps)
+        stack.enter_context(as_store_error(Path(place)))
+        trainer.train(resume_from_checkpoint=None if save is None else str(save))
     held: Any = trainer.model
     trained: PreTrainedModel = held.merge_and_unload() if rank else held
     trained.train(False)
@@ -257,7 +268,8 @@ def _options(model: LensModel, place: str, *, steps: int, batch_size: int, rate:
 def _saving(steps: int, *, keep: bool, watch: bool) -> dict[str, Any]:
     """When the trainer saves, and whether it looks at what is held out and goes back to the best look."""
     every = max(1, steps // (LOOKS if watch else SAVES))
-    options = {"save_strategy": "steps" if keep or watch else "no", "save_steps": every, "save_total_limit": 1}
+    # Two, so that a whole one is there while the next is written.
+    options = {"save_strategy": "steps" if keep or watch else "no", "save_steps": every, "save_total_limit": 2}
     if not watch:
         return options
     best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss", "greater_is_better": False}
@@ -272,12 +284,12 @@ def _losses(history: Sequence[Mapping[str, float]]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["step", "loss", "held_out"])
 
 
-def _card(model: LensModel, n_harmful: int, n_harmless: int, loss_on: str, losses: pd.DataFrame) -> str:
+def _card(model: LensModel, n_harmful: int, n_harmless: int, *, loss_on: str, losses: pd.DataFrame, note: str) -> str:
     last = f"; the last loss was {losses['loss'].iloc[-1]:.4g}" if len(losses) else ""
     return (
         f"# {Path(model.name).name}, repaired\n\n"
         f"A research artefact: fine-tuned by CliffScope on {n_harmful} harmful transcripts with a safe answer behind "
         f"their own thinking, and {n_harmless} harmless ones with their own answers. Loss on the {loss_on}; "
         f"{len(losses)} steps{last}. Fingerprint of the model before: `{model.fingerprint}`.\n\n"
-        "Measure attack success, over-refusal and ordinary ability before relying on it.\n"
+        f"{note} Measure attack success, over-refusal and ordinary ability before relying on it.\n".lstrip()
     )

@@ -18,10 +18,10 @@ from typing import Literal, TypeAlias
 from transformers import PreTrainedTokenizerBase
 
 from cliffscope.errors import DataError
-from cliffscope.store import write_atomically
 from cliffscope.transcripts.records import Outcome, Transcript, Transcripts
 from cliffscope.transcripts.templates import Template, generation_prompt
 from cliffscope.transcripts.transcript import Span, tokenize
+from cliffscope.writing import write_atomically
 
 Format = Literal["chat", "prompt-completion", "alpaca", "sharegpt"]
 LossOn = Literal["answer", "closing"]

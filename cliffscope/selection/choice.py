@@ -13,7 +13,7 @@ Source: Cliff-as-a-Judge, arXiv 2510.06036, section 5 (top 1.7%).
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ from cliffscope.errors import DataError
 from cliffscope.heads.suppression import Suppression
 from cliffscope.judging.thinking import states_refusal
 from cliffscope.model.load import LensModel
+from cliffscope.model.origin import Origin
 from cliffscope.notebook import Plotted
 from cliffscope.readouts.cliff import Plateau
 from cliffscope.readouts.probe import RefusalProbe
@@ -57,6 +58,17 @@ class Selection(Plotted):
     """Transcripts that could not be chosen, and why."""
     criterion: str = _DEFAULT
     """Name of the criterion that ranks them."""
+    origin: Origin | None = None
+    """The model that ranks them; None where it is not known."""
+
+    def for_model(self, model: LensModel, *, allow_other_model: bool = False) -> "Selection":
+        """The selection for use on a model; one of another model is refused or noted, as in `Readout.for_model`."""
+        if self.origin is None:
+            return self
+        if allow_other_model:
+            return replace(self, origin=self.origin.moved_to("The selection", model))
+        self.origin.check("The selection", model)
+        return self
 
     def to_frame(self) -> pd.DataFrame:
         """A copy of the table, in the order of rank."""
@@ -132,9 +144,10 @@ def select_by_cliff(
             "the pool first, or pass transcripts that complied."
         )
     traces = trace_refusal(model, probe, candidates)
+    origin = replace(Origin.of(model), note=probe.note)
     omitted = [Omission(stage=SELECT_STAGE, reason=why, id=name) for name, why in reasons.items()]
     spans = {row.id: row.span(Span.THINKING) for row in traces.tokens}
-    return _select(
+    selection = _select(
         traces.cliffs(plateau=plateau).frame,
         candidates,
         {name: span.stop - span.start for name, span in spans.items()},
@@ -147,6 +160,7 @@ def select_by_cliff(
         seed=seed,
         omitted=(*omitted, *traces.omitted),
     )
+    return replace(selection, origin=origin)
 
 
 def select_from_cliffs(
@@ -295,7 +309,8 @@ def select_from_pool(
         seed=seed,
     )
     transcripts = _fetch(pool, ranked.loc[ranked["chosen"], ["row", "id"]])
-    return _selection(ranked, left_out, transcripts, pool=len(candidates), criterion=rule.name, omitted=omitted)
+    selection = _selection(ranked, left_out, transcripts, pool=len(candidates), criterion=rule.name, omitted=omitted)
+    return replace(selection, origin=scores.origin)
 
 
 def _select(

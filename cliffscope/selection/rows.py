@@ -16,7 +16,7 @@ from cliffscope.judging.thinking import states_refusal
 from cliffscope.model.load import LensModel
 from cliffscope.readouts.activations import BATCH_TOKENS, project_layer
 from cliffscope.readouts.probe import RefusalProbe
-from cliffscope.readouts.trace import cliff_of, why_invalid
+from cliffscope.readouts.trace import NO_MEMORY, cliff_of, why_invalid
 from cliffscope.selection.criteria import prompt_key
 from cliffscope.transcripts.pools import PoolWindow
 from cliffscope.transcripts.records import Omission, Transcript
@@ -60,7 +60,13 @@ def score_window(
     reasons |= {i: UNCLOSED for i, row in enumerate(window.rows) if isinstance(row, Transcript) and not row.closed}
     reasons |= {index_of[o.id]: o.reason for o in omitted}
     measured: dict[int, dict[str, object]] = {}
-    for t, logits in project_layer(model, tokens, probe.layer, probe.weight, probe.bias, batch_tokens=batch_tokens):
+
+    def skip(t: int) -> None:
+        reasons[index_of[tokens[t].id]] = NO_MEMORY
+
+    for t, logits in project_layer(
+        model, tokens, probe.layer, probe.weight, probe.bias, batch_tokens=batch_tokens, skip=skip
+    ):
         measured[index_of[tokens[t].id]] = _measure(tokens[t], logits, probe)
     table = []
     for i, row in enumerate(window.rows):

@@ -9,10 +9,11 @@ Scores do not depend on the order of the pool or on the window size. Memory: the
 for each example.
 """
 
-import logging
+import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -21,12 +22,15 @@ import pandas as pd
 
 from cliffscope.errors import DataError, StoreError
 from cliffscope.model.load import LensModel
+from cliffscope.model.origin import Origin
 from cliffscope.notebook import Plotted
 from cliffscope.readouts.activations import BATCH_TOKENS
+from cliffscope.readouts.files import saved_probe
 from cliffscope.readouts.probe import RefusalProbe, linear_probe
+from cliffscope.readouts.trace import NO_MEMORY
 from cliffscope.selection.distributed import RayEngine, score_on_ray
 from cliffscope.selection.rows import SCORE_COLUMNS, score_window
-from cliffscope.store import RunStore, open_run
+from cliffscope.store import RunStore, open_run, plain
 from cliffscope.transcripts.pools import POOL_STAGE, WINDOW_ROWS, PoolSource, PoolWindow, read_windows
 from cliffscope.transcripts.records import Omission, Transcript
 
@@ -34,7 +38,6 @@ if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 PoolEngine = Literal["local", "ray"]
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -45,6 +48,8 @@ class PoolScores(Plotted):
     """`SCORE_COLUMNS`: every row of the pool. Scores are in [0, 1], or NaN if `reason` says why there are none."""
     resumed: int
     """Rows that an earlier run had scored."""
+    origin: Origin | None = None
+    """The model that scored them; its note says where the probe is of another one."""
 
     def to_frame(self) -> pd.DataFrame:
         """A copy of the table, in the order of the pool."""
@@ -103,8 +108,10 @@ def score_pool(
 
     Raises:
         ProbeError: the probe does not fit the model.
+        OtherModelError: it was fitted on another model.
         DataError: the pool cannot be read or is empty.
-        StoreError: the directory belongs to a different model, probe or window size, or the pool has changed since.
+        StoreError: the directory belongs to a different model, template, probe or window size, or the pool has changed
+            since.
         MissingExtraError: `engine="ray"`, and Ray is not installed.
 
     Source:
@@ -121,8 +128,6 @@ def score_pool(
     """
     probe = linear_probe(probe, "A cliff is measured from scores over the thinking, which a probe reads.")
     probe.check_model(model)
-    if probe.fingerprint != model.fingerprint:
-        _log.warning("The probe was fitted on weights other than those of %s, so its scores may not hold.", model.name)
     if not isinstance(engine, RayEngine) and engine not in ("local", "ray"):
         raise DataError(f"engine={engine!r}: expected 'local', 'ray' or a RayEngine.")
     workers = RayEngine() if engine == "ray" else engine
@@ -155,7 +160,7 @@ def score_pool(
     if not parts:
         raise DataError("The pool holds no row. Pass transcripts to score.")
     table = pd.concat([parts[index] for index in sorted(parts)], ignore_index=True)
-    return PoolScores(frame=table, resumed=resumed)
+    return PoolScores(frame=table, resumed=resumed, origin=replace(Origin.of(model), note=probe.note))
 
 
 def _score_here(
@@ -185,8 +190,9 @@ def _shards(out: str | Path | None, model: LensModel, probe: RefusalProbe, windo
     config = {
         "command": "score-pool",
         "model": model.fingerprint,
-        "layer": probe.layer,
-        "probe": [float(probe.weight.sum()), float(np.abs(probe.weight).sum()), probe.bias],
+        "template": asdict(model.template),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "probe": _digest(probe),
         "window": window,
     }
     with open_run(out, config) as store:
@@ -194,6 +200,13 @@ def _shards(out: str | Path | None, model: LensModel, probe: RefusalProbe, windo
         if not store.finished("opened"):
             store.finish("opened", 0.0)
         yield store
+
+
+def _digest(probe: RefusalProbe) -> str:
+    """Of everything that a probe's scores depend on: its direction, and what it can tell."""
+    saved = saved_probe(probe)
+    text = json.dumps([probe.layer, plain(saved.document)], sort_keys=True)
+    return hashlib.sha256(text.encode() + probe.weight.tobytes() + np.float32(probe.bias).tobytes()).hexdigest()[:16]
 
 
 def _shard_name(index: int) -> str:
@@ -211,7 +224,8 @@ def _read_shard(store: RunStore, window: PoolWindow) -> pd.DataFrame | None:
             f"{store.path / name} was not computed from rows {window.start + 1} to {window.start + len(window.rows)} "
             "of the pool: the pool has changed since. Pass the same pool, or choose a different directory."
         )
-    return _plain(frame)
+    # What this machine's memory did not suffice for may fit now.
+    return None if (frame["reason"] == NO_MEMORY).any() else _plain(frame)
 
 
 def _check_end(store: RunStore, windows: int) -> None:

@@ -104,6 +104,9 @@ class Table(Artefact):
         lacking = [c.name for c in self.columns if c.name not in frame and not c.optional]
         if lacking:
             raise DataError(f"{path} lacks the columns {', '.join(lacking)}. Delete it and rerun the study.")
+        wrong = [f"{c.name} ({c.kind})" for c in self.columns if c.name in frame and not _holds(frame[c.name], c.kind)]
+        if wrong:
+            raise DataError(f"{path} has values of another type in {', '.join(wrong)}. Delete it and rerun the study.")
         return frame.reindex(columns=self.column_names)
 
     def _checked(self, frame: pd.DataFrame) -> pd.DataFrame:

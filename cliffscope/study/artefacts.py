@@ -54,6 +54,7 @@ _CLIFF: tuple[Row, ...] = (
     ("valid", "bool", "whether the probe can tell there"),
     ("reason", "text", "why not"),
 )
+_REASON: Final[Row] = ("reason", "text", "why")
 _HEAD: tuple[Row, ...] = (("layer", "int", "layer index from 0"), ("head", "int", "query head index from 0"))
 _ARM: tuple[Row, ...] = (
     ("arm", "text", "name of the arm, such as `random 3`"),
@@ -85,6 +86,7 @@ PROBE = Document(
         "positions": "positions that it was fitted on",
         "fingerprint": "of the model",
         "template": "convention of thinking",
+        "note": "that it is used on another model than that it was fitted on, if it is",
         "strength": "inverse regularisation, C",
         "refused_logit": "mean logit of held-out refused transcripts at the final token",
         "contrast": "complied class: harmless or harmful",
@@ -136,6 +138,7 @@ ANSWER = Document(
         "vocabulary": "tokens of the model's head",
         "fingerprint": "of the model",
         "template": "convention of thinking",
+        "note": "that it is used on another model than that it was fitted on, if it is",
         "refused_logit": "mean log-odds of held-out refused transcripts",
         "openings": "token_ids, refuses, text",
         "omitted": "transcripts left out",
@@ -411,6 +414,7 @@ SELECTION = Table(
 )
 SELECTED = TranscriptFile(file="selection.jsonl", meaning="the selected transcripts; empty where none was selected")
 REPAIRED = Place(file="repaired", meaning="with `--repair`: the repaired checkpoint, a folder")
+REPAIR_SAVES = Place(file="repair-saves", meaning="saves of a repair that is still running, a folder", transient=True)
 REPAIR = Table(
     file="repair.parquet",
     meaning="with `--repair`: the model before and after",
@@ -426,12 +430,7 @@ REPAIR = Table(
 OMITTED = Table(
     file="omitted.parquet",
     meaning="everything that was left out, with the reason",
-    columns=columns_of(
-        ("stage", "text", "stage of the study"),
-        ("step", "text", "function that left it out"),
-        ("reason", "text", "why"),
-        _ID,
-    ),
+    columns=columns_of(("stage", "text", "stage of the study"), ("step", "text", "what left it out"), _REASON, _ID),
 )
 REPORT = Page(file="report.html", meaning="the report")
 MANIFEST = Place(
@@ -444,7 +443,7 @@ ARTEFACTS: tuple[Artefact, ...] = (
     *(TRACES, LAYER_TRACES, ALIGNED, CLIFFS, HEADS, HEADS_FACTS, SELECTED_HEADS, CONFIRMATION, SUPPRESSION),
     *(SUPPRESSED, EARLY_CURVES, SETTLED, EDITED_ALIGNED, EDITED_CLIFFS, HEAD_SOURCES),
     *(ARM_ANSWERS, ARM_LOGS, ARM_OMISSIONS, SAFETY, SAFETY_PAIRS, SAFETY_QUALITY, SIDE_EFFECTS, WITNESSES),
-    *(SELECTION, SELECTED, REPAIRED, REPAIR, OMITTED, REPORT),
+    *(SELECTION, SELECTED, REPAIRED, REPAIR_SAVES, REPAIR, OMITTED, REPORT),
 )
 """Every artefact, in the order in which a study makes them."""
 TABLES: Mapping[str, Table] = {artefact.name: artefact for artefact in ARTEFACTS if isinstance(artefact, Table)}

@@ -7,10 +7,13 @@ the prompts or transcripts that it names. Knows no stage.
 from dataclasses import dataclass
 
 from cliffscope.errors import DataError
+from cliffscope.heads.methods import DonorNeed
 from cliffscope.heads.ranking import top_count
+from cliffscope.heads.tasks import choose_method
 from cliffscope.judging.lookup import MODEL, find_judge
 from cliffscope.judging.protocols import GroupJudges, Judge
 from cliffscope.organisms import is_organism, study_prompts
+from cliffscope.readouts.catalogue import READOUTS
 from cliffscope.readouts.cliff import Plateau
 from cliffscope.readouts.contrast import Contrast
 from cliffscope.readouts.probe import Positions
@@ -91,13 +94,14 @@ class StudyConfig:
     """Torch device; None takes CUDA where there is one."""
 
     def check(self) -> None:
-        """Raises an error where inputs contradict each other, a fraction is none or a criterion cannot be had."""
+        """Raises an error where inputs contradict each other, a fraction is none or a name is not known."""
         for choice in (self.judge, self.harmless_judge):
             # A wrong address must be known before the settings are recorded: it may hold a password.
             if choice is not None and choice.startswith(f"{MODEL}:"):
                 find_judge(choice)
         check_fraction(self.select_fraction)
         top_count(self.top_fraction, 1)
+        self._check_method()
         if "suppression" in CRITERIA.get(self.criterion).columns:
             raise DataError(
                 f"criterion={self.criterion!r} reads the suppression of each candidate, "
@@ -115,6 +119,21 @@ class StudyConfig:
             raise DataError(
                 f"No prompts were given for {self.model!r}. Give harmful=... (and harmless=...) files, or "
                 "transcripts=...; only organisms bring their own."
+            )
+
+    def _check_method(self) -> None:
+        """Raises DataError where heads could not be measured as asked, which would else be known after generation."""
+        READOUTS.get(self.readout)
+        how = choose_method(self.method)
+        if how.linear and self.readout == "answer":
+            raise DataError(
+                f"method={self.method!r} needs a readout that is linear in the residual, which the answer readout is "
+                "not. Give readout='probe', or another method."
+            )
+        if how.needs is DonorNeed.HARMLESS and self.harmful is not None and self.harmless is None:
+            raise DataError(
+                f"method={self.method!r} takes values from harmless transcripts, and no harmless prompts were given. "
+                "Give harmless=..., or another method."
             )
 
     def find_judge(self) -> Judge:

@@ -69,12 +69,16 @@ class ModelIdentity:
     """Of the weights once loaded."""
 
 
-def identify_model(config: StudyConfig, digests: Digests) -> ModelIdentity:
-    """The model of a study, from its files.
+def identify_model(
+    model: str, digests: Digests, *, template: str | None = None, device: str | None = None
+) -> ModelIdentity:
+    """A model, from its files.
 
     Args:
-        config: of the study.
+        model: as in `load_model`.
         digests: of files.
+        template: as in `load_model`.
+        device: as in `load_model`.
 
     Returns:
         The identity; equal for equal files, wherever they lie.
@@ -83,11 +87,11 @@ def identify_model(config: StudyConfig, digests: Digests) -> ModelIdentity:
         DataError: there is no such model.
         TemplateError: there is no such template.
     """
-    files = model_files(config.model)
+    files = model_files(model)
     return ModelIdentity(
-        files=digests.of_all(files) if files else {"hub": config.model},
-        template={} if config.template is None else asdict(find_template(config.template)),
-        dtype=str(resolve_dtype(config.model, find_device(config.device))).removeprefix("torch."),
+        files=digests.of_all(files) if files else {"hub": model},
+        template={} if template is None else asdict(find_template(template)),
+        dtype=str(resolve_dtype(model, find_device(device))).removeprefix("torch."),
     )
 
 
@@ -112,10 +116,10 @@ def stage_keys(config: StudyConfig, stages: Iterable[Stage], digests: Digests) -
     Returns:
         Name to key.
     """
-    model = asdict(identify_model(config, digests))
+    model = asdict(identify_model(config.model, digests, template=config.template, device=config.device))
     keys: dict[str, StageKey] = {}
     for stage in stages:
-        modules = {name: _code_digest(getattr(config, name), digests) for name in stage.settings}
+        modules = {name: code_digest(getattr(config, name), digests) for name in stage.settings}
         parts = {
             "settings": {name: getattr(config, name) for name in stage.settings},
             "files": {name: _input_digest(config, name, digests) for name in stage.files},
@@ -162,7 +166,7 @@ def _input_digest(config: StudyConfig, name: str, digests: Digests) -> tuple[str
     return None if path is None else (Path(path).name, digests.of(Path(path)))
 
 
-def _code_digest(setting: object, digests: Digests) -> str | None:
+def code_digest(setting: object, digests: Digests) -> str | None:
     """Digest of the module that a setting of the form `package.module:name` names."""
     if not isinstance(setting, str) or ":" not in setting or "/" in setting:
         return None

@@ -34,6 +34,8 @@ class StageRecord:
     """Wall time."""
     versions: Mapping[str, str]
     """Libraries that it ran with."""
+    earlier_versions: Sequence[Mapping[str, str]]
+    """Other ones that it ran with before it was interrupted."""
     findings: Mapping[str, str]
     """Topic to sentence."""
     notes: Sequence[str]
@@ -67,9 +69,30 @@ class Manifest:
         begun = self.store.manifest.get("begun")
         return {str(k): str(v) for k, v in begun.items()} if isinstance(begun, dict) else {}
 
-    def begin(self, stage: str, key: str) -> None:
-        """Notes that a stage begins."""
-        self.store.update({"begun": {**self.begun, stage: key}})
+    def begin(
+        self, stage: str, key: str, versions: Mapping[str, str], *, resumes: bool
+    ) -> tuple[Mapping[str, str], ...]:
+        """Notes that a stage begins.
+
+        Args:
+            stage: name.
+            key: of everything that its results depend on.
+            versions: libraries that it runs with.
+            resumes: whether it takes up what an interrupted run of it has kept.
+
+        Returns:
+            Other versions that it ran with before.
+        """
+        begun_with = _objects(self.store.manifest.get("begun_with"))
+        before = _list_of(begun_with.get(stage, {}), "versions") if resumes else ()
+        earlier = tuple(v for v in before if isinstance(v, dict) and v != dict(versions))
+        self.store.update(
+            {
+                "begun": {**self.begun, stage: key},
+                "begun_with": {**begun_with, stage: {"versions": [*earlier, dict(versions)]}},
+            }
+        )
+        return earlier
 
     def finish(self, stage: str, record: StageRecord, omitted: Sequence[Omission], order: Sequence[str]) -> None:
         """Adds a record; the stage's files must have been written.
@@ -104,6 +127,11 @@ class Manifest:
                 **facts,
                 "stages": ordered,
                 "begun": {name: key for name, key in self.begun.items() if name not in ordered},
+                "begun_with": {
+                    name: value
+                    for name, value in _objects(self.store.manifest.get("begun_with")).items()
+                    if name not in ordered
+                },
                 "verdict": dict(sorted(findings.items(), key=lambda item: TOPICS.index(item[0]))),
                 "notes": [
                     {"stage": name, "text": text}

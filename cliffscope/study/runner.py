@@ -11,7 +11,7 @@ A run that is killed at any moment and started again ends with the same results.
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -105,14 +105,17 @@ def run_study(
         digests = _recorded_digests(store)
         steps = _plan(config, manifest, digests, until=until, only=only)
         _check_needs(steps, config, manifest, only)
-        if only is None:
-            _forget_outdated(manifest, steps)
         work = Workspace(
             config=config,
             store=store,
             progress=progress or silent,
             keys={step.stage.name: step.key.key for step in steps},
         )
+        for step in steps:
+            if step.runs:
+                step.stage.check(work)
+        if only is None:
+            _forget_outdated(manifest, steps)
         if any(step.runs for step in steps):
             store.update(
                 {
@@ -250,7 +253,7 @@ def _run(step: Step, work: Workspace, manifest: Manifest) -> None:
     stage, started = step.stage, time.perf_counter()
     resumes = step.key.key in (manifest.begun.get(stage.name), manifest.key_of(stage.name))
     _remove_files(stage, work.store, places=not resumes)
-    manifest.begin(stage.name, step.key.key)
+    earlier = manifest.begin(stage.name, step.key.key, library_versions(), resumes=resumes)
     outputs = stage.run(work)
     _write(stage, outputs, work.store)
     record = StageRecord(
@@ -258,8 +261,9 @@ def _run(step: Step, work: Workspace, manifest: Manifest) -> None:
         parts=step.key.parts,
         seconds=time.perf_counter() - started,
         versions=library_versions(),
+        earlier_versions=earlier,
         findings={finding.topic: finding.sentence for finding in outputs.findings},
-        notes=outputs.notes,
+        notes=(*outputs.notes, *_version_notes(earlier)),
         facts=outputs.facts,
         files=[artefact.file for artefact in outputs.files],
     )
@@ -267,6 +271,18 @@ def _run(step: Step, work: Workspace, manifest: Manifest) -> None:
     for artefact in stage.makes:
         if isinstance(artefact, Place) and artefact.transient:
             _remove(artefact, work.store.path)
+
+
+def _version_notes(earlier: Sequence[Mapping[str, str]]) -> tuple[str, ...]:
+    """Says so where what an interrupted stage had kept was made with other libraries than the rest."""
+    now = library_versions()
+    others = (
+        f"{name} {version}" for versions in earlier for name, version in versions.items() if now.get(name) != version
+    )
+    differing = sorted(set(others))
+    if not differing:
+        return ()
+    return (f"The stage was interrupted and resumed; what it had kept was made with {', '.join(differing)}.",)
 
 
 def _write(stage: Stage, outputs: StageOutputs, store: RunStore) -> None:

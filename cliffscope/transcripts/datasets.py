@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import NoReturn
 
 from cliffscope.errors import DataError
-from cliffscope.store import RowLog, open_log, write_atomically
+from cliffscope.store import RowLog, open_log
 from cliffscope.transcripts.control_tokens import escaped
 from cliffscope.transcripts.messages import parse_messages, refuse_field, shown
 from cliffscope.transcripts.records import JsonValue, Message, Omission, Outcome, Transcript, Transcripts
 from cliffscope.transcripts.tables import BrokenRow, TableRow, read_json_lines
+from cliffscope.writing import write_atomically
 
 STAGE = "read_transcripts"
 

@@ -11,7 +11,7 @@ Memory use is that of one window. This file knows no tokenizer and no model.
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import NoReturn, TypeAlias
@@ -148,5 +148,6 @@ def _bytes(value: object) -> bytes:
     if isinstance(value, bytes):
         return value
     if isinstance(value, Transcript):
-        return f"{value.id}\0{value.messages}\0{value.thinking}\0{value.thinking_ids}\0{value.answer}".encode()
+        # Labels too: they are columns of the scores.
+        return json.dumps(asdict(value), sort_keys=True, default=str).encode()
     return json.dumps(value, sort_keys=True, default=str).encode()

@@ -193,6 +193,9 @@ class Stage(ABC):
         """Whether the configuration requests it."""
         return self.switch is None or bool(getattr(config, self.switch))
 
+    def check(self, work: Workspace) -> None:  # noqa: B027 - most stages have nothing to check
+        """Raises an error where the stage cannot work with this model, before any stage that runs has begun."""
+
     @abstractmethod
     def run(self, work: Workspace) -> StageOutputs:
         """Does the work.

@@ -5,7 +5,7 @@ from cliffscope.repairing.comparison import compare_repair
 from cliffscope.repairing.finetune import repair
 from cliffscope.repairing.formats import own_refusal
 from cliffscope.study import verdicts
-from cliffscope.study.artefacts import REPAIR, REPAIRED, SELECTED
+from cliffscope.study.artefacts import REPAIR, REPAIR_SAVES, REPAIRED, SELECTED
 from cliffscope.study.stages.base import Finding, Stage, StageOutputs, Workspace
 from cliffscope.transcripts.records import Outcome, Split, Transcripts
 
@@ -16,7 +16,7 @@ class RepairStage(Stage):
     name = "repair"
     version = 1
     needs = ("transcripts", "selection")
-    makes = (REPAIR, REPAIRED)
+    makes = (REPAIR, REPAIRED, REPAIR_SAVES)
     switch = "repair"
     settings = ("judge", "harmless_judge", "system", "max_thinking", "max_answer", "temperature", "seed")
 
@@ -31,7 +31,8 @@ class RepairStage(Stage):
             # The model learns how it itself refuses.
             answer = own_refusal(work.part(Split.FIT, Split.VALIDATE, harmful=True, outcome=Outcome.REFUSED))
             harmless = work.part(Split.FIT, Split.VALIDATE, harmful=False, outcome=Outcome.COMPLIED)
-            repair(work.model, selected, folder, harmless=harmless, answer=answer, seed=config.seed)
+            saves = work.folder(REPAIR_SAVES)
+            repair(work.model, selected, folder, harmless=harmless, answer=answer, seed=config.seed, work=saves)
         prompts = Transcripts(t for t in work.part(Split.TEST) if t.harmful is not None)
         report = compare_repair(
             work.model,

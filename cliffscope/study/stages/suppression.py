@@ -4,12 +4,15 @@ from collections.abc import Mapping, Sequence
 
 import pandas as pd
 
+from cliffscope.errors import EditError
 from cliffscope.heads.confirmation import Confirmation, confirm_heads
 from cliffscope.heads.controls import count_sets
 from cliffscope.heads.edits import HeadRef, zero
+from cliffscope.heads.methods import DonorNeed
 from cliffscope.heads.ranking import top_count
 from cliffscope.heads.statistics import ALPHA
 from cliffscope.heads.suppression import Suppression, measure_suppression
+from cliffscope.heads.tasks import choose_method
 from cliffscope.organisms import is_organism, read_truth
 from cliffscope.readouts.readout import Readout
 from cliffscope.study import verdicts
@@ -37,6 +40,15 @@ class SuppressionStage(Stage):
     needs = ("transcripts", "readouts", "heads")
     makes = (CONFIRMATION, SELECTED_HEADS, SUPPRESSION, SUPPRESSED)
     settings = ("readout", "method", "top_fraction", "controls", "seed")
+
+    def check(self, work: Workspace) -> None:
+        """Raises EditError where the first heads are all there are: no other set could be compared with them."""
+        fraction, n_heads = work.config.top_fraction, len(work.model.shape.places)
+        if top_count(fraction, n_heads) == n_heads:
+            raise EditError(
+                f"top_fraction={fraction} edits {n_heads} of {n_heads} heads of {work.config.model!r}: no other set is "
+                "left to compare them with. Give a smaller share, or until='traces' where there is no smaller one."
+            )
 
     def run(self, work: Workspace) -> StageOutputs:
         """Measures, or makes nothing where heads were not ranked."""
@@ -83,11 +95,12 @@ def _note_candidates(n_significant: int) -> tuple[str, ...]:
 
 
 def select_heads(ranking: pd.DataFrame, confirmation: Confirmation, fraction: float) -> pd.DataFrame:
-    """The first heads by rank, and every confirmed one behind them, best first."""
+    """The first heads by rank, best first, and every confirmed one behind them unless nothing were left beside them."""
     confirmed = {(head.layer, head.head) for head in confirmation.confirmed}
     places = list(zip(ranking["layer"], ranking["head"], strict=True))
     first = ranking["rank"] <= top_count(fraction, len(ranking))
-    return ranking[first | pd.Series([place in confirmed for place in places], index=ranking.index)].sort_values("rank")
+    both = first | pd.Series([place in confirmed for place in places], index=ranking.index)
+    return ranking[first if both.all() else both].sort_values("rank")
 
 
 def suppression_facts(measured: Suppression, *, fraction: float) -> dict[str, object]:
@@ -129,8 +142,19 @@ def _confirm(work: Workspace, readout: Readout, candidates: Sequence[HeadRef]) -
         refused=work.part(Split.TEST, harmful=True, outcome=Outcome.REFUSED, forced=False),
         harmless=work.part(Split.TEST, harmful=False, forced=False),
         method=work.config.method,
+        donors=_donors(work),
         seed=work.config.seed,
     )
+
+
+def _donors(work: Workspace) -> Transcripts | None:
+    """Transcripts that the method takes values from, those that heads were ranked with; None where it takes none."""
+    need = choose_method(work.config.method).needs
+    if need is DonorNeed.HARMLESS:
+        return work.part(Split.FIT, Split.VALIDATE, harmful=False, forced=False)
+    if need is DonorNeed.REFUSED:
+        return work.part(Split.FIT, Split.VALIDATE, harmful=True, outcome=Outcome.REFUSED, forced=False)
+    return None
 
 
 def _measure(work: Workspace, readout: Readout, heads: Sequence[HeadRef]) -> tuple[Suppression, list[Suppression]]:
