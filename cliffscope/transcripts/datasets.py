@@ -63,9 +63,9 @@ def read_transcripts(
     path = Path(path)
     rows = [_parse_line(value, path, number) for number, value in read_json_lines(path)]
     check_broken(rows, path, strict=strict)
-    found = (row for row in rows if isinstance(row, Transcript))
+    readable = (row for row in rows if isinstance(row, Transcript))
     return Transcripts(
-        map(escaped, found) if escape_control_tokens else found,
+        map(escaped, readable) if escape_control_tokens else readable,
         omitted=(row for row in rows if isinstance(row, Omission)),
     )
 

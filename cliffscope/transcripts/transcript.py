@@ -294,19 +294,19 @@ def make_each(
     Raises:
         TemplateError: the chat template fails for every transcript, which is a fault of the set-up.
     """
-    made: list[Made] = []
+    results: list[Made] = []
     omitted: list[Omission] = []
     of_template: list[TemplateError] = []
     for transcript in transcripts:
         try:
-            made.append(make(transcript))
+            results.append(make(transcript))
         except (DataError, SpanError, TemplateError) as error:
             omitted.append(Omission(stage=stage, reason=str(error), id=transcript.id))
             if isinstance(error, TemplateError):
                 of_template.append(error)
-    if of_template and len(of_template) == len(omitted) and not made:
+    if of_template and len(of_template) == len(omitted) and not results:
         raise of_template[0]
-    return made, tuple(omitted)
+    return results, tuple(omitted)
 
 
 def tell_control_tokens(tokenized: Sequence[TokenizedTranscript]) -> None:
