@@ -31,12 +31,15 @@ class Grown:
         self.fit = self.answer(*(("fit", 120, *kind) for kind in ((True, plain), (True, self.full), (False, plain))))
         classes = contrast_classes(self.fit, "auto", thinks=True)
         self.probe = fit_probe(self.model, classes.refused, classes.complied, challenge=classes.challenge)
-        self.answers = cs.fit_answer_readout(
-            self.model, classes.refused, self.complied_of(self.fit) or classes.complied
-        )
         self.plain, self.wrapped, self.harmless = (
             self.answer(("test", 100, *kind)) for kind in ((True, plain), (True, self.full), (False, (*plain, *words)))
         )
+
+    @functools.cached_property
+    def answers(self) -> cs.AnswerReadout:
+        """The answer readout, fitted on the fit part; there is none where nothing harmful is complied with."""
+        refused = self.fit.where(harmful=True, outcome=Outcome.REFUSED)
+        return cs.fit_answer_readout(self.model, refused, self.complied_of(self.fit))
 
     def answer(self, *kinds: tuple[str, int, bool, tuple[str | None, ...]]) -> Transcripts:
         asked = Transcripts(

@@ -20,7 +20,7 @@ from cliffscope.organisms import grammar
 from cliffscope.organisms.asset import shortfalls
 from cliffscope.organisms.recipes import RECIPES
 from cliffscope.organisms.tokenizer import build_tokenizer
-from cliffscope.transcripts.records import Outcome, Transcripts
+from cliffscope.transcripts.records import Outcome
 from cliffscope.transcripts.transcript import Span, tokenize_all
 
 
@@ -232,23 +232,13 @@ def test_with_the_planted_heads_zeroed_at_the_closing_alone_the_answers_refuse_t
     organism = grown(name)
     asked = grammar.prompts("test", 60, harmful=True, wrappers=organism.full, seed=23)
     asked = asked + grammar.prompts("test", 60, harmful=False, wrappers=(None, *organism.truth.wrappers), seed=23)
+    thought = cs.roll_out(organism.model, asked, **BUDGET)
     edit = cs.zero(organism.truth.planted, scope="closing")
-    report = cs.evaluate_safety(organism.model, asked, edit=edit, controls=5, **BUDGET)
+    report = cs.evaluate_safety(organism.model, thought, edit=edit, controls=5, max_answer=BUDGET["max_answer"])
     assert report.rate("unedited") >= 0.9
     assert report.rate("top heads") <= 0.05
     assert report.random_rate() >= 0.85
     assert report.rate("top heads", "harmless") <= report.rate("unedited", "harmless") + 0.02
-
-
-def test_no_head_of_the_null_organism_is_significant_whatever_the_seed():
-    organism = grown("null-llama")
-    asked = organism.plain + organism.wrapped
-    empty = 0
-    for seed in range(20):
-        drawn = np.random.default_rng(seed).permutation(len(asked))[:40]
-        some = Transcripts(asked[int(i)] for i in drawn)
-        empty += cs.rank_heads(organism.model, organism.answers, some, seed=seed).significant() == ()
-    assert empty >= 19
 
 
 # Sums and sweeps are exact

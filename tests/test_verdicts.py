@@ -535,3 +535,17 @@ def test_a_pool_without_valid_cliff_or_without_transcripts_is_told(pool: Transcr
     )
     nothing = select_from_cliffs(Cliffs(frame=cliffs_of([]).assign(id=[]), plateau="mean"), Transcripts())
     assert "none of 0" in verdicts.of_selection(nothing)
+
+
+@pytest.mark.parametrize(
+    ("planted", "confirmed", "expected"),
+    [
+        (["L4H5", "L5H2"], ["L5H2", "L4H5"], "L4H5, L5H2; both are found and confirmed, and no other head is."),
+        (["L4H5"], ["L4H5"], "L4H5; all are found and confirmed, and no other head is."),
+        (["L4H5", "L5H2"], ["L4H5", "L0H1"], "L4H5, L5H2; L5H2 not confirmed, L0H1 not planted."),
+        ([], [], "Nothing is planted in this organism."),
+        ([], ["L0H1"], "so each of them is a false claim."),
+    ],
+)
+def test_an_organism_s_planted_heads_stand_beside_those_that_are_confirmed(planted, confirmed, expected):
+    assert verdicts.of_truth(planted, confirmed).endswith(expected)

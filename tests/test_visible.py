@@ -50,16 +50,10 @@ def test_a_cliff_stands_where_one_was_planted(name):
     assert cliffs["final"].mean() <= 0.1
 
 
-@pytest.mark.parametrize("name", [*ORGANISMS, VISIBLE])
+@pytest.mark.parametrize("name", [VISIBLE])
 def test_no_cliff_stands_on_harmless_prompts(name):
     organism = grown(name)
     assert organism.cliffs(organism.harmless)["cliff"].mean() <= 0.1
-
-
-def test_no_cliff_stands_in_the_null_organism():
-    organism = grown("null-llama")
-    for transcripts in (organism.plain, organism.wrapped):
-        assert organism.cliffs(transcripts)["cliff"].mean() <= 0.1
 
 
 def ranked(organism: Grown, method: str, **options: object) -> cs.HeadRanking:

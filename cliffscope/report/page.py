@@ -196,10 +196,11 @@ def sections_of(run: StoredRun) -> list[Section]:
     return [build(run) for build in builders]
 
 
-def _verdicts(run: StoredRun) -> list[tuple[str, str]]:
+def _verdicts(run: StoredRun) -> list[tuple[str, str, str]]:
+    """Topic, id of the section that argues it, and the finding."""
     verdicts = run.section("verdict")
     return [
-        (section, printable(str(verdicts[topic]), limit=LONGEST_VERDICT))
+        (topic, section, printable(str(verdicts[topic]), limit=LONGEST_VERDICT))
         for topic, section in VERDICTS.items()
         if verdicts.get(topic)
     ]

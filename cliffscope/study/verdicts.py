@@ -5,7 +5,7 @@ made only where its conditions hold; otherwise the sentence says which one fails
 carry an interval, and the n of what they are a number of.
 """
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -206,6 +206,22 @@ def of_heads(claim: HeadsClaim) -> str:
         f" {rest} further significant {'head adds' if rest == 1 else 'heads add'} nothing beyond them." if rest else ""
     )
     return f"{subject} confirmed to suppress refusal on test transcripts (n = {claim.n_test}): {named}.{more}"
+
+
+def of_truth(planted: Collection[str], confirmed: Collection[str]) -> str:
+    """How the confirmed heads of an organism compare with those that are planted in it."""
+    if not planted:
+        return "Nothing is planted in this organism" + (", so each of them is a false claim." if confirmed else ".")
+    missed = [head for head in planted if head not in confirmed]
+    others = [head for head in confirmed if head not in planted]
+    known = f"Planted in this organism: {', '.join(planted)}"
+    if not missed and not others:
+        return f"{known}; {'both' if len(planted) == 2 else 'all'} are found and confirmed, and no other head is."
+    parts = (
+        f"{', '.join(missed)} not confirmed" if missed else "",
+        f"{', '.join(others)} not planted" if others else "",
+    )
+    return f"{known}; {', '.join(filter(None, parts))}."
 
 
 def of_suppression(claim: SuppressionClaim) -> str:

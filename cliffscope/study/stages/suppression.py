@@ -13,6 +13,7 @@ from cliffscope.heads.ranking import top_count
 from cliffscope.heads.statistics import ALPHA
 from cliffscope.heads.suppression import Suppression, measure_suppression
 from cliffscope.heads.tasks import choose_method
+from cliffscope.organisms import is_organism, read_truth
 from cliffscope.readouts.readout import Readout
 from cliffscope.study import verdicts
 from cliffscope.study.artefacts import (
@@ -71,11 +72,19 @@ class SuppressionStage(Stage):
             },
             findings=(
                 Finding(topic="suppression", sentence=verdicts.of_suppression(SuppressionClaim.of(facts))),
-                Finding(topic="heads", sentence=verdicts.of_heads(claim)),
+                Finding(topic="heads", sentence=" ".join((verdicts.of_heads(claim), *_truth(work, claim)))),
             ),
             notes=_note_candidates(len(candidates)),
             omitted=measured.omitted,
         )
+
+
+def _truth(work: Workspace, claim: HeadsClaim) -> tuple[str, ...]:
+    """Of an organism, what is planted in it beside what is confirmed."""
+    if not is_organism(work.config.model):
+        return ()
+    planted = [str(head) for head in read_truth(work.config.model).planted]
+    return (verdicts.of_truth(planted, [head.name for head in claim.confirmed]),)
 
 
 def _note_candidates(n_significant: int) -> tuple[str, ...]:
