@@ -279,10 +279,11 @@ def count_steps(task: Task, folder: Path) -> int:
 
 
 def deaths_of(folder: Path, steps: int, rounds: int) -> list[Death]:
-    """Three quarters of the rounds at steps, spread over all of them, the others in the middle of writes."""
-    n_sizes = rounds // 4
+    """Three quarters of the rounds at steps, spread over all of them, the others, one at least, inside of writes."""
+    n_sizes = max(1, rounds // 4)
     largest = max(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    at = [("step", 1 + round(i * (steps - 1) / max(1, rounds - n_sizes - 1))) for i in range(rounds - n_sizes)]
+    n_steps = rounds - n_sizes
+    at = [("step", 1 + int(steps * (i + 0.5) / n_steps)) for i in range(n_steps)]
     return at + [("size", int(largest * (i + 0.5) / n_sizes)) for i in range(n_sizes)]
 
 
@@ -328,12 +329,12 @@ def run_task(task: Task, place: Path, rounds: int) -> dict[str, object]:
 def make_tasks(names: Sequence[str], run: Path | None, config: dict[str, object]) -> list[Task]:
     """The tasks that were asked for, over one model."""
     model = cs.load_model("planted-llama", device="cpu")
-    prompts = cs.organisms.prompts("fit", 48, harmful=True, wrappers=(None, "story"))
-    pool = cs.judge(cs.roll_out(model, prompts, max_thinking=96, max_answer=8))
     tasks: list[Task] = [Export(model), Replace(model), Figures()]
-    complied = pool.where(outcome="complied")
-    tasks.append(Repair(model, complied))
-    if "score-pool" in names:
+    if {Repair.name, Pool.name} & set(names):
+        prompts = cs.organisms.prompts("fit", 48, harmful=True, wrappers=(None, "story"))
+        pool = cs.judge(cs.roll_out(model, prompts, max_thinking=96, max_answer=8))
+        complied = pool.where(outcome="complied")
+        tasks.append(Repair(model, complied))
         tasks.append(Pool(model, cs.fit_probe(model, pool.where(outcome="refused"), complied), pool))
     if run is not None:
         tasks.append(StudyRepair(run, config))
