@@ -20,7 +20,8 @@ from cliffscope.generation.rollout import STAGE, bare_prompt, roll_out
 from cliffscope.generation.speaking import Budget
 from cliffscope.model.load import LensModel
 from cliffscope.transcripts.records import Omission, Transcript, Transcripts
-from cliffscope.transcripts.templates import Template, find_template, split_reply
+from cliffscope.transcripts.replies import split_reply
+from cliffscope.transcripts.templates import Template, find_template
 
 
 @runtime_checkable

@@ -7,13 +7,15 @@ Only this file spells the tags. It is data: templates.py compares a tokenizer's 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 
 from cliffscope.errors import TemplateError
 from cliffscope.registry import Registry
+from cliffscope.store import plain
 
 OPEN, CLOSE = "<think>", "</think>"
+_ALWAYS = ("name", "think_open", "think_close", "opening", "closing", "thinks")
 
 
 class Earlier(StrEnum):
@@ -59,6 +61,12 @@ class Template:
     closing_seen: bool = False
     """Whether the chat template itself writes this closing when it renders an answered turn (or, for organisms, the
     model is trained on it). Otherwise the closing comes from the model cards and servers of these models."""
+    end: str = ""
+    """Text behind the answer up to the token that ends the turn; empty to take it from a rendered answered turn."""
+    date: str = ""
+    """The day, as 2026-01-31, that a chat template which writes today's date takes for today; empty if none does."""
+    evidence: Mapping[str, str] = field(default_factory=dict, hash=False, compare=False)
+    """For each of opening, closing, end and so on: where it comes from, in words; empty for a template not detected."""
 
     def __post_init__(self) -> None:
         """Checks that name, tags and closing belong together."""
@@ -76,6 +84,14 @@ class Template:
                 f"Template {self.name!r}: the closing {self.closing!r} must contain think_close={self.think_close!r}. "
                 "Pass both as the model writes them."
             )
+
+    def record(self) -> dict[str, object]:
+        """What a `.json` file holds from which `find_template` reads this template: all that is not a default."""
+        return {
+            f.name: plain(getattr(self, f.name))
+            for f in fields(self)
+            if f.name in _ALWAYS or (f.name != "date" and getattr(self, f.name) not in (f.default, {}))
+        }
 
     def fits(self, source: str, render: Callable[[Mapping[str, bool]], str]) -> bool:
         """Whether a chat template follows this convention.
@@ -170,6 +186,7 @@ _BUILT_IN = (
         "R1-Distill before February 2025 and many of its GGUFs; DeepSeek-R1-0528-Qwen3-8B; Skywork-OR1 and RealSafe-R1 "
         "where their files leave the opening to the model",
         opening=_USER_OPENS,
+        marks=(CLOSE,),
         earlier=Earlier.DROPPED,
     ),
     _thinking(
@@ -199,8 +216,10 @@ _BUILT_IN = (
         earlier=Earlier.DROPPED,
         closing_seen=True,
     ),
-    _thinking("qwq", f"{_CHATML}{OPEN}\n", "QwQ-32B", on=_ON, earlier=Earlier.DROPPED),
-    _thinking("olmo-3", f"{_CHATML}{OPEN}", "OLMo 3 Think", closing=CLOSE, earlier=Earlier.KEPT),
+    _thinking("qwq", f"{_CHATML}{OPEN}\n", "QwQ-32B", on=_ON, marks=(CLOSE,), earlier=Earlier.DROPPED),
+    _thinking(
+        "olmo-3", f"{_CHATML}{OPEN}", "OLMo 3 Think", closing=CLOSE, marks=("<functions>",), earlier=Earlier.KEPT
+    ),
     _thinking(
         "smollm3",
         _CHATML,

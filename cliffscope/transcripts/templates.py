@@ -1,8 +1,8 @@
 """How does this model's chat template open thinking, and how is thinking closed?
 
-1. The generation prompt is rendered as text with the tokenizer's own chat template.
-2. Its end, and the chat template's source, are compared with the known conventions of families.py, in their order.
-3. Opening and closing are encoded once, so that they can be spliced between the other ids.
+1. What tokenizer and chat template show is observed (observing.py).
+2. The convention is concluded from it, with those of families.py as priors, in their order (conventions.py).
+3. Opening, closing and end of turn are encoded once, so that they can be spliced between the other ids.
 
 Detection relies on what the chat template renders, never on the model's name. Every other module gets token ids from
 this one. This file knows nothing of transcripts.
@@ -10,26 +10,26 @@ this one. This file knows nothing of transcripts.
 
 import json
 import logging
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from jinja2 import TemplateError as JinjaError
 from transformers import PreTrainedTokenizerBase
 
 from cliffscope.errors import DataError, TemplateError
-from cliffscope.transcripts.families import PLAIN, TEMPLATES, Template
+from cliffscope.transcripts.conventions import conclude
+from cliffscope.transcripts.families import TEMPLATES, Template
+from cliffscope.transcripts.observing import answer_ends, observe
+from cliffscope.transcripts.rendering import Turn, chat_source, read_source, render_chat, today
+from cliffscope.transcripts.tags import tags_in
 
 __all__ = ["TEMPLATES", "Template"]
 
 logger = logging.getLogger(__name__)
 
-Turn = Mapping[str, str]
-
 TAIL = 40
 """Characters of the generation prompt in the log."""
 _PROBE_TURN: Turn = {"role": "user", "content": "Hello"}
-_THINKING = re.compile(r"think|reason", re.IGNORECASE)
 
 
 def resolve_template(template: str | Template | None, tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -40,12 +40,17 @@ def resolve_template(template: str | Template | None, tokenizer: PreTrainedToken
         tokenizer: read only if `template` is None.
 
     Returns:
-        The template.
+        The template. Where the chat template writes today's date, it is pinned to the current day in `date`, so that
+        a run which lasts beyond midnight renders the same prompts.
 
     Raises:
         TemplateError: there is no such template, or none could be detected.
     """
-    return detect_template(tokenizer) if template is None else find_template(template)
+    resolved = detect_template(tokenizer) if template is None else find_template(template)
+    dated = (
+        not resolved.date and isinstance(tokenizer.chat_template, str) and read_source(tokenizer.chat_template).dated
+    )
+    return replace(resolved, date=today()) if dated else resolved
 
 
 def find_template(template: str | Template) -> Template:
@@ -73,83 +78,105 @@ def _read_template(path: Path) -> Template:
     """The template of a JSON file; its name is the file's stem unless the file has one."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        return Template(**{"name": path.stem, **fields})
-    except (OSError, ValueError, TypeError) as error:
+        return Template(**{"name": path.stem, **fields, "marks": tuple(fields.get("marks", ()))})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise TemplateError(
             f"{path} holds no template: {error}. Expected a JSON object with think_open, think_close, opening and "
             "closing, and with template_kwargs if the chat template has switches."
         ) from error
 
 
-def split_reply(text: str, template: Template) -> tuple[str | None, str | None]:
-    r"""Splits generated text into thinking and answer, both without tags.
-
-    If the prompt opens thinking, text without the closing tag is all thinking. If the model opens it, text that does
-    not start with the opening tag is all answer.
-
-    Args:
-        text: the text that the model wrote after the generation prompt.
-        template: the template of the model.
-
-    Returns:
-        (thinking, answer). Thinking is None if there was none; answer is None if the thinking never closed.
-
-    Example:
-        >>> split_reply("Bread is harmless.\n</think>\n\nMix flour and water.", TEMPLATES.get("qwq"))
-        ('Bread is harmless.', 'Mix flour and water.')
-        >>> split_reply("Bread is", TEMPLATES.get("qwq"))
-        ('Bread is', None)
-    """
-    if not template.thinks:
-        return None, text
-    tag, stripped = template.think_open, text.lstrip()
-    if stripped.startswith(tag):
-        text = stripped.removeprefix(tag).removeprefix(template.opening.partition(tag)[2] or "\n")
-    elif template.opening and template.think_close not in text:
-        return None, text
-    thinking, closed, answer = text.partition(template.think_close)
-    before, _, after = template.closing.partition(template.think_close)
-    if not closed:
-        return thinking, None
-    return thinking.removesuffix(before), answer.removeprefix(after).lstrip("\n")
-
-
 def detect_template(tokenizer: PreTrainedTokenizerBase) -> Template:
-    """Detects the convention from the rendered generation prompt and the chat template's source.
+    """Detects the convention from what the chat template renders, its source and the vocabulary.
 
-    The first of `TEMPLATES` that fits is taken: the built-in ones in their order, then those of installed packages. A
-    chat template that never mentions thinking counts as one without thinking, since it holds no sign of any. If the
-    model thinks nevertheless, pass `template="chatml-think"`.
+    `TEMPLATES` are priors: the first that fits, the built-in ones in their order before those of installed packages,
+    supplies what the chat template does not show, and is contradicted by what it does show. See conventions.py.
 
     Args:
         tokenizer: with a chat template.
 
     Returns:
-        The template.
+        The template, with the evidence for each field.
 
     Raises:
-        TemplateError: the tokenizer has no chat template, or it follows no known convention.
+        TemplateError: the tokenizer has no chat template.
+        UnclearTemplateError: what it shows does not suffice, or contradicts itself.
     """
-    source = _source(tokenizer)
+    source = chat_source(tokenizer)
 
     def render(switches: Mapping[str, bool]) -> str:
         return render_prompt(tokenizer, [_PROBE_TURN], switches)
 
     # One after the other: templates of installed packages are imported only if no built-in one fits.
-    detected = next((t for t in map(TEMPLATES.get, TEMPLATES.names()) if t.fits(source, render)), None)
-    rendered = render({})
-    if detected is None and not _THINKING.search(source):
-        detected = PLAIN
-    if detected is None:
-        raise TemplateError(
-            f"The chat template follows no known convention: its generation prompt ends in {rendered[-60:]!r}. "
-            f"Pass template=NAME with one of {', '.join(TEMPLATES.names())}, package.module:name, a .json file with "
-            "the fields of Template, or "
-            "template=Template(name=..., think_open=..., think_close=..., opening=..., closing=...)."
-        )
-    tail = rendered if len(rendered) <= TAIL else f"…{rendered[-TAIL:]}"
+    prior = next((t for t in map(TEMPLATES.get, TEMPLATES.names()) if t.fits(source, render)), None)
+    seen = observe(tokenizer)
+    detected = _with_end(conclude(seen, prior), tokenizer, seen.after)
+    tail = seen.prompt if len(seen.prompt) <= TAIL else f"…{seen.prompt[-TAIL:]}"
     logger.info("Template %s: the generation prompt ends in %r.", detected.name, tail)
     return detected
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase, template: Template) -> tuple[int, ...]:
+    """What follows an answer and ends its turn, as token ids, such as an answer is trained with.
+
+    An answered turn is rendered with the chat template. A model's `eos_token` alone may be one that its chat template
+    never writes.
+
+    Args:
+        tokenizer: the model's own.
+        template: its template; an `end` that it has counts before what is rendered.
+
+    Returns:
+        The ids; those of the `eos_token` where no tag follows a rendered answer, and none without one.
+    """
+    ends = _end_texts(tokenizer, template)
+    return tuple(encode(tokenizer, ends[0] if ends else str(tokenizer.eos_token or "")))
+
+
+def stop_sequences(tokenizer: PreTrainedTokenizerBase, template: Template) -> tuple[tuple[int, ...], ...]:
+    """Token ids at which generation of an answer stops.
+
+    Args:
+        tokenizer: the model's own.
+        template: its template.
+
+    Returns:
+        One sequence for the tag that ends the last turn of a conversation, for the one that ends an earlier turn, and
+        for the `eos_token`; mostly of one id each.
+    """
+    ends = [tag for end in _end_texts(tokenizer, template) if (tag := _end_tag(tokenizer, end))]
+    texts = [*ends, *([str(tokenizer.eos_token)] if tokenizer.eos_token else [])]
+    return tuple(dict.fromkeys(ids for text in texts if (ids := tuple(encode(tokenizer, text)))))
+
+
+def _end_texts(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[str]:
+    """Texts that end a turn: the template's own, or as rendered, where the conversation ends and where it goes on."""
+    if template.end or tokenizer.chat_template is None:
+        return [template.end] if template.end else []
+    after = answer_ends(tokenizer, template.template_kwargs)
+    return [end for text in after if (end := _up_to_tag(tokenizer, text))]
+
+
+def _with_end(template: Template, tokenizer: PreTrainedTokenizerBase, after: Sequence[str]) -> Template:
+    """The template with its end of turn, and where that comes from."""
+    end = next((end for text in after if (end := _up_to_tag(tokenizer, text))), "")
+    if template.end or not end:
+        why = "the template's own" if template.end else "no tag is rendered behind an answer, so eos_token ends it"
+        return replace(template, evidence={**template.evidence, "end": why})
+    return replace(template, end=end, evidence={**template.evidence, "end": "a rendered answered turn"})
+
+
+def _up_to_tag(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A text up to its first tag or special token; "" where it has neither."""
+    tag = _end_tag(tokenizer, text)
+    return text[: text.index(tag) + len(tag)] if tag else ""
+
+
+def _end_tag(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The first tag or special token of a text, apart from a tag that closes an answer's wrapper; "" if none."""
+    special = [token for token in map(str, tokenizer.all_special_tokens) if token and token in text]
+    tags = [tag for tag in tags_in(text) if not tag.startswith(("</", "[/"))]
+    return min((*special, *tags), key=lambda tag: (text.index(tag), -len(tag)), default="")
 
 
 def generation_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Turn], template: Template) -> str:
@@ -167,9 +194,11 @@ def generation_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Tur
         TemplateError: rendering fails, the chat template drops the system message, or the prompt does not open thinking
             as `template` says.
     """
-    rendered = render_prompt(tokenizer, messages, template.template_kwargs)
+    rendered = render_prompt(tokenizer, messages, template.template_kwargs, template.date)
     lost = [
-        turn["content"] for turn in messages if turn["role"] == "system" and turn["content"].strip() not in rendered
+        str(turn["content"])
+        for turn in messages
+        if turn["role"] == "system" and str(turn["content"]).strip() not in rendered
     ]
     if lost:
         raise TemplateError(
@@ -229,7 +258,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def render_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Turn], template_kwargs: Mapping[str, bool]
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Turn], template_kwargs: Mapping[str, bool], date: str = ""
 ) -> str:
     """Renders the generation prompt as text, exactly as the tokenizer's chat template writes it.
 
@@ -237,6 +266,7 @@ def render_prompt(
         tokenizer: with a chat template.
         messages: turns with `role` and `content`.
         template_kwargs: switches for the chat template.
+        date: what the chat template takes for today, see `Template.date`.
 
     Returns:
         The text.
@@ -244,28 +274,4 @@ def render_prompt(
     Raises:
         TemplateError: there is no chat template, or it rejects these messages.
     """
-    _source(tokenizer)
-    turns = [dict(turn) for turn in messages]
-    # The typed signature lacks the chat template's own keyword arguments.
-    render: Callable[..., object] = tokenizer.apply_chat_template
-    try:
-        rendered = render(turns, tokenize=False, add_generation_prompt=True, **dict(template_kwargs))
-    except (JinjaError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        roles = ", ".join(turn.get("role", "?") for turn in turns)
-        raise TemplateError(
-            f"The chat template cannot render messages with the roles {roles}: {error}. Expected roles that the model "
-            "supports (some have no system role). Change the messages or the template."
-        ) from error
-    return str(rendered)
-
-
-def _source(tokenizer: PreTrainedTokenizerBase) -> str:
-    source = tokenizer.chat_template
-    if isinstance(source, dict):
-        source = source.get("default")
-    if not isinstance(source, str) or not source.strip():
-        raise TemplateError(
-            "The tokenizer has no chat template, so no prompt can be rendered. Set tokenizer.chat_template to the "
-            "model's own Jinja text."
-        )
-    return source
+    return render_chat(tokenizer, messages, template_kwargs, generation=True, date=date)
