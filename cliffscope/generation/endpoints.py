@@ -110,6 +110,8 @@ class Reply:
     """The thinking, if the server separates it."""
     finish: str
     """Finish reason, such as `stop` or `length`."""
+    refusal: str = ""
+    """The refusal, if the server gives it in a field of its own."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -339,9 +341,10 @@ def _read(text: str) -> Reply:
         content, finish = message.get("content"), choice.get("finish_reason")
         # Servers use either name for separated thinking.
         reasoning = message.get("reasoning_content") or message.get("reasoning")
+        refusal = message.get("refusal")
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise _Malformed(f"{type(error).__name__} in {text[:120]!r}") from error
-    for value in (content, reasoning, finish):
+    for value in (content, reasoning, finish, refusal):
         if value is not None and not isinstance(value, str):
             raise _Malformed(f"{type(value).__name__} where text was expected, in {text[:120]!r}")
-    return Reply(content=content or "", reasoning=reasoning, finish=finish or "")
+    return Reply(content=content or "", reasoning=reasoning, finish=finish or "", refusal=refusal or "")

@@ -20,7 +20,7 @@ from cliffscope.generation.rollout import STAGE, bare_prompt, roll_out
 from cliffscope.generation.speaking import Budget
 from cliffscope.model.load import LensModel
 from cliffscope.transcripts.records import Omission, Transcript, Transcripts
-from cliffscope.transcripts.replies import split_reply
+from cliffscope.transcripts.replies import SERVER_REFUSAL, part_turn, split_reply
 from cliffscope.transcripts.templates import Template, find_template
 
 
@@ -150,9 +150,9 @@ def _answered(transcript: Transcript, reply: Reply, template: Template) -> Trans
     else:
         # If there is nothing but thinking, it is unknown whether the thinking closed.
         thinking, answer = reply.reasoning.strip("\n"), reply.content.lstrip("\n") or None
-    return transcript.replace(
-        thinking=thinking,
-        answer=answer,
-        closed=answer is not None,
-        extra={**transcript.extra, "finish": reply.finish},
-    )
+    extra: dict[str, object] = {**transcript.extra, "finish": reply.finish}
+    if reply.refusal.strip() and not (answer or "").strip():
+        answer, extra[SERVER_REFUSAL] = reply.refusal, reply.refusal
+    answered = transcript.replace(thinking=thinking, answer=answer, closed=answer is not None, extra=extra)
+    # A server may leave the thinking in the content, too, or strip the tags by which a template tells it apart.
+    return part_turn(answered, template)

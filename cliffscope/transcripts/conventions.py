@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 from cliffscope.errors import UnclearTemplateError
 from cliffscope.transcripts.families import PLAIN, Earlier, Template
-from cliffscope.transcripts.observing import Observations, common_start
+from cliffscope.transcripts.observing import Observations, common_start, has_closed
 from cliffscope.transcripts.tags import TagPair, counterpart, tags_in
 
 MEASURED = "measured"
@@ -56,7 +56,7 @@ def conclude(seen: Observations, prior: Template | None) -> Template:
         raise _ask_which(seen, shown)
     thinks = _shows_thinking(seen, shown)
     if prior is not None and prior.thinks and (not shown or _same(prior, shown[0])):
-        return _of_prior(seen, prior, place)
+        return _of_prior(seen, prior, place, thinks)
     if shown and thinks:
         return _measured(seen, shown[0], place, thinks)
     if shown:
@@ -64,6 +64,22 @@ def conclude(seen: Observations, prior: Template | None) -> Template:
     if not _mentions_thinking(seen):
         return _without_thinking(prior or PLAIN, "neither the chat template nor the vocabulary mentions thinking")
     raise _ask_closing(seen) if thinks else _ask_whether(seen, None, _mention(seen))
+
+
+def textual_pairs(seen: Observations) -> tuple[TagPair, ...]:
+    """Pairs of a text with which the prompt opens thinking and each tag that may close it.
+
+    Args:
+        seen: from `observe`.
+
+    Returns:
+        None where the prompt does not open thinking by a text, or opens it by a tag of a pair.
+    """
+    opened = "" if _ends_open(seen) else _extra(seen)
+    tags = [tag for text in seen.source.texts for tag in tags_in(text)] if opened else []
+    around = (seen.head, *seen.after)
+    closings = [tag for tag in dict.fromkeys(tags) if tag not in opened and not any(tag in text for text in around)]
+    return tuple(TagPair(opening=opened, closing=tag, stem="") for tag in closings)
 
 
 def _first_shown(seen: Observations) -> tuple[str, tuple[Shown, ...]]:
@@ -156,7 +172,7 @@ def _ends_open(seen: Observations) -> bool:
 
 
 def _closed_at_once(seen: Observations) -> bool:
-    return any(seen.head.rstrip().endswith(pair.closing) for pair in seen.pairs)
+    return has_closed(seen.head, seen.pairs)
 
 
 def _shows_thinking(seen: Observations, shown: Sequence[Shown]) -> str:
@@ -164,8 +180,7 @@ def _shows_thinking(seen: Observations, shown: Sequence[Shown]) -> str:
     tail = seen.head[-40:]
     if _ends_open(seen):
         return f"the generation prompt ends in {tail!r}"
-    shut = (seen.shut or "").rstrip()
-    if any(shut.endswith(pair.closing) for pair in seen.pairs) and not _closed_at_once(seen):
+    if has_closed(seen.shut or "", seen.pairs):
         return f"a switch of the chat template closes thinking ({_words(seen.switches_off)})"
     closings = {pair.closing for pair in seen.prompt_pairs}
     if any(s.think_close in closings for s in shown) or (not shown and closings):
@@ -199,13 +214,14 @@ def _same(prior: Template, shown: Shown) -> bool:
     return (prior.think_close, prior.opening, prior.closing) == (shown.think_close, shown.opening, shown.closing)
 
 
-def _of_prior(seen: Observations, prior: Template, place: str) -> Template:
+def _of_prior(seen: Observations, prior: Template, place: str, thinks: str) -> Template:
     source = f"published for {prior.models or 'this template'}; the chat template does not write it"
     shown = place if place else source
     if not place:
         _check_space(seen, prior)
     opening = shown if prior.opening else f"the generation prompt ends in {seen.head[-40:]!r}"
-    return replace(prior, evidence={**_common(seen), "opening": opening, "closing": shown})
+    evidence = {**_common(seen), "thinks": thinks or source, "opening": opening, "closing": shown}
+    return replace(prior, evidence=evidence)
 
 
 def _check_space(seen: Observations, prior: Template) -> None:

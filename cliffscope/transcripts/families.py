@@ -280,7 +280,7 @@ _BUILT_IN = (
         opening="[THINK]",
         closing="[/THINK]",
         tags=("[THINK]", "[/THINK]"),
-        marks=("[THINK]",),
+        marks=("[/THINK]Here, provide a self-contained response",),
         earlier=Earlier.KEPT,
     ),
     _thinking(

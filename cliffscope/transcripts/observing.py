@@ -23,7 +23,7 @@ from cliffscope.transcripts.rendering import (
     render_chat,
     try_render,
 )
-from cliffscope.transcripts.tags import TagPair, pairs_of, thinking_pairs
+from cliffscope.transcripts.tags import TAG, TagPair, pairs_of, tags_in, thinking_pairs
 
 ASKED, REASONED, ANSWERED, AGAIN = "Zaskedz", "Zreasonedz", "Zansweredz", "Zagainz"
 """Contents whose places in a rendering are looked up."""
@@ -70,7 +70,7 @@ class Observations:
     """The same with thinking off; None without a switch."""
     plain: str | None
     """Text between the user's content and the answer where a turn without reasoning is rendered; None if it is not."""
-    after: tuple[str, ...]
+    after: tuple[str, str]
     """Texts behind the answer: where it ends the conversation, and where another message follows."""
     renderings: tuple[Rendering, ...]
     """Of an answered turn with reasoning, in every form that shows it."""
@@ -86,7 +86,14 @@ class Observations:
     @property
     def pairs(self) -> tuple[TagPair, ...]:
         """All pairs, each once, those of the chat template first."""
-        return tuple(dict.fromkeys((*self.source_pairs, *self.prompt_pairs, *self.vocabulary_pairs)))
+        around = (
+            pair
+            for r in self.renderings
+            for tag in tags_in(r.before)[-1:]
+            if r.before.rstrip().endswith(tag)
+            for pair in pairs_of((tag, *tags_in(r.closing)[:1]))
+        )
+        return tuple(dict.fromkeys((*self.source_pairs, *self.prompt_pairs, *around, *self.vocabulary_pairs)))
 
 
 def observe(tokenizer: PreTrainedTokenizerBase) -> Observations:
@@ -125,7 +132,7 @@ def observe(tokenizer: PreTrainedTokenizerBase) -> Observations:
     )
 
 
-def answer_ends(tokenizer: PreTrainedTokenizerBase, switches: Mapping[str, bool]) -> tuple[str, ...]:
+def answer_ends(tokenizer: PreTrainedTokenizerBase, switches: Mapping[str, bool]) -> tuple[str, str]:
     """What the chat template writes behind an answer.
 
     Args:
@@ -133,15 +140,24 @@ def answer_ends(tokenizer: PreTrainedTokenizerBase, switches: Mapping[str, bool]
         switches: of the chat template.
 
     Returns:
-        The texts behind an answer that ends the conversation, and between an answer and the next user's content; none
-        where the chat template does not render an answer.
+        The text behind an answer that ends the conversation, and that between an answer and the next user's content;
+        "" where the chat template does not render it.
     """
     turns = _answered({"content": ANSWERED})
     prompts = [try_render(tokenizer, [USER], switches, generation=generation) for generation in (False, True)]
-    # A chat template that always writes a generation prompt writes one behind an answer, too.
-    endings: list[list[Turn]] = [[_again()]] if prompts[0] == prompts[1] else [[], [_again()]]
-    texts = [try_render(tokenizer, [*turns, *more], switches, generation=False) for more in endings]
-    return tuple(text.rpartition(ANSWERED)[2].partition(AGAIN)[0] for text in texts if text and ANSWERED in text)
+    texts = [try_render(tokenizer, [*turns, *more], switches, generation=False) for more in ([], [_again()])]
+    last, earlier = (text.rpartition(ANSWERED)[2].partition(AGAIN)[0] if text else "" for text in texts)
+    if prompts[0] == prompts[1]:
+        # A chat template that always writes a generation prompt writes one behind an answer, too: only an earlier turn
+        # shows how one ends, if another tag follows there, which begins the user's turn.
+        last = earlier if len(tags_in(earlier)) > 1 else ""
+    return last, earlier
+
+
+def has_closed(text: str, pairs: Sequence[TagPair]) -> bool:
+    """Whether a prompt has closed thinking, so that nothing but tags, such as that of an answer, follows."""
+    ends = (text.rpartition(pair.closing) for pair in pairs)
+    return any(tag and not TAG.sub("", after).strip() for _, tag, after in ends)
 
 
 def common_start(a: str, b: str) -> str:
@@ -171,10 +187,9 @@ def _switches(
 
 def _openness(prompt: str, pairs: Sequence[TagPair]) -> int:
     """2 for a prompt that ends within thinking, 0 for one that has closed it, else 1."""
-    end = prompt.rstrip()
-    if any(end.endswith(pair.closing) for pair in pairs):
+    if has_closed(_behind(prompt) or "", pairs):
         return 0
-    return 2 if any(end.endswith(pair.opening) for pair in pairs) else 1
+    return 2 if any(prompt.rstrip().endswith(pair.opening) for pair in pairs) else 1
 
 
 def _answered(fields: Turn) -> list[Turn]:

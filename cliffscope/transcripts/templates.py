@@ -17,9 +17,10 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from cliffscope.errors import DataError, TemplateError
+from cliffscope.store import write_atomically
 from cliffscope.transcripts.conventions import conclude
 from cliffscope.transcripts.families import TEMPLATES, Template
-from cliffscope.transcripts.observing import answer_ends, observe
+from cliffscope.transcripts.observing import answer_ends, common_start, observe
 from cliffscope.transcripts.rendering import Turn, chat_source, read_source, render_chat, today
 from cliffscope.transcripts.tags import tags_in
 
@@ -86,6 +87,24 @@ def _read_template(path: Path) -> Template:
         ) from error
 
 
+def write_template(template: Template, path: str | Path) -> None:
+    """Writes a template as a `.json` file, from which `find_template` reads it.
+
+    Args:
+        template: any; its date is left out, since each run pins its own.
+        path: ends in `.json`.
+
+    Raises:
+        DataError: the path has another ending.
+        StoreError: the file cannot be written.
+    """
+    path = Path(path)
+    if path.suffix != ".json":
+        raise DataError(f"{path} does not end in .json, by which --template knows a file. Choose such a name.")
+    text = json.dumps(template.record(), ensure_ascii=False, indent=1) + "\n"
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
 def detect_template(tokenizer: PreTrainedTokenizerBase) -> Template:
     """Detects the convention from what the chat template renders, its source and the vocabulary.
 
@@ -129,8 +148,8 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, template: Template) -> tuple[in
     Returns:
         The ids; those of the `eos_token` where no tag follows a rendered answer, and none without one.
     """
-    ends = _end_texts(tokenizer, template)
-    return tuple(encode(tokenizer, ends[0] if ends else str(tokenizer.eos_token or "")))
+    end = template.end or _rendered_ends(tokenizer, template)[0]
+    return tuple(encode(tokenizer, end or str(tokenizer.eos_token or "")))
 
 
 def stop_sequences(tokenizer: PreTrainedTokenizerBase, template: Template) -> tuple[tuple[int, ...], ...]:
@@ -144,32 +163,36 @@ def stop_sequences(tokenizer: PreTrainedTokenizerBase, template: Template) -> tu
         One sequence for the tag that ends the last turn of a conversation, for the one that ends an earlier turn, and
         for the `eos_token`; mostly of one id each.
     """
-    ends = [tag for end in _end_texts(tokenizer, template) if (tag := _end_tag(tokenizer, end))]
-    texts = [*ends, *([str(tokenizer.eos_token)] if tokenizer.eos_token else [])]
+    ends = (template.end, *_rendered_ends(tokenizer, template))
+    texts = [_end_tag(tokenizer, end) or end.strip() for end in ends if end]
+    texts += [str(tokenizer.eos_token)] if tokenizer.eos_token else []
     return tuple(dict.fromkeys(ids for text in texts if (ids := tuple(encode(tokenizer, text)))))
 
 
-def _end_texts(tokenizer: PreTrainedTokenizerBase, template: Template) -> list[str]:
-    """Texts that end a turn: the template's own, or as rendered, where the conversation ends and where it goes on."""
-    if template.end or tokenizer.chat_template is None:
-        return [template.end] if template.end else []
-    after = answer_ends(tokenizer, template.template_kwargs)
-    return [end for text in after if (end := _up_to_tag(tokenizer, text))]
+def _rendered_ends(tokenizer: PreTrainedTokenizerBase, template: Template) -> tuple[str, str]:
+    if tokenizer.chat_template is None:
+        return "", ""
+    return _up_to_tags(tokenizer, answer_ends(tokenizer, template.template_kwargs))
 
 
-def _with_end(template: Template, tokenizer: PreTrainedTokenizerBase, after: Sequence[str]) -> Template:
+def _with_end(template: Template, tokenizer: PreTrainedTokenizerBase, after: tuple[str, str]) -> Template:
     """The template with its end of turn, and where that comes from."""
-    end = next((end for text in after if (end := _up_to_tag(tokenizer, text))), "")
+    end = _up_to_tags(tokenizer, after)[0]
     if template.end or not end:
         why = "the template's own" if template.end else "no tag is rendered behind an answer, so eos_token ends it"
         return replace(template, evidence={**template.evidence, "end": why})
     return replace(template, end=end, evidence={**template.evidence, "end": "a rendered answered turn"})
 
 
-def _up_to_tag(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
-    """A text up to its first tag or special token; "" where it has neither."""
-    tag = _end_tag(tokenizer, text)
-    return text[: text.index(tag) + len(tag)] if tag else ""
+def _up_to_tags(tokenizer: PreTrainedTokenizerBase, after: tuple[str, str]) -> tuple[str, str]:
+    """Texts behind an answer up to their first tag; where they have none, what is common to both."""
+    common = "" if _end_tag(tokenizer, after[0]) else common_start(*after).rstrip()
+
+    def cut(text: str) -> str:
+        tag = _end_tag(tokenizer, text)
+        return common or text[: text.index(tag) + len(tag)]
+
+    return cut(after[0]), cut(after[1])
 
 
 def _end_tag(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
