@@ -23,7 +23,7 @@ from cliffscope.judging.phrase_judge import OPENING_CHARACTERS, PhraseJudge
 from cliffscope.judging.protocols import BatchJudge, GroupJudges, HarmJudge, Judge, Verdict
 from cliffscope.stats import Interval, cohen_kappa
 from cliffscope.transcripts.records import Group, Omission, Outcome, Transcript, Transcripts
-from cliffscope.transcripts.replies import SERVER_REFUSAL, part_answer, part_turn
+from cliffscope.transcripts.replies import SERVER_REFUSAL, Parts, part_answer, part_turn
 
 __all__ = [
     "OPENING_CHARACTERS",
@@ -52,8 +52,9 @@ def judge(transcripts: Transcripts, judge: Judge | str = "phrases") -> Transcrip
 
     Returns:
         The same transcripts in the same order, with `outcome` and `extra["verdict"]` (judge, reason, score, partial).
-        Thinking within an answer that came as text is moved to the thinking. Transcripts whose thinking never closed, or whose answer is missing or blank, are unfinished. Answers that the
-        judge fails on are unjudged and also listed in `omitted`, as are answers to harmless prompts if the judge
+        Thinking within an answer that came as text is moved out of it. Transcripts whose thinking never closed, or
+        whose answer is missing or blank, are unfinished. Answers that the judge fails on, and those from which thinking
+        cannot be told apart, are unjudged and also listed in `omitted`, as are answers to harmless prompts if the judge
         classifies harm rather than refusal.
 
     Raises:
@@ -199,7 +200,11 @@ def _parted(transcript: Transcript) -> Transcript:
 
 def _judged(transcript: Transcript) -> str:
     """What a judge reads."""
-    return part_answer(transcript.answer or "").answer or ""
+    return _parts(transcript).answer or ""
+
+
+def _parts(transcript: Transcript) -> Parts:
+    return part_answer(transcript.answer or "", thinking=transcript.thinking or "")
 
 
 def _unfinished(transcript: Transcript) -> Verdict | None:
@@ -220,8 +225,8 @@ def _ask_all(judge: Judge, transcripts: Sequence[Transcript]) -> dict[str, Verdi
     results: dict[str, Verdict | Omission] = {}
     readable: list[Transcript] = []
     for transcript in transcripts:
-        if (unclear := part_answer(transcript.answer or "")).reason and unclear.answer is None:
-            results[transcript.id] = Omission(stage="judge", reason=unclear.reason, id=transcript.id)
+        if (parts := _parts(transcript)).answer is None:
+            results[transcript.id] = Omission(stage="judge", reason=parts.reason, id=transcript.id)
         elif SERVER_REFUSAL in transcript.extra:
             reason = "the server gave its refusal in a field of its own"
             results[transcript.id] = Verdict(outcome=Outcome.REFUSED, score=1.0, reason=reason)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from cliffscope.transcripts.families import TEMPLATES, Template
 from cliffscope.transcripts.records import Transcript
-from cliffscope.transcripts.tags import TagPair, pairs_of, tags_in
+from cliffscope.transcripts.tags import TagPair, thinking_pairs
 
 SPLIT = "split"
 """Key in a transcript's `extra`: how thinking was told apart from its answer."""
@@ -25,7 +25,7 @@ _FINAL = re.compile(
 _HARMONY = re.compile(r"<\|(?:start|channel|message|end|return|call)\|>")
 _STRIPPED = re.compile(r"\A\s*(?:assistant)?\s*(?:analysis|commentary)(?=[A-Z\"'(\d])")
 _OPENINGS = re.compile(r"\A\s*(?:<\|start\|>)?(?:assistant)?\s*(?:<\|channel\|>)?analysis\s*(?:<\|message\|>)?")
-_CODE = re.compile(r"`[^`\n]*`|```.*?(?:```|\Z)", re.DOTALL)
+_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`", re.DOTALL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +40,13 @@ class Parts:
     """What was found, in words; "" for an answer without thinking."""
 
 
-def part_answer(text: str, template: Template | None = None) -> Parts:
+def part_answer(text: str, template: Template | None = None, *, thinking: str = "") -> Parts:
     """Tells thinking apart from an answer.
 
     Args:
         text: an answer, as a file, a log or a server gives it.
         template: a template whose tags count beside those of all known ones.
+        thinking: what is known to be thinking already; a closing tag alone then splits only this from the answer.
 
     Returns:
         The parts. Tags within code are no thinking.
@@ -63,8 +64,12 @@ def part_answer(text: str, template: Template | None = None) -> Parts:
         return _part_harmony(text, prose)
     for pair in _pairs(prose, template):
         parts = _part_tags(text, prose, pair)
-        if parts is not None:
+        if parts is None:
+            continue
+        again = (parts.thinking or "").strip() in ("", thinking.strip())
+        if not thinking.strip() or again or prose.lstrip().startswith(pair.opening):
             return parts
+        return Parts(thinking=None, answer=None, reason=f"the answer holds {pair.closing}, but its thinking is apart")
     return Parts(thinking=None, answer=text, reason="")
 
 
@@ -79,7 +84,7 @@ def part_turn(transcript: Transcript, template: Template | None = None) -> Trans
         The transcript itself if its answer holds no thinking, or none that can be told apart. Otherwise thinking and
         answer are apart and `extra["split"]` says how; ids, which are those of the whole, are dropped.
     """
-    parts = part_answer(transcript.answer or "", template)
+    parts = part_answer(transcript.answer or "", template, thinking=transcript.thinking or "")
     if parts.thinking is None or parts.answer is None:
         return transcript
     before = (transcript.thinking or "").strip()
@@ -131,7 +136,8 @@ def _pairs(prose: str, template: Template | None) -> list[TagPair]:
     if template is not None and template.thinks:
         known.insert(0, template)
     pairs = [TagPair(opening=t.think_open, closing=t.think_close, stem="think") for t in known]
-    pairs += [pair for pair in pairs_of(tags_in(prose)) if pair.thinking]
+    # A word in square brackets may be a heading, so that there both tags have to occur.
+    pairs += [pair for pair in thinking_pairs(prose) if pair.opening[0] != "[" or pair.closing in prose]
     return list(dict.fromkeys(pairs))
 
 
@@ -141,10 +147,9 @@ def _part_tags(text: str, prose: str, pair: TagPair) -> Parts | None:
     if opened < 0 and closed < 0:
         return None
     starts = prose.lstrip().startswith(pair.opening)
-    if closed < 0 or (0 <= opened and closed < opened):
-        if closed < 0:
-            return Parts(thinking=None, answer=None, reason=f"the answer opens {pair.opening} and never closes it")
-    elif opened < 0 or starts:
+    if closed < 0:
+        return Parts(thinking=None, answer=None, reason=f"the answer opens {pair.opening} and never closes it")
+    if opened < 0 or (starts and opened < closed):
         begin = opened + len(pair.opening) if starts else 0
         answer = text[closed + len(pair.closing) :].strip("\n")
         if pair.opening in prose[closed:] or pair.closing in prose[closed + len(pair.closing) :]:
