@@ -36,6 +36,7 @@ __all__ = [
     "TokenizedTranscript",
     "Transcript",
     "Transcripts",
+    "foreign_boundaries",
     "spliced_thinking",
     "tokenize",
     "tokenize_all",
@@ -226,6 +227,36 @@ def tokenize_all(
         except (DataError, SpanError) as error:
             omitted.append(Omission(stage="tokenize", reason=str(error), id=transcript.id))
     return tokenized, tuple(omitted)
+
+
+def foreign_boundaries(
+    transcripts: Iterable[Transcript], tokenizer: PreTrainedTokenizerBase, template: Template
+) -> tuple[str, ...]:
+    """Transcripts that came as text and end their thinking at a boundary that the tokenizer would not make.
+
+    A token such as `.</` may hold the end of the thinking and the beginning of its closing. Where the generated ids are
+    not there, thinking and closing are encoded apart, as no generation by this tokenizer has them.
+
+    Args:
+        transcripts: with thinking.
+        tokenizer: the model's own.
+        template: from `resolve_template`.
+
+    Returns:
+        Their ids, in order; none for a template without thinking.
+    """
+    if not template.thinks:
+        return ()
+    foreign = []
+    for transcript in transcripts:
+        text, ids = transcript.thinking, transcript.thinking_ids
+        if not text or (ids is not None and _decodes_to(ids, text, tokenizer)):
+            continue
+        thinking = _strip_newlines(text, template)
+        apart = [*encode(tokenizer, thinking), *closing_ids(tokenizer, template)]
+        if encode(tokenizer, thinking + template.closing) != apart:
+            foreign.append(transcript.id)
+    return tuple(foreign)
 
 
 def _prompt_ids(

@@ -17,13 +17,15 @@ from cliffscope.study.artefacts import ARM_LOGS, TRANSCRIPT_TABLE, TRANSCRIPTS
 from cliffscope.study.config import read_inputs
 from cliffscope.study.stages.base import Stage, StageOutputs, Workspace
 from cliffscope.transcripts.records import Outcome, Split, Transcripts
+from cliffscope.transcripts.replies import part_answer
+from cliffscope.transcripts.transcript import foreign_boundaries
 
 
 class TranscriptStage(Stage):
     """Reads prompts, generates thinking and answers (or reads transcripts), judges the answers, splits by prompt."""
 
     name = "transcripts"
-    version = 1
+    version = 2
     needs = ()
     makes = (TRANSCRIPTS, TRANSCRIPT_TABLE, ARM_LOGS)
     settings = ("limit", "system", "max_thinking", "max_answer", "temperature", "judge", "harmless_judge", "seed")
@@ -44,7 +46,13 @@ class TranscriptStage(Stage):
         return StageOutputs(
             files={TRANSCRIPTS: transcripts, TRANSCRIPT_TABLE: transcript_table(transcripts, splits)},
             omitted=transcripts.omitted,
-            facts={"model": _model_facts(model), "counts": count_outcomes(transcripts)},
+            notes=(*_thinking_notes(transcripts, model), *_boundary_notes(transcripts, model)),
+            facts={
+                "model": _model_facts(model),
+                "convention": {**model.template.record(), "date": model.template.date},
+                "counts": count_outcomes(transcripts),
+                "text_boundaries": len(foreign_boundaries(transcripts, model.tokenizer, model.template)),
+            },
         )
 
 
@@ -99,6 +107,29 @@ def _splits(transcripts: Transcripts, fixed: Mapping[str, Split], seed: int) -> 
     # A fixed test half leaves nothing else to test on: what would be tested is fitted on.
     spare = {Split.TEST: Split.FIT}
     return {name: fixed.get(name, spare.get(side, side)) for name, side in sides.items()}
+
+
+def _thinking_notes(transcripts: Transcripts, model: LensModel) -> list[str]:
+    """What to do where the answers of a model without thinking hold some."""
+    n = sum(bool(part_answer(t.answer or "").reason) for t in transcripts)
+    if model.template.thinks or not n:
+        return []
+    return [
+        f"{n} of {len(transcripts)} answers hold thinking, although template {model.template.name!r} has none; judges "
+        "read the answers without it, but the closing is not where thinking ends. Run `cliffscope template --model "
+        f"{model.name} --learn --save my.json`, then the study with --template my.json."
+    ]
+
+
+def _boundary_notes(transcripts: Transcripts, model: LensModel) -> list[str]:
+    """How many transcripts came as text whose tokens no generation would have."""
+    n = len(foreign_boundaries(transcripts, model.tokenizer, model.template))
+    if not n:
+        return []
+    return [
+        f"{n} of {len(transcripts)} transcripts came as text in which a token spans the end of the thinking: the "
+        "tokens measured there are not those of any generation. Generate them here to measure generated tokens."
+    ]
 
 
 def _model_facts(model: LensModel) -> dict[str, object]:
