@@ -1,13 +1,21 @@
 """Conventions that no family has, each as a small chat template and tokenizer: detected exactly, or asked about."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from cliffscope.errors import UnclearTemplateError
-from cliffscope.transcripts.templates import detect_template
+from cliffscope.errors import DataError, UnclearTemplateError
+from cliffscope.transcripts.templates import (
+    detect_template,
+    find_template,
+    generation_prompt,
+    resolve_template,
+    write_template,
+)
 
 ROLES = ("<|user|>", "<|assistant|>", "<|end|>")
 
@@ -170,3 +178,62 @@ def test_a_textual_convention_is_detected_where_it_is_rendered() -> None:
     with pytest.raises(UnclearTemplateError, match="newlines included") as error:
         detect_template(build_byte_tokenizer(never, *ROLES))
     assert error.value.answer["think_open"] == "Here are my reasoning steps:"
+
+
+DATED = (
+    "Today is {{ strftime_now('%d %B %Y') }}.\n{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_the_day_that_a_chat_template_writes_is_pinned() -> None:
+    tokenizer, user = build_byte_tokenizer(DATED, *ROLES), [{"role": "user", "content": "Hi"}]
+    template = resolve_template(None, tokenizer)
+    assert template.date == date.today().isoformat()
+    old = replace(template, date="2024-02-29")
+    assert generation_prompt(tokenizer, user, old).startswith("Today is 29 February 2024.")
+    assert resolve_template(old, tokenizer) is old
+    assert resolve_template("plain", tokenizer).date == template.date
+    assert resolve_template("plain", build_byte_tokenizer(DATED[DATED.index("{% for") :], *ROLES)).date == ""
+
+
+def test_a_template_that_is_written_and_read_is_the_same(tmp_path: Path) -> None:
+    for style in (tagged(*TAGS["seed"], switch="thinking"), tagged(*TAGS["kimi"], prompt_opens=True)):
+        template = detect_template(style.tokenizer())
+        write_template(template, tmp_path / "mine.json")
+        assert find_template(str(tmp_path / "mine.json")) == template
+    with pytest.raises(DataError, match=r"does not end in \.json"):
+        write_template(template, tmp_path / "mine.txt")
+
+
+def test_contradictory_renderings_are_asked_about() -> None:
+    source = tagged("<think>", "</think>", prompt_opens=True).source
+    line = "{{ '\\n' }}"
+    both = source.replace(
+        "{{ m.content }}<|end|>{% endif %}",
+        f"{{% if m.thinking %}}<think>{line}{{{{ m.thinking }}}}</think>{{% endif %}}{{{{ m.content }}}}<|end|>{{% endif %}}",
+    )
+    assert both != source
+    with pytest.raises(UnclearTemplateError, match="contradict each other"):
+        detect_template(build_byte_tokenizer(both, *ROLES))
+
+
+def test_text_around_reasoning_in_the_source_counts_where_no_turn_renders_it() -> None:
+    source = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% if m.tool %}"
+        "{{ '<muse_thinking>' + m.tool + '</muse_thinking>\n' + m.content }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|><muse_thinking>{% endif %}"
+    )
+    template = detect_template(build_byte_tokenizer(source, *ROLES))
+    assert (template.opening, template.closing) == ("", "</muse_thinking>\n")
+    assert template.evidence["closing"] == "the text that the chat template puts around reasoning"
+
+
+def test_a_known_template_with_other_newlines_in_its_source_is_asked_about() -> None:
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>\n')[-1].split('x</think> ')[0] }}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>{{ '\n' }}{% endif %}"
+    )
+    assert detect_template(build_byte_tokenizer(source, "<|im_end|>")).name == "qwq"
+    with pytest.raises(UnclearTemplateError, match="was expected"):
+        detect_template(build_byte_tokenizer(source.replace("</think>\n'", "</think>\n\n\n'"), "<|im_end|>"))

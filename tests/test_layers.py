@@ -100,6 +100,7 @@ PUBLIC = [
     "measure_suppression",
     "open_study",
     "organisms",
+    "probe_convention",
     "probe_transfer",
     "rank_heads",
     "read_prompts",

@@ -409,10 +409,26 @@ def test_every_template_that_thinks_closes_with_its_own_tag() -> None:
         assert template.opening.startswith(template.think_open) or not template.opening
 
 
-def test_the_documented_templates_are_those_that_are_known() -> None:
-    def code(text: str) -> str:
-        return f"`{text!r}`".replace("|", "\\|").replace("'", "") if text else ""
+def code(text: str) -> str:
+    return f"`{text!r}`".replace("|", "\\|").replace("'", "") if text else ""
 
+
+def test_the_documented_published_templates_are_detected_as_documented() -> None:
+    lines = ["| file | result | opening | closing | end of turn | closing from |", "|---" * 6 + "|"]
+    for file in sorted((*NAMES, *ASKED)):
+        tokenizer = shared_tokenizer(vocabulary(NAMES.get(file, "qwen3")), file)
+        try:
+            t = detect_template(tokenizer)
+        except UnclearTemplateError as error:
+            lines.append(f"| {file} | asked: {error.question.partition('?')[0]}? | | | | |")
+            continue
+        place = t.evidence.get("closing", "").partition(" for ")[0]
+        cells = (file, t.name, code(t.opening), code(t.closing), code(t.end), place)
+        lines.append("| " + " | ".join(cells) + " |")
+    check_documented("published templates", "\n".join(lines) + "\n")
+
+
+def test_the_documented_templates_are_those_that_are_known() -> None:
     lines = [
         "| template | models | generation prompt ends in | closing | seen | earlier thinking | off |",
         "|---" * 7 + "|",
