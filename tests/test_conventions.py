@@ -208,11 +208,8 @@ def test_a_template_that_is_written_and_read_is_the_same(tmp_path: Path) -> None
 
 def test_contradictory_renderings_are_asked_about() -> None:
     source = tagged("<think>", "</think>", prompt_opens=True).source
-    line = "{{ '\\n' }}"
-    both = source.replace(
-        "{{ m.content }}<|end|>{% endif %}",
-        f"{{% if m.thinking %}}<think>{line}{{{{ m.thinking }}}}</think>{{% endif %}}{{{{ m.content }}}}<|end|>{{% endif %}}",
-    )
+    other = "{% if m.thought %}<think>{{ '\\n' }}{{ m.thought }}</think>{% endif %}"
+    both = source.replace("<|assistant|>{% if m.reason", f"<|assistant|>{other}{{% if m.reason")
     assert both != source
     with pytest.raises(UnclearTemplateError, match="contradict each other"):
         detect_template(build_byte_tokenizer(both, *ROLES))
@@ -231,7 +228,7 @@ def test_text_around_reasoning_in_the_source_counts_where_no_turn_renders_it() -
 
 def test_a_known_template_with_other_newlines_in_its_source_is_asked_about() -> None:
     source = (
-        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>\n')[-1].split('x</think> ')[0] }}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>\n')[-1] }}"
         "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>{{ '\n' }}{% endif %}"
     )
     assert detect_template(build_byte_tokenizer(source, "<|im_end|>")).name == "qwq"

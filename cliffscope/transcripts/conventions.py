@@ -23,7 +23,6 @@ from cliffscope.transcripts.tags import TagPair, counterpart, tags_in
 MEASURED = "measured"
 """Name of a template that no family of this package has."""
 _WORDS = re.compile(r"think|thought|reason", re.IGNORECASE)
-_SPACE = re.compile(r"\s*")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,15 +224,11 @@ def _of_prior(seen: Observations, prior: Template, place: str, thinks: str) -> T
 
 
 def _check_space(seen: Observations, prior: Template) -> None:
-    """Raises UnclearTemplateError where a text of the source has other newlines around the tag than the prior."""
-    before, tag, after = prior.closing.partition(prior.think_close)
+    """Raises UnclearTemplateError where a text of the source has more newlines behind the tag than the prior."""
+    after = prior.closing.partition(prior.think_close)[2]
     for text in seen.source.texts:
-        for match in re.finditer(rf"(\n*){re.escape(tag)}(\n*)", text):
-            left, right = match[1], match[2]
-            at_edges = (match.start() == 0, match.end() == len(text))
-            if not (left.endswith(before) or before.endswith(left)) and not at_edges[0]:
-                raise _ask_closing(seen, f"its source has {match[0]!r}, where {prior.closing!r} was expected")
-            if not (right.startswith(after) or after.startswith(right)):
+        for match in re.finditer(rf"{re.escape(prior.think_close)}(\n*)", text):
+            if not after.startswith(match[1]):
                 raise _ask_closing(seen, f"its source has {match[0]!r}, where {prior.closing!r} was expected")
 
 

@@ -7,6 +7,7 @@
 Knows no conventions: conventions.py compares what this file returns.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -117,10 +118,10 @@ def render_chat(
     Raises:
         TemplateError: there is no chat template, or it rejects these turns.
     """
-    chat_source(tokenizer)
+    source = chat_source(tokenizer)
     variables: dict[str, object] = dict(switches)
     if date:
-        variables[CLOCK] = datetime.fromisoformat(date).strftime
+        variables["chat_template"] = _on_day(source, date)
     # The typed signature lacks the chat template's own keyword arguments.
     render: Callable[..., object] = tokenizer.apply_chat_template
     try:
@@ -145,6 +146,22 @@ def try_render(
 def today() -> str:
     """The current day, as 2026-01-31."""
     return calendar_date.today().isoformat()
+
+
+def _on_day(source: str, date: str) -> str:
+    """The source with a clock that stands still; functions cannot be passed to a chat template, text can."""
+    day = datetime.fromisoformat(date)
+    tree = Environment(extensions=["jinja2.ext.loopcontrols"]).parse(_GENERATION.sub("", source))
+    forms = [
+        arg.value
+        for call in tree.find_all(nodes.Call)
+        if isinstance(call.node, nodes.Name) and call.node.name == CLOCK
+        for arg in call.args
+        if isinstance(arg, nodes.Const) and isinstance(arg.value, str)
+    ]
+    days = json.dumps({form: day.strftime(form) for form in forms}, ensure_ascii=False)
+    # The empty expression keeps a newline at the start of the source, which Jinja drops behind a block.
+    return f"{{% macro {CLOCK}(form) %}}{{{{ {days}[form] }}}}{{% endmacro %}}{{{{ '' }}}}{source}"
 
 
 def _run(node: nodes.Node) -> tuple[str | None, ...]:
