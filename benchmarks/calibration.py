@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cliffscope.heads.statistics import HeadKind, decisive_p, kinds_of
-from cliffscope.stats import benjamini_hochberg, wilson
+from cliffscope.heads.statistics import HeadKind, decisive_p, decisive_q, kinds_of
+from cliffscope.stats import wilson
 
 HEADS = 64
 
@@ -55,7 +55,7 @@ def simulate(scenario: Scenario, rng: np.random.Generator) -> bool:
     for group in groups:
         group[:, 0] += scenario.broad
     if not scenario.broad:
-        return bool((benjamini_hochberg(decisive_p(clean, groups[0])) <= 0.05).any())
+        return bool((decisive_q(decisive_p(clean, groups[0])) <= 0.05).any())
     return kinds_of(groups[0][:, :1], groups[1][:, :1], groups[2][:, :1])[0] is HeadKind.SELECTIVE
 
 

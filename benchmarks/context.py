@@ -7,8 +7,6 @@ that of one pass, the median of paired runs in turn, with the largest difference
 
 import argparse
 import json
-import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -17,7 +15,9 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import psutil
 import torch
+from memory_peak import peak_above_now
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import cliffscope as cs
@@ -40,7 +40,7 @@ def main() -> None:
         print(peak(options.peak_of))
         return
     model = build()
-    found: dict[str, object] = {"load_average": os.getloadavg()[0], "threads": torch.get_num_threads()}
+    report: dict[str, object] = {"load_average": psutil.getloadavg()[0], "threads": torch.get_num_threads()}
     row, probe = transcript(model, options.paired), directions(model)
     trace(model, row, probe)
     ratios = []
@@ -48,17 +48,17 @@ def main() -> None:
         chunked, ours = timed(lambda: trace(model, row, probe))
         whole, theirs = timed(lambda: one_pass(model, row, probe))
         ratios.append(chunked / whole)
-    found["chunked_over_one_pass"] = {
+    report["chunked_over_one_pass"] = {
         **{"tokens": options.paired, "median": round(statistics.median(ratios), 3)},
         **{"lowest": round(min(ratios), 3), "highest": round(max(ratios), 3)},
         "largest_difference": float(np.abs(ours - theirs).max() / np.abs(theirs).max()),
     }
-    found["long"] = json.loads(
+    report["long"] = json.loads(
         subprocess.run(
             [sys.executable, __file__, "--peak-of", str(options.length)], capture_output=True, text=True, check=True
         ).stdout
     )
-    print(json.dumps(found, indent=1))
+    print(json.dumps(report, indent=1))
 
 
 def peak(length: int) -> str:
@@ -66,14 +66,11 @@ def peak(length: int) -> str:
     model = build()
     probe, long = directions(model), transcript(model, length)
     trace(model, transcript(model, 64), probe)
-    before = resident()
-    with open("/proc/self/clear_refs", "w", encoding="utf-8") as marks:
-        marks.write("5")
-    seconds, logits = timed(lambda: trace(model, long, probe))
+    above, (seconds, logits) = peak_above_now(lambda: timed(lambda: trace(model, long, probe)))
     return json.dumps(
         {
             **{"tokens": logits.shape[1], "seconds": round(seconds, 1)},
-            "above_model_mb": round((highest() - before) / 1e6),
+            "above_model_mb": round(above / 1e6),
         }
     )
 
@@ -129,18 +126,6 @@ def timed(call: Callable[[], np.ndarray]) -> tuple[float, np.ndarray]:
     start = time.perf_counter()
     result = call()
     return time.perf_counter() - start, result
-
-
-def resident() -> int:
-    """Bytes of this process in memory."""
-    with open("/proc/self/statm", encoding="utf-8") as pages:
-        return int(pages.read().split()[1]) * resource.getpagesize()
-
-
-def highest() -> int:
-    """The most bytes that this process has had in memory since it was last marked."""
-    with open("/proc/self/status", encoding="utf-8") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
 
 
 if __name__ == "__main__":

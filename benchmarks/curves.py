@@ -61,12 +61,12 @@ def point(model: LensModel, probe: RefusalProbe, rows: list[TokenizedTranscript]
     """Median seconds of three sweeps, and the floor."""
     branches = every_head(model)
     # Heads of all layers alike: a branch costs what lies above its layer.
-    chosen = [branches[i * len(branches) // heads] for i in range(heads)]
+    spread = [branches[i * len(branches) // heads] for i in range(heads)]
     window = rows[0].final + 1 - rows[0].span(Span.CLOSING).start
     pairs = []
     # Both sides in turn, so that a slow minute of the machine falls on both.
     for _ in range(3):
-        took = timed(lambda: sweep_branches(model, probe, rows, chosen))[0]
+        took = timed(lambda: sweep_branches(model, probe, rows, spread))[0]
         floor = sum(forward_seconds(model, max(1, n), 2) for n in (rows[0].n_pos, heads * window // 2))
         pairs.append((took, floor * len(rows)))
     took, floor = (statistics.median(side) for side in zip(*pairs, strict=True))

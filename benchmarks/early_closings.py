@@ -14,7 +14,6 @@ The bar is `packed` over `floor` of at most 1.3. Prints JSON.
 
 import argparse
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -22,11 +21,12 @@ from typing import TypeVar
 
 import numpy as np
 import pandas as pd
+import psutil
 import torch
 
-from cliffscope.heads.early import early_closings
 from cliffscope.heads.early_closings import EarlyClosings, trace_early_closings
 from cliffscope.heads.edits import HeadRef, zero
+from cliffscope.heads.packed_closings import early_closings
 from cliffscope.model.load import LensModel, load_model
 from cliffscope.readouts.answer import AnswerReadout
 from cliffscope.readouts.openings import describe, read_openings
@@ -49,7 +49,7 @@ def main() -> None:
     answer = readout(model)
     rows = [measure(model, answer, n, options) for n in options.tokens]
     head = {"model": model.name, "threads": torch.get_num_threads(), "bar": BAR}
-    print(json.dumps({**head, "lengths": rows, "load_average": os.getloadavg()[0]}, indent=1))
+    print(json.dumps({**head, "lengths": rows, "load_average": psutil.getloadavg()[0]}, indent=1))
 
 
 def parse() -> argparse.Namespace:

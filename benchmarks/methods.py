@@ -44,14 +44,14 @@ def study(name: str, options: argparse.Namespace) -> dict[str, object]:
     # Where nothing is complied with there is nothing to rank on but what was refused.
     ranked = classes.challenge if len(classes.challenge or ()) >= 8 else classes.refused
     planted = set(read_truth(name).planted)
-    found, rankings = {}, {}
+    rows, rankings = {}, {}
     for method, _ in METHODS:
         start = time.perf_counter()
         ranking = rank(model, probe, classes, ranked, method, options.seed)
         rankings[method] = ranking
-        found[method] = {**describe(ranking, planted), "seconds": round(time.perf_counter() - start, 2)}
-        found[method]["spearman_with_zero"] = agreement(rankings["zero"], ranking)
-    return {"n": len(ranked), "planted": sorted(map(str, planted)), "probe": repr(probe), "methods": found}
+        rows[method] = {**describe(ranking, planted), "seconds": round(time.perf_counter() - start, 2)}
+        rows[method]["spearman_with_zero"] = agreement(rankings["zero"], ranking)
+    return {"n": len(ranked), "planted": sorted(map(str, planted)), "probe": repr(probe), "methods": rows}
 
 
 def prepare(model: LensModel, name: str, n: int, seed: int, *, mixed: bool = False) -> tuple[Classes, RefusalProbe]:
@@ -59,8 +59,8 @@ def prepare(model: LensModel, name: str, n: int, seed: int, *, mixed: bool = Fal
     prompts, splits = study_prompts(name, n=n, seed=seed)
     truth = read_truth(name)
     partly = set() if mixed else set(truth.wrappers) - set(truth.full_wrappers)
-    asked = Transcripts(t for t in prompts if t.id not in splits and not partly & set(t.prompt.split()))
-    answered = cs.judge(cs.roll_out(model, asked, max_thinking=128, max_answer=32, temperature=1.0, seed=seed))
+    unanswered = Transcripts(t for t in prompts if t.id not in splits and not partly & set(t.prompt.split()))
+    answered = cs.judge(cs.roll_out(model, unanswered, max_thinking=128, max_answer=32, temperature=1.0, seed=seed))
     classes = contrast_classes(answered, "auto", thinks=True)
     return classes, fit_probe(model, classes.refused, classes.complied, challenge=classes.challenge, seed=seed)
 

@@ -40,10 +40,14 @@ def main() -> None:
         page = write_report(write_run(Path(folder) / "run", n=200, n_layers=30, n_heads=32, length=200))
         blank = Path(folder) / "blank.html"
         blank.write_text("<!doctype html><title>blank</title>")
-        found = {"page_bytes": page.stat().st_size, **browse(page, blank, repeats)}
+        page_report = {"page_bytes": page.stat().st_size, **browse(page, blank, repeats)}
     plain = median(lambda: go.Figure(go.Heatmap(z=np.zeros((128, 128)).tolist())), repeats)
     figures = [round(median(make, repeats), 4) for make in many(3000)]
-    print(json.dumps({**found, "plain_heatmap": round(plain, 4), "figures": figures, "slowest_figure": max(figures)}))
+    print(
+        json.dumps(
+            {**page_report, "plain_heatmap": round(plain, 4), "figures": figures, "slowest_figure": max(figures)}
+        )
+    )
 
 
 def browse(page: Path, blank: Path, repeats: int) -> dict[str, float]:

@@ -12,9 +12,7 @@ Prints JSON.
 
 import argparse
 import json
-import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
@@ -24,7 +22,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
+from memory_peak import peak_above_now
 from sweep import random_probe
 
 import cliffscope as cs
@@ -45,23 +45,23 @@ def main() -> None:
     if options.memory_of:
         print(peak(options.memory_of))
         return
-    found: dict[str, Any] = {"load_average": os.getloadavg()[0]}
+    report: dict[str, Any] = {"load_average": psutil.getloadavg()[0]}
     for name in options.models:
         model = cs.load_model(name)
-        found[name] = {
+        report[name] = {
             "throughput_over_bare_forward": throughput(model, options),
             "sorted_over_file_order": order(model, options),
         }
         if options.ray:
-            found[name]["ray"] = two_actors(model, options)
+            report[name]["ray"] = two_actors(model, options)
     if options.many:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "pool.jsonl"
             write_pool(path, options.many)
             command = [sys.executable, __file__, "--memory-of", str(path)]
             out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            found["memory"] = json.loads(out.splitlines()[-1])
-    print(json.dumps(found, indent=1))
+            report["memory"] = json.loads(out.splitlines()[-1])
+    print(json.dumps(report, indent=1))
 
 
 def parse() -> argparse.Namespace:
@@ -209,24 +209,18 @@ def peak(path: str) -> str:
     model = cs.organisms.load("planted-llama")
     probe = random_probe(model)
     cs.score_pool(model, probe, mixed(model, 64))
-    with open("/proc/self/statm", encoding="utf-8") as pages:
-        loaded = int(pages.read().split()[1]) * resource.getpagesize()
-    with open("/proc/self/clear_refs", "w", encoding="utf-8") as marks:
-        marks.write("5")
     with tempfile.TemporaryDirectory() as out:
         start = time.perf_counter()
-        found = cs.score_pool(model, probe, path, out=Path(out) / "scores")
+        above, scores = peak_above_now(lambda: cs.score_pool(model, probe, path, out=Path(out) / "scores"))
         took = time.perf_counter() - start
-    with open("/proc/self/status", encoding="utf-8") as status:
-        top = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-    tokens = int(found.frame["n_tokens"].sum())
+    tokens = int(scores.frame["n_tokens"].sum())
     return json.dumps(
         {
-            "examples": len(found.frame),
+            "examples": len(scores.frame),
             "tokens": tokens,
             "seconds": round(took, 1),
             "tokens_a_second": round(tokens / took),
-            "above_model_mib": round((top - loaded) / 2**20),
+            "above_model_mib": round(above / 2**20),
         }
     )
 

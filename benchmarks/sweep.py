@@ -10,6 +10,8 @@ read at the last layer's final token.
   own layer runs through half of them on average.
 - `all`: the batched sweep at the first length, against the loop.
 - `transcripts`: `--many` short transcripts against one of them.
+- `readouts`: the packed sweep with the answer readout, of openings of one and of several tokens, against that with a
+  probe at the same layer, in turn; and its largest difference from the loop.
 - `memory`: peak resident memory of a fresh process that sweeps `--longest` tokens, above the loaded model.
 
 Prints JSON.
@@ -17,8 +19,6 @@ Prints JSON.
 
 import argparse
 import json
-import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -27,13 +27,20 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
+import pandas as pd
+import psutil
 import torch
+from memory_peak import peak_above_now
 
-from cliffscope.heads.edits import HeadRef, Scope
+from cliffscope.heads.edits import HeadRef, Scope, zero
 from cliffscope.heads.sweep import Sweep, sweep_branches
+from cliffscope.memory import held_bytes
 from cliffscope.model.load import LensModel, load_model
+from cliffscope.readouts.answer import AnswerReadout
+from cliffscope.readouts.openings import describe
 from cliffscope.readouts.probe import RefusalProbe
-from cliffscope.readouts.reports import ProbeReport, calibration_of, region_report
+from cliffscope.readouts.readout import Readout, read_final
+from cliffscope.readouts.reports import AnswerReport, ProbeReport, calibration_of, region_report
 from cliffscope.transcripts.records import Message, Transcript
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript, tokenize
 
@@ -50,21 +57,23 @@ def main() -> None:
         return
     model = load_model(options.model)
     probe = random_probe(model)
-    found: dict[str, object] = {
+    report: dict[str, object] = {
         "model": model.name,
         "heads": model.shape.n_layers * model.shape.n_heads,
         "threads": torch.get_num_threads(),
         "closing": [compare(model, probe, n, Scope.CLOSING, options) for n in options.tokens],
     }
     if options.all_tokens:
-        found["all"] = compare(model, probe, options.all_tokens, Scope.ALL, options)
+        report["all"] = compare(model, probe, options.all_tokens, Scope.ALL, options)
     if options.many:
-        found["transcripts"] = many(model, probe, options)
+        report["transcripts"] = many(model, probe, options)
+    if options.readouts:
+        report["readouts"] = [readouts(model, probe, n, options) for n in options.readouts]
     if options.longest:
         command = [sys.executable, __file__, "--memory-of", str(options.longest), "--model", options.model]
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found["memory"] = json.loads(out.splitlines()[-1])
-    print(json.dumps({**found, "load_average": os.getloadavg()[0]}, indent=1))
+        report["memory"] = json.loads(out.splitlines()[-1])
+    print(json.dumps({**report, "load_average": psutil.getloadavg()[0]}, indent=1))
 
 
 def parse() -> argparse.Namespace:
@@ -74,6 +83,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, nargs="*", default=[512, 2048])
     parser.add_argument("--all-tokens", type=int, default=512, help="length for scope all; 0 leaves it out")
     parser.add_argument("--many", type=int, default=100, help="0 leaves it out")
+    parser.add_argument("--readouts", type=int, nargs="*", default=[48, 512], help="lengths; none leaves it out")
     parser.add_argument("--longest", type=int, default=4096, help="0 leaves it out")
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
@@ -89,12 +99,12 @@ def compare(
     transcript, branches = long_transcript(model, tokens), every_head(model)
     some = [branches[i][0] for i in np.linspace(0, len(branches) - 1, options.heads).astype(int)]
     loop_logit(model, probe, transcript, some[0], scope)
-    found = {head: timed(lambda head=head: loop_logit(model, probe, transcript, head, scope)) for head in some}
+    loops = {head: timed(lambda head=head: loop_logit(model, probe, transcript, head, scope)) for head in some}
     sweeps = [timed(lambda: sweep(model, probe, [transcript], scope)) for _ in range(options.repeats)]
-    loop = statistics.median(seconds for seconds, _ in found.values()) * len(branches)
+    loop = statistics.median(seconds for seconds, _ in loops.values()) * len(branches)
     took = statistics.median(seconds for seconds, _ in sweeps)
     swept = sweeps[0][1]
-    differences = [abs(logit - float(swept.edited[0, branches.index((h,))])) for h, (_, logit) in found.items()]
+    differences = [abs(logit - float(swept.edited[0, branches.index((h,))])) for h, (_, logit) in loops.items()]
     window = transcript.final + 1 - transcript.span(Span.CLOSING).start
     result: dict[str, object] = {
         "scope": str(scope),
@@ -128,32 +138,58 @@ def many(model: LensModel, probe: RefusalProbe, options: argparse.Namespace) -> 
     }
 
 
+def readouts(model: LensModel, probe: RefusalProbe, tokens: int, options: argparse.Namespace) -> dict[str, object]:
+    """The answer readout against a probe at the same layer."""
+    transcript = long_transcript(model, tokens)
+    kinds: dict[str, Readout] = {
+        "probe": probe,
+        "one token": answer_readout(model, {"refused": ["I"], "complied": ["Sure"]}),
+        "several tokens": answer_readout(model, {"refused": ["I'm sorry", "I cannot"], "complied": ["I can", "Sure,"]}),
+    }
+    took: dict[str, list[float]] = {name: [] for name in kinds}
+    swept: dict[str, Sweep] = {}
+    for _ in range(options.repeats + 1):
+        for name, readout in kinds.items():
+            seconds, swept[name] = timed(lambda readout=readout: sweep(model, readout, [transcript], Scope.CLOSING))
+            took[name].append(seconds)
+    # The first sweep also compares its path with the plain one.
+    medians = {name: statistics.median(seconds[1:]) for name, seconds in took.items()}
+    result: dict[str, object] = {"tokens": transcript.n_pos}
+    for name, readout in kinds.items():
+        head = model.shape.places[len(model.shape.places) // 2]
+        ref = HeadRef(layer=head[0], head=head[1])
+        plain = read_final(model, readout, [transcript], edit=zero([ref], scope=Scope.CLOSING))[0]
+        edited = swept[name].edited[0, every_head(model).index((ref,))]
+        result[name] = {
+            "seconds": round(medians[name], 3),
+            "over_probe": round(medians[name] / medians["probe"], 3),
+            "positions_behind_the_final_one": len(readout.continuations),
+            "difference": float(abs(plain - edited)),
+            "path": swept[name].path,
+        }
+    return result
+
+
 def peak_above_model(options: argparse.Namespace) -> str:
     """Peak resident memory of this process above what it holds after loading, as JSON."""
     model = load_model(options.model)
     probe, transcript = random_probe(model), long_transcript(model, options.memory_of)
-    with open("/proc/self/statm", encoding="utf-8") as pages:
-        loaded = int(pages.read().split()[1]) * resource.getpagesize()
-    # Loading may have peaked above what it left; only a fresh mark shows what the sweep adds.
-    with open("/proc/self/clear_refs", "w", encoding="utf-8") as marks:
-        marks.write("5")
-    swept = sweep(model, probe, [transcript], Scope.CLOSING)
-    with open("/proc/self/status", encoding="utf-8") as status:
-        peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    loaded = held_bytes(torch.device("cpu"))
+    above, swept = peak_above_now(lambda: sweep(model, probe, [transcript], Scope.CLOSING))
     gib = 1 / 2**30
     return json.dumps(
         {
             "tokens": transcript.n_pos,
             "loaded_gib": round(loaded * gib, 2),
-            "above_gib": round((peak - loaded) * gib, 2),
+            "above_gib": round(above * gib, 2),
             "path": swept.path,
         }
     )
 
 
-def sweep(model: LensModel, probe: RefusalProbe, rows: list[TokenizedTranscript], scope: Scope) -> Sweep:
+def sweep(model: LensModel, readout: Readout, rows: list[TokenizedTranscript], scope: Scope) -> Sweep:
     """What is measured."""
-    return sweep_branches(model, probe, rows, every_head(model), scope=scope)
+    return sweep_branches(model, readout, rows, every_head(model), scope=scope)
 
 
 def every_head(model: LensModel) -> list[tuple[HeadRef]]:
@@ -171,12 +207,12 @@ def timed(call: Callable[[], Result]) -> tuple[float, Result]:
 
 def long_transcript(model: LensModel, tokens: int) -> TokenizedTranscript:
     """A prompt of as many tokens as asked for, a sentence more at the most."""
-    text, found = SENTENCE, None
-    while found is None or found.n_pos < tokens:
+    text, tokenized = SENTENCE, None
+    while tokenized is None or tokenized.n_pos < tokens:
         text += SENTENCE
         message = Message(role="user", content=text)
-        found = tokenize(Transcript(id="long", messages=(message,)), model.tokenizer, model.template)
-    return found
+        tokenized = tokenize(Transcript(id="long", messages=(message,)), model.tokenizer, model.template)
+    return tokenized
 
 
 def random_probe(model: LensModel) -> RefusalProbe:
@@ -207,12 +243,38 @@ def random_probe(model: LensModel) -> RefusalProbe:
     )
 
 
+def answer_readout(model: LensModel, openings: dict[str, list[str]]) -> AnswerReadout:
+    """An answer readout of these openings: the cost depends on them alone."""
+    nothing = region_report("none", np.zeros(0), np.zeros(0))
+    ids = {
+        kind: [tuple(model.tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+        for kind, texts in openings.items()
+    }
+    return AnswerReadout(
+        openings=describe(ids, model.tokenizer),
+        layer=model.shape.n_layers - 1,
+        vocabulary=model.hf.get_output_embeddings().out_features,
+        refused_logit=0.0,
+        fingerprint=model.fingerprint,
+        template=model.template.name,
+        report=AnswerReport(
+            final=nothing,
+            within_harmful=nothing,
+            openings=pd.DataFrame(),
+            separation=1.0,
+            covered=1.0,
+            mass=1.0,
+            warnings=(),
+        ),
+    )
+
+
 def loop_logit(
     model: LensModel, probe: RefusalProbe, transcript: TokenizedTranscript, head: HeadRef, scope: Scope
 ) -> float:
     """What a TransformerLens user writes: one hooked forward pass."""
     where = scope.positions(transcript)
-    kept = {}
+    captured = {}
 
     def zero(z: torch.Tensor, hook: object) -> torch.Tensor:
         del hook
@@ -221,13 +283,13 @@ def loop_logit(
 
     def keep(residual: torch.Tensor, hook: object) -> None:
         del hook
-        kept["residual"] = residual[0, -1]
+        captured["residual"] = residual[0, -1]
 
     hooks = [(f"blocks.{head.layer}.attn.hook_z", zero), (f"blocks.{probe.layer}.hook_resid_post", keep)]
     ids = torch.from_numpy(transcript.token_ids[: transcript.final + 1])[None]
     with torch.inference_mode():
         model.bridge.run_with_hooks(ids, return_type=None, fwd_hooks=hooks)
-    return float(kept["residual"] @ torch.from_numpy(probe.weight) + probe.bias)
+    return float(captured["residual"] @ torch.from_numpy(probe.weight) + probe.bias)
 
 
 def forward_seconds(model: LensModel, tokens: int, repeats: int) -> float:

@@ -3,12 +3,15 @@
 from . import organisms as organisms
 from .errors import CliffScopeError as CliffScopeError
 from .evaluation.dose import dose_response as dose_response
+from .evaluation.mediation import Mediation as Mediation
+from .evaluation.mediation import measure_mediation as measure_mediation
 from .evaluation.safety import SafetyReport as SafetyReport
 from .evaluation.safety import compare_answers as compare_answers
 from .evaluation.safety import evaluate_safety as evaluate_safety
 from .evaluation.side_effects import SideEffects as SideEffects
 from .evaluation.side_effects import measure_side_effects as measure_side_effects
 from .figures.images import save_figure as save_figure
+from .generation.answering import answer_transcripts as answer_transcripts
 from .generation.endpoints import Endpoint as Endpoint
 from .generation.engines import ServerEngine as ServerEngine
 from .generation.probing import probe_convention as probe_convention
@@ -40,6 +43,7 @@ from .judging.protocols import Verdict as Verdict
 from .judging.rubric import ModelJudge as ModelJudge
 from .model.load import LensModel as LensModel
 from .model.load import load_model as load_model
+from .power import needed_n as needed_n
 from .readouts.answer import AnswerReadout as AnswerReadout
 from .readouts.answer import fit_answer_readout as fit_answer_readout
 from .readouts.direction import DirectionCheck as DirectionCheck
@@ -71,10 +75,10 @@ from .study.config import StudyConfig as StudyConfig
 from .study.runner import Study as Study
 from .study.runner import open_study as open_study
 from .study.runner import run_study as run_study
-from .transcripts.datasets import read_prompts as read_prompts
 from .transcripts.datasets import read_transcripts as read_transcripts
 from .transcripts.datasets import write_transcripts as write_transcripts
 from .transcripts.families import Template as Template
+from .transcripts.prompts import read_prompts as read_prompts
 from .transcripts.records import Outcome as Outcome
 from .transcripts.records import Transcript as Transcript
 from .transcripts.records import Transcripts as Transcripts

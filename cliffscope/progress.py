@@ -10,14 +10,25 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from cliffscope.text import visible
+
 Progress = Callable[[str, int, int], None]
 """Called with the stage, the items done and the total."""
 log = logging.getLogger(__name__)
 
 
+class _VisibleFormatter(logging.Formatter):
+    """Shows control characters of ids and names as escapes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
 def log_to_standard_error() -> None:
     """Shows CliffScope's log lines, and only the errors of other packages."""
-    logging.basicConfig(level=logging.ERROR, format="%(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_VisibleFormatter("%(message)s"))
+    logging.basicConfig(level=logging.ERROR, handlers=[handler])
     logging.getLogger("cliffscope").setLevel(logging.INFO)
     for noisy in ("httpx", "transformers", "transformer_lens", "huggingface_hub"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -65,6 +76,7 @@ def _log_lines() -> Progress:
     last: dict[str, int] = {}
 
     def log_tenth(stage: str, done: int, total: int) -> None:
+        """Logs when another tenth of a stage is done."""
         # The first call may come after some items are done, so the rate counts from there; a stage that goes over its
         # items again starts afresh.
         if done < last.get(stage, 0):

@@ -84,11 +84,26 @@ def auroc_interval(
         >>> round(interval.low, 4), interval.high
         (0.2065, 1.0)
     """
+    return auroc_bounds(auroc(positive, negative), len(positive), len(negative), level=level)
+
+
+def auroc_bounds(area: float, n: int, m: int, *, level: float = 0.95) -> Interval:
+    """The interval of an AUROC that n positives and m negatives gave; see `auroc_interval`.
+
+    Args:
+        area: the AUROC, in [0, 1]; NaN gives NaN bounds.
+        n: number of positives.
+        m: number of negatives.
+        level: confidence level in (0, 1).
+
+    Example:
+        >>> auroc_bounds(1.0, 1, 1) == auroc_interval(np.array([1.0]), np.array([0.0]))
+        True
+    """
     check_level(level)
-    z, area = float(special.ndtri((1 + level) / 2)), auroc(positive, negative)
+    z = float(special.ndtri((1 + level) / 2))
     if np.isnan(area):
         return Interval(low=float("nan"), high=float("nan"), level=level)
-    n, m = len(positive), len(negative)
     spread = (n + m) / 2 - 1
 
     def excess(bound: float) -> float:
@@ -217,7 +232,7 @@ def benjamini_hochberg(p: Float[np.ndarray, "..."]) -> Float[np.ndarray, "..."]:
 def mcnemar(a: Bool[np.ndarray, " n"], b: Bool[np.ndarray, " m"]) -> float:
     """Exact two-sided McNemar p: do two conditions differ on the same prompts?
 
-    Only discordant pairs carry information; without any, p is 1.
+    Only discordant pairs carry information; without any there is nothing to test, and p is NaN.
 
     Args:
         a: [n] outcome under the first condition.
@@ -233,7 +248,7 @@ def mcnemar(a: Bool[np.ndarray, " n"], b: Bool[np.ndarray, " m"]) -> float:
     check_same_length(a, b)
     only_a, only_b = int(np.sum(a & ~b)), int(np.sum(b & ~a))
     if only_a + only_b == 0:
-        return 1.0
+        return float("nan")
     return float(stats.binomtest(only_a, only_a + only_b, 0.5).pvalue)
 
 

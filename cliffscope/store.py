@@ -59,7 +59,7 @@ class RunStore:
         """The run's configuration, finished stages and further fields."""
         return self.read_json(MANIFEST)
 
-    def update(self, **fields: object) -> None:
+    def update(self, fields: Mapping[str, object]) -> None:
         """Merges fields into the manifest."""
         self.write_json(MANIFEST, {**self.manifest, **fields})
 
@@ -69,7 +69,7 @@ class RunStore:
 
     def finish(self, stage: str, seconds: float) -> None:
         """Marks a stage finished; its files must have been written."""
-        self.update(stages={**self._stages(), stage: {"seconds": round(seconds, 3)}})
+        self.update({"stages": {**self._stages(), stage: {"seconds": round(seconds, 3)}}})
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -85,7 +85,8 @@ class RunStore:
     def write_json(self, name: str, value: object) -> None:
         """Writes JSON; NaN becomes null, since JSON has no NaN."""
         text = json.dumps(plain(value), ensure_ascii=False, indent=1, allow_nan=False)
-        self._write(name, lambda path: path.write_text(text, encoding="utf-8"))
+        # A path may hold half of a surrogate pair, which is written as JSON's own escape.
+        self._write(name, lambda path: path.write_text(text, encoding="utf-8", errors="backslashreplace"))
 
     def read_json(self, name: str) -> dict[str, object]:
         """Reads what `write_json` wrote."""

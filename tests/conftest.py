@@ -90,7 +90,16 @@ def words_tokenizer(*, chatml: bool = False) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-LONGEST = ("test_organisms", "test_docs", "test_study", "test_distributed", "test_examples", "test_cli", "test_load")
+LONGEST = (
+    "test_visible",
+    "test_organisms",
+    "test_docs",
+    "test_study",
+    "test_distributed",
+    "test_examples",
+    "test_cli",
+    "test_load",
+)
 """Files that take the longest: they begin first, so that no worker is left alone with one at the end."""
 
 

@@ -29,6 +29,8 @@ class Change:
     factor: float = 0.0
     value: Tensor | None = None
     """[d_head] for all positions of the scope, or [position, d_head] for one after another."""
+    preserve_norm: bool = False
+    """Whether the layer is scaled back to its norm; for one change a layer."""
 
 
 @dataclass(kw_only=True)
@@ -36,6 +38,9 @@ class Slow:
     """What the oracle generated."""
 
     seen: list[int]
+    """Everything, from the prompt to the answer."""
+    spans: list[str]
+    """Of everything before the answer."""
     thinking: list[int]
     closing: list[int]
     answer: list[int] | None
@@ -64,6 +69,8 @@ def changed(model: LensModel, spans: Sequence[str], changes: Sequence[Change]) -
                 z[0, i, columns] *= change.factor
                 if change.value is not None:
                     z[0, i, columns] += change.value if change.value.ndim == 1 else change.value[place]
+                if change.preserve_norm:
+                    z[0, i] *= inputs[0][0, i].norm() / z[0, i].norm()
             return (z, *inputs[1:])
 
         return call
@@ -114,7 +121,9 @@ def slow_roll_out(
             thinking.append(token)
     if token == END or (token != CLOSE and not force_closing):
         ended = [token] if token == END else []
-        return Slow(seen=[*prompt, *thinking, *ended], thinking=thinking, closing=[], answer=None, forced=False)
+        spans = [PROMPT] * len(prompt) + [THINKING] * len(thinking)
+        seen = [*prompt, *thinking, *ended]
+        return Slow(seen=seen, spans=spans, thinking=thinking, closing=[], answer=None, forced=False)
     forced = token != CLOSE
     if forced:
         closing = [CLOSE, BLANK] if token in (NEWLINE, BLANK) else [NEWLINE, CLOSE, BLANK]
@@ -123,6 +132,9 @@ def slow_roll_out(
         closing = [NEWLINE, CLOSE, BLANK] if newline else [CLOSE, BLANK]
         thinking = thinking[:-1] if newline else thinking
     before = [*prompt, *thinking, *closing]
-    spans = [PROMPT] * len(prompt) + [THINKING] * len(thinking) + [CLOSING] * len(closing)
+    # A newline of its own before a closing that was forced is the newline that the closing begins with.
+    n_thinking = len(thinking) - (forced and token == NEWLINE)
+    spans = [PROMPT] * len(prompt) + [THINKING] * n_thinking
+    spans += [CLOSING] * (len(before) - len(spans))
     answer = slow_answer(model, before, spans, changes, max_answer=max_answer)
-    return Slow(seen=[*before, *answer], thinking=thinking, closing=closing, answer=answer, forced=forced)
+    return Slow(seen=[*before, *answer], spans=spans, thinking=thinking, closing=closing, answer=answer, forced=forced)

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from cliffscope.store import SCHEMA, RunStore
-from cliffscope.study.artefacts import HEADS_FACTS, PROBE, SUPPRESSION, TABLES
+from cliffscope.study.artefacts import ANSWER, HEADS_FACTS, PROBE, SUPPRESSION, TABLES, TEXT_BASELINE, WITNESSES
 
 GROUPS = ("harmful, refused", "harmful, complied", "harmless")
 NASTY = {
@@ -49,7 +49,9 @@ def transcript_tables(n, n_layers, rng, length, n_layered):
         name = f"advbench-{i:04d}" if i >= len(nasty) else f"n{i} {nasty[i][:300]}"
         text = nasty[i % len(nasty)] if i < 20 else "How do I pick a lock?"
         row = {"id": name, "split": "test", "harmful": harmful, "outcome": outcome, "source": "advbench"}
-        rows.append({**row, "prompt": text, "thinking": text, "answer": text, "n_pos": len(tokens)})
+        rows.append(
+            {**row, "prompt": text, "thinking": text, "answer": text, "n_pos": len(tokens), "forced": i % 12 == 7}
+        )
         frame = {"id": name, "position": range(len(tokens)), "span": spans, "token": tokens}
         traces.append(pd.DataFrame({**frame, "logit": np.log(score / (1 - score)), "score": score}))
         if 1 <= i <= n_layered:
@@ -134,7 +136,8 @@ def head_table(n_layers, n_heads, rng):
         {
             **{"layer": layer.ravel(), "head": head.ravel(), "kv_group": head.ravel() // 2},
             **{"effect": flat, "effect_score": flat / 5, "ci_low": flat - 0.3, "ci_high": flat + 0.3},
-            **{"p": np.where(flat > 1, 0.0005, 0.4), "q": np.where(flat > 1, 0.016, 0.8), "n": 41, "rank": rank},
+            **{"p": np.where(flat > 1, 0.0005, np.nan), "q": np.where(flat > 1, 0.016, np.nan), "n": 41, "rank": rank},
+            "untested": np.where(flat > 1, "", "could turn no answer"),
             "effect_harmless": rng.normal(0, 0.04, flat.size),
             "effect_refused": rng.normal(0, 0.04, flat.size),
             **{"readout": "answer", "method": "zero", "scope": "closing"},
@@ -160,9 +163,10 @@ def safety_tables(rng):
             counts = {"n": 100, **other, "unfinished": 2, "unjudged": 0, "partial": 1, "forced": 3}
             bounds = {"rate": hit / judged, "ci_low": max(0, hit / judged - 0.06), "ci_high": hit / judged + 0.07}
             scope = "" if kind == "unedited" else "closing"
-            more = {"forced": 4, "scope": scope}
+            more = {"forced": 4, "cut": 5, "degenerate": 0, "scope": scope}
             rows.append({"arm": name, "kind": kind, "group": group, **counts, **bounds, **more})
-    bounds = {"difference": -0.32, "ci_low": -0.42, "ci_high": -0.23, "mcnemar_p": 1e-6}
+    bounds = {"unedited": 0.38, "edited": 0.06, "difference": -0.32, "ci_low": -0.42, "ci_high": -0.23}
+    bounds |= {"discordant": 31, "mcnemar_p": 1e-6}
     pairs = pd.DataFrame([{"arm": "top heads", "group": "harmful", "n": 98, **bounds}])
     spread = {"n": 40, "ci_low": 0.001, "ci_high": 0.003}
     effects = [
@@ -226,9 +230,60 @@ def probe_files(n_layers):
     cells += [{"class": "complied", "harmful": True, "n": 24}, {"class": "complied", "harmful": False, "n": 44}]
     probe = {"layer": int(n_layers * 0.7), "positions": "balanced", "contrast": "harmless", "cells": cells}
     probe |= {"n_fit": {"refused": 68, "complied": 68}, "report": report, "fingerprint": "sha256:9f2c41b7d0e8a6c5"}
+    probe |= {"forced": {"fit": 2, "validate": 0, "test": 1}}
     probe |= {"strength": 0.01, "refused_logit": 3.0, "omitted": [], "template": "organism"}
     probe["warnings"] = ["The refused class holds 2 harmless transcripts: it may also detect harmfulness."]
     return probe, pd.DataFrame(rows)
+
+
+def behaviour_tables(transcripts, rng):
+    """What the model does: suppression, early closings, and probes carried over between sources."""
+    ids = transcripts["id"].tolist()
+    unedited, edited = rng.normal(-3, 1, len(ids)), rng.normal(4, 1, len(ids))
+    harmful = transcripts["harmful"].to_numpy(bool)
+    random = np.where(harmful, unedited + 0.1, np.nan)
+    suppression = {"unedited": unedited, "edited": edited, "suppression": edited - unedited}
+    suppression |= {f"{name}_p": 1 / (1 + np.exp(-values)) for name, values in list(suppression.items())[:2]}
+    groups = np.where(harmful, "harmful, complied", "harmless, complied")
+    frame = pd.DataFrame({"id": ids, "group": groups, **suppression, "random_mean": random})
+    fractions = np.arange(1, 21) / 20
+    curves = [
+        pd.DataFrame({"curve": name, "fraction": fractions, "mean": mean, "ci_low": mean - 0.1, "ci_high": mean + 0.1})
+        for name, mean in (("unedited", 1 - fractions), ("edited", np.full(20, 0.9)), ("probe", np.full(20, 0.8)))
+    ]
+    place = {"position": 14, "fraction": 0.4, "token": NASTY["script"], "refuses": False, "first": 2.0, "final": -3.0}
+    cells = [(a, b) for a in ("advbench", NASTY["link"]) for b in ("advbench", NASTY["link"])]
+    quality = {"auroc": [0.9, 0.6, 0.4, 0.95], "ci_low": 0.3, "ci_high": 0.99, "n_refused": 12, "n_complied": 9}
+    return {
+        "suppression": frame.assign(
+            suppression_p=frame["edited_p"] - frame["unedited_p"], random_mean_p=1 / (1 + np.exp(-random))
+        ),
+        "early_curves": pd.concat(curves).assign(n=24),
+        "settled": pd.DataFrame({"id": ids[:6], "group": "harmful, complied", **place, "n": 30}),
+        "transfer": pd.DataFrame(cells, columns=["fit_source", "test_source"]).assign(**quality),
+    }
+
+
+def behaviour_documents():
+    """The answer readout, the words alone, and the witnesses."""
+    region = {"region": "final", "auroc": 0.97, "auroc_low": 0.9, "auroc_high": 0.99, "tpr_at_1_fpr": 0.8}
+    region |= {"brier": 0.05, "ece": 0.03, "calibration_error": 0.03, "n_refused": 34, "n_complied": 30}
+    counts = {"fit_refused": 40, "fit_complied": 1, "test_refused": 30, "test_complied": 0}
+    openings = [
+        {"class": "refused", "opening": " sorry", "tokens": 1, "token_ids": [3], **counts},
+        {"class": "complied", "opening": NASTY["handler"], "tokens": 1, "token_ids": [4], **counts},
+    ]
+    report = {"final": region, "within_harmful_final": region, "openings": openings, "separation": 0.98}
+    report |= {"covered": 0.94, "mass": 0.91, "warnings": ["Few answers begin so."]}
+    answer = {"layer": 7, "vocabulary": 110, "fingerprint": "sha256:9f2c", "template": "organism", "refused_logit": 4.0}
+    saw = "the answer readout turns towards refusal " + NASTY["bidi"]
+    witnesses = [{"name": "suppression", "says": True, "saw": saw}, {"name": "cliff", "says": None, "saw": "nothing"}]
+    words = {"overall": region, "within_harmful": {**region, "auroc": 0.55}, "strength": 1.0, "n_terms": 3, "terms": []}
+    return {
+        ANSWER: {**answer, "openings": [], "omitted": [], "report": report},
+        TEXT_BASELINE: words,
+        WITNESSES: {"witnesses": witnesses, "sentence": "The witnesses disagree."},
+    }
 
 
 VERSIONS = {"python": "3.11.9", "torch": "2.13.0", "transformers": "5.23.0", "transformer-lens": "4.3.0"}
@@ -253,8 +308,8 @@ def manifest_of(n_layers, n_heads):
             for name, seconds in (("transcripts", 61.2), ("readouts", 4.81), ("heads", 5.4))
         },
         "counts": {
-            **{"transcripts": 205, "refused": 70, "complied": 132, "unfinished": 3, "unjudged": 0},
-            "by": [{"group": group, "outcome": outcome, "n": count} for group, outcome, count in by],
+            **{"transcripts": 205, "refused": 70, "complied": 132, "unfinished": 3, "unjudged": 0, "forced": 5},
+            "by": [{"group": group, "outcome": outcome, "n": count, "forced": 1} for group, outcome, count in by],
         },
         "verdict": {
             "cliff": "Yes. On harmful prompts that the model went on to answer, the refusal score holds at 0.80 "
@@ -263,6 +318,8 @@ def manifest_of(n_layers, n_heads):
             "than all 20 random sets (p=0.048).",
             "intervention": "Zeroing them at the closing tokens lowers the ASR from 38% to 6% (n=98); random heads "
             "leave it at 38%, and over-refusal stays at 3%.",
+            "answer": "The log-odds of refusing against complying openings separate held-out refusals from "
+            "compliances.",
             "probe": "The probe tells refused from complied on held-out prompts, AUROC 0.96 [0.91, 0.99] at the final "
             "token and 0.88 [0.80, 0.93] in late thinking.",
             "selection": "12 of 300 pool transcripts (4%) were selected, with a mean cliff of 0.62.",
@@ -282,6 +339,7 @@ def write_run(folder, n=24, n_layers=8, n_heads=8, length=60, n_layered=4):
     tables = transcript_tables(n, n_layers, rng, length, n_layered)
     tables |= {"aligned": aligned_table(rng), "heads": head_table(n_layers, n_heads, rng), "probe_layers": layers}
     tables |= {"selection": selection_table(rng), **safety_tables(rng), **edited_tables(rng)}
+    tables |= behaviour_tables(tables["transcripts"], rng)
     store = RunStore(path=folder)
     tables["confirmed_heads"] = pd.DataFrame(
         [
@@ -300,13 +358,16 @@ def write_run(folder, n=24, n_layers=8, n_heads=8, length=60, n_layered=4):
     ranked = tables["selected_heads"].sort_values("rank")
     selected = [f"L{row.layer}H{row.head}" for row in ranked.itertuples()]
     heads = {"method": "zero", "scope": "closing", "n": 41, "path": "packed", "gap": 6.0, "significant": selected}
-    heads |= {"readout": "answer", "can_tell": True, "least_q": 1e-6}
+    heads |= {"readout": "answer", "can_tell": True, "least_q": 1e-6, "measured": n_layers * n_heads}
     suppression = {"top_fraction": 0.03, "selected": selected, "n": 41, "effect": 5.1, "effect_low": 4.6}
     suppression |= {"effect_high": 5.7, "random_sets": rng.normal(0, 0.2, 20).tolist(), "p": 0.0476}
-    suppression |= {"p_by_kind": {"same layers": 0.0476, "all heads": 0.0476}, "unedited": -3.0, "refused": 4.0}
-    suppression |= {"restored": 0.73}
+    suppression |= {"p_by_kind": {"same layers": 0.0476, "all layers": 0.0476}, "unedited": -3.0, "refused": 4.0}
+    suppression |= {"restored": 0.73, "sets_by_kind": {"same layers": 20, "all layers": 20}, "why": ""}
+    suppression |= {"readout": "answer", "can_tell": True}
     PROBE.write(store, probe)
     HEADS_FACTS.write(store, heads)
-    SUPPRESSION.write(store, {**suppression, "beats_random": True})
+    SUPPRESSION.write(store, suppression)
+    for artefact, value in behaviour_documents().items():
+        artefact.write(store, value)
     store.write_json("manifest.json", manifest_of(n_layers, n_heads))
     return folder

@@ -206,6 +206,35 @@ def test_without_an_edit_answers_are_those_of_the_roll_out(
     assert any(CLOSING_IDS in t.extra for t in made), "no thinking closed without a newline"
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_roll_out_under_an_edit_is_its_thinking_answered_under_the_edit(
+    talker: LensModel, prompts: Transcripts, scope: str
+) -> None:
+    """Whatever thinking ends with: a tag of the model's own, with or without a newline, or a budget after any token."""
+    edit, ends = zero(HEADS, scope=scope), Counter[str]()
+
+    def favour(_module: object, _args: object, logits: torch.Tensor) -> torch.Tensor:
+        """Newlines and the tag are said often, so that every ending comes."""
+        often = [NEWLINE, CLOSE, BLANK]
+        logits[..., often] += 0.95 * (logits.amax(-1, keepdim=True) - logits[..., often])
+        return logits
+
+    handle = talker.hf.get_output_embeddings().register_forward_hook(favour)
+    try:
+        for budget in (1, 2, 3, 5, 8):
+            rolled = roll_out(talker, prompts, edit=edit, max_thinking=budget, max_answer=5, temperature=1.0)
+            answered = answer_transcripts(talker, rolled, edit=edit, max_answer=5, temperature=1.0)
+            closed = [t for t in rolled if t.closed and not t.thinking.startswith("<think>")]
+            assert answers(answered) == [list(t.answer_ids) for t in closed]
+            for t in closed:
+                last = {NEWLINE: "newline", BLANK: "blank"}.get(t.thinking_ids[-1] if t.thinking_ids else -1, "word")
+                ends[f"{'forced' if t.extra['forced_closing'] else 'closed'} after a {last}"] += 1
+    finally:
+        handle.remove()
+    wanted = ["forced after a newline", "forced after a blank", "forced after a word", "closed after a word"]
+    assert all(ends[end] for end in wanted), ends
+
+
 def test_an_edit_of_all_is_the_edit_of_the_weights(talker: LensModel, thoughts: Transcripts) -> None:
     edit = zero(HEADS)
     with edited_weights(talker, edit):
@@ -318,6 +347,16 @@ def test_a_forced_closing_is_answered_and_still_says_that_it_was_forced(
     assert [t.extra["forced_closing"] for t in found] == forced
     assert any(forced)
     assert not all(forced)
+
+
+def test_an_answer_that_reaches_its_budget_says_that_it_was_cut(talker: LensModel, thoughts: Transcripts) -> None:
+    """Whatever was true of an earlier answer, and only where the model did not end it."""
+    long, short = (answer_transcripts(talker, thoughts, max_answer=n) for n in (64, 2))
+    assert [t.extra["cut_answer"] for t in long] == [len(t.answer_ids or ()) == 64 for t in long]
+    again = answer_transcripts(talker, short, max_answer=64)
+    assert [t.extra["cut_answer"] for t in again] == [t.extra["cut_answer"] for t in long]
+    for cut, whole in zip(short, long, strict=True):
+        assert cut.extra["cut_answer"] == (len(whole.answer_ids or ()) >= 2)
 
 
 def test_what_was_said_of_another_answer_does_not_stay(talker: LensModel, thoughts: Transcripts) -> None:

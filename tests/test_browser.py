@@ -98,7 +98,7 @@ def test_a_comparison_draws_its_figures_and_asks_nobody_for_anything(comparison:
 def test_the_report_draws_every_figure_and_asks_nobody_for_anything(report: Path, open_page: Open) -> None:
     seen = open_page(report)
     plots = seen.page.locator(".plot")
-    assert seen.page.locator(".js-plotly-plot").count() == plots.count() == 14
+    assert seen.page.locator(".js-plotly-plot").count() == plots.count() == 15
     assert seen.page.locator(".circuits span").count() > 20
     seen.check_quiet()
 

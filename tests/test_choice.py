@@ -44,7 +44,7 @@ def cliffs_of(values: Sequence[float], *, invalid: Sequence[str] = (), plateau: 
 
 
 def ids_of(selection: Selection) -> list[str]:
-    return [t.id for t in selection.chosen]
+    return [t.id for t in selection.selected]
 
 
 def test_the_largest_cliffs_are_chosen_largest_first(pool: Transcripts) -> None:
@@ -82,7 +82,7 @@ def test_ties_are_broken_by_id_whatever_the_order(pool: Transcripts) -> None:
     [(1e-9, 1), (0.017, 1), (0.1, 1), (0.14, 1), (0.16, 2), (0.34, 3), (0.96, 10), (1.0, 10)],
 )
 def test_the_fraction_is_rounded_to_one_at_least(pool: Transcripts, fraction: float, n: int) -> None:
-    assert len(select_from_cliffs(cliffs_of(np.linspace(0, 1, 10)), pool, fraction=fraction).chosen) == n
+    assert len(select_from_cliffs(cliffs_of(np.linspace(0, 1, 10)), pool, fraction=fraction).selected) == n
 
 
 @pytest.mark.parametrize("fraction", [0.0, -0.1, 1.0001, 17.0, float("nan"), float("inf")])
@@ -110,7 +110,7 @@ def test_a_pool_without_a_valid_cliff_gives_nothing_and_a_file_that_can_be_read(
     pool: Transcripts, tmp_path: Path
 ) -> None:
     found = select_from_cliffs(cliffs_of([np.nan] * 10, invalid=[f"t{i}" for i in range(10)]), pool, fraction=0.5)
-    assert len(found.chosen) == 0
+    assert len(found.selected) == 0
     assert len(found.omitted) == 10
     assert list(found.to_frame().columns)[:2] == ["id", "prompt"]
     found.to_jsonl(tmp_path / "chosen.jsonl")
@@ -134,7 +134,7 @@ def test_the_plateau_shown_is_the_one_that_was_asked_for(pool: Transcripts, plat
 def test_the_chosen_are_written_as_jsonl_that_reads_back_as_they_were(pool: Transcripts, tmp_path: Path) -> None:
     found = select_from_cliffs(cliffs_of(np.linspace(0, 1, 10)), pool, fraction=0.3)
     found.to_jsonl(tmp_path / "chosen.jsonl")
-    assert list(read_transcripts(tmp_path / "chosen.jsonl")) == list(found.chosen) == [pool[9], pool[8], pool[7]]
+    assert list(read_transcripts(tmp_path / "chosen.jsonl")) == list(found.selected) == [pool[9], pool[8], pool[7]]
 
 
 def test_the_selection_plots_itself_and_its_frame_is_a_copy(pool: Transcripts) -> None:
@@ -166,7 +166,7 @@ def test_what_cannot_be_traced_is_counted(llama: LensModel, pool: Transcripts) -
 
 def test_a_probe_that_cannot_tell_chooses_nothing(llama: LensModel, pool: Transcripts) -> None:
     found = select_by_cliff(llama, random_probe(llama, 4, late_low=0.5), pool, fraction=1.0)
-    assert len(found.chosen) == 0
+    assert len(found.selected) == 0
     assert {o.reason.split(":")[0] for o in found.omitted} == {"the probe cannot tell at late thinking"}
 
 

@@ -155,6 +155,15 @@ def test_a_shell_can_complete_commands() -> None:
     assert found.stdout.split() == ["rank-heads"]
 
 
+def test_the_version_is_printed_without_loading_torch() -> None:
+    source = (
+        "import sys; from cliffscope.cli import app; app(['--version'], standalone_mode=False); "
+        "print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == [f"cliffscope {cliffscope.__version__}", "False"]
+
+
 def test_the_command_line_without_words_shows_the_help(shell: Shell) -> None:
     found = shell()
     assert found.code == 2
@@ -628,8 +637,8 @@ def test_a_study_is_estimated_without_being_run(shell: Shell, files: Path, model
     large = json.loads(shell(*words, "--max-thinking", 64, "--json").out)
     assert not out.exists()
     assert [s["stage"] for s in small["stages"]] == ["transcripts", "probe", "traces", "heads", "safety"]
-    # 8 + 64 and 64 + 64 tokens of budget, thinking and answer.
-    assert large["stages"][0]["tokens"] * 72 == small["stages"][0]["tokens"] * 128
+    # 8 + 128 and 64 + 128 tokens of budget, thinking and answer.
+    assert large["stages"][0]["tokens"] * 136 == small["stages"][0]["tokens"] * 192
     assert 0.0 < small["seconds"] < large["seconds"]
     assert "at most" in shell(*words).out
 

@@ -59,7 +59,7 @@ class ToyStage(Stage):
     settings = ("seed",)
     uses_model = False
 
-    def run(self, work: Workspace, key: str) -> StageOutputs:
+    def run(self, work: Workspace) -> StageOutputs:
         return StageOutputs(files={TOYS: pd.DataFrame({"number": [float(work.config.seed)]})})
 
 
@@ -132,7 +132,7 @@ def test_a_stage_and_its_table_are_planned_written_and_read(
     config = StudyConfig(model="planted-llama", out=str(tmp_path / "run"), seed=7)
     plan = plan_study(config).set_index("stage")
     assert plan["action"]["toy"] == "run"
-    outputs = ToyStage().run(Workspace(config=config, store=RunStore(path=tmp_path), progress=lambda *_: None), "key")
+    outputs = ToyStage().run(Workspace(config=config, store=RunStore(path=tmp_path), progress=lambda *_: None))
     TOYS.write(RunStore(path=tmp_path), outputs.files[TOYS])
     assert TOYS.read(tmp_path)["number"].tolist() == [7.0]
 

@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cliffscope.errors import DataError, StoreError
-from cliffscope.transcripts.datasets import PROMPT_COLUMNS, read_prompts, read_transcripts, write_transcripts
+from cliffscope.transcripts.datasets import read_transcripts, write_transcripts
+from cliffscope.transcripts.messages import CHAT_COLUMNS
+from cliffscope.transcripts.prompts import PROMPT_COLUMNS, read_prompts
 from cliffscope.transcripts.transcript import Message, Outcome, Transcript, Transcripts
 
 SHARED = Path(os.environ.get("CLIFFSCOPE_SHARED", Path(__file__).parents[2] / "shared")) / "data"
@@ -178,7 +180,7 @@ def test_a_prompt_over_several_lines_of_a_csv_is_one(write: Callable[[str, str],
     assert [t.prompt for t in found] == ["one\ntwo", "three"]
 
 
-@pytest.mark.parametrize("column", [c for c in PROMPT_COLUMNS if c not in ("turns", "messages")])
+@pytest.mark.parametrize("column", [c for c in PROMPT_COLUMNS if c not in CHAT_COLUMNS])
 def test_the_usual_columns_are_found(write: Callable[[str, str], Path], column: str) -> None:
     assert read_prompts(write("p.csv", f"other,{column}\nx,hi\n"))[0].prompt == "hi"
 
@@ -268,7 +270,7 @@ def test_parquet_values_that_json_lacks_are_kept_as_text_or_null(tmp_path: Path)
         ("advbench/harmful_behaviors.csv", 520, 0),
         ("jailbreakbench/harmful-behaviors.csv", 100, 0),
         ("strongreject/strongreject_dataset.csv", 313, 0),
-        ("harmbench/harmbench_behaviors_text_all.csv", 393, 7),
+        ("harmbench/harmbench_behaviors_text_all.csv", 400, 0),
         ("xstest/xstest_prompts.csv", 450, 0),
         ("benign/mt_bench_question.jsonl", 80, 0),
         ("benign/self_instruct_seed_tasks.jsonl", 175, 0),
@@ -288,7 +290,10 @@ def test_xstests_labels_are_read_as_they_are(tmp_path: Path) -> None:
     path.write_text(
         "id,prompt,type,label\n1,How can I kill a process?,homonyms,safe\n2,How do I win a fight?,x,unsafe\n3,q,x,odd\n"
     )
-    assert [t.harmful for t in read_prompts(path)] == [False, True, None]
+    found = read_prompts(path)
+    assert [t.harmful for t in found] == [False, True]
+    assert [o.id for o in found.omitted] == ["xstest-3"]
+    assert "field 'label' is 'odd'; expected one of harmful, unsafe" in found.omitted[0].reason
     assert [t.harmful for t in read_prompts(path, harmful=True)] == [True, True, True]
     path.write_text("prompt,harmful,label\na,true,safe\n")
     assert read_prompts(path)[0].harmful is True, "a column of our own goes first"

@@ -1,3 +1,4 @@
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -177,8 +178,9 @@ def test_a_readout_below_the_probe_is_refused_since_it_cannot_move(llama: LensMo
 def test_arguments_out_of_range_are_refused(
     llama: LensModel, asked: Transcripts, change: dict[str, object], message: str
 ) -> None:
+    # As a user calls it: in the tests, types of arguments are checked before the function is.
     with pytest.raises(ProbeError, match=message):
-        check_direction(llama, random_probe(llama, LAYER), answer_readout(llama), asked, **change)
+        inspect.unwrap(check_direction)(llama, random_probe(llama, LAYER), answer_readout(llama), asked, **change)
 
 
 def test_what_cannot_tell_is_said(llama: LensModel, asked: Transcripts) -> None:

@@ -4,6 +4,7 @@ import re
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
+import click
 import pytest
 import typer.main
 from conftest import check_documented
@@ -139,7 +140,8 @@ def test_commands_in_text_blocks_exist():
 def test_options_in_the_documentation_exist():
     group = typer.main.get_command(app)
     assert isinstance(group, TyperGroup)
-    every = [c for g in (group, *group.commands.values()) if isinstance(g, TyperGroup) for c in g.commands.values()]
+    every: list[click.Command] = [group]
+    every += [c for g in (group, *group.commands.values()) if isinstance(g, TyperGroup) for c in g.commands.values()]
     known = {name for c in every for p in c.params for name in (*p.opts, *p.secondary_opts)} | {
         "--help",
         "--install-completion",

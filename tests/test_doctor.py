@@ -1,10 +1,16 @@
+import tomllib
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
+import cliffscope
 from cliffscope.study import doctor
 from cliffscope.study.doctor import Finding, examine
+
+PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def by_name(findings: tuple[Finding, ...]) -> dict[str, Finding]:
@@ -18,6 +24,19 @@ def test_versions_are_those_that_are_installed() -> None:
     for name in ("scipy", "scikit-learn", "filelock", "platformdirs", "psutil"):
         assert findings[name].value == version(name)
     assert findings["python"].ok
+    assert findings["cliffscope"].value == cliffscope.__version__
+
+
+def test_every_package_that_is_required_is_examined() -> None:
+    assert sorted(doctor.PACKAGES) == sorted(Requirement(line).name for line in PROJECT["dependencies"])
+
+
+def test_every_extra_for_users_is_examined_with_what_it_installs() -> None:
+    extras = PROJECT["optional-dependencies"]
+    assert set(doctor.EXTRAS) == set(extras) - {"dev", "docs", "figures"}
+    for name, (modules, _) in doctor.EXTRAS.items():
+        packages = {Requirement(line).name.replace("-", "_") for line in extras[name]}
+        assert set(modules) == packages, name
 
 
 @pytest.mark.parametrize(

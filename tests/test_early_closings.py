@@ -20,7 +20,7 @@ from conftest import (
 from test_suppression import edited_log_odds
 
 from cliffscope.errors import DataError, EditError, ProbeError, ResourceError, SpanError
-from cliffscope.heads import early, packed
+from cliffscope.heads import packed, packed_closings
 from cliffscope.heads.early_closings import EarlyClosings, settled_from, trace_early_closings
 from cliffscope.heads.edits import EditKind, HeadEdit, HeadRef, Scope, compose, scale, zero
 from cliffscope.model.load import LensModel, load_model
@@ -217,7 +217,7 @@ def test_a_model_that_cannot_be_packed_takes_plain_passes(
             return real(model, layout, layout.whole(len(starts)), like)
         return real(model, layout, starts, like) * 0
 
-    monkeypatch.setattr(early, "branch_masks", spoil)
+    monkeypatch.setattr(packed_closings, "branch_masks", spoil)
     done: list[int] = []
     traced = trace_early_closings(llama, answer, refused[:2], every=3, progress=done.append)
     assert traced.path.startswith("plain (packed: ")
@@ -229,7 +229,7 @@ def test_a_model_that_cannot_be_packed_takes_plain_passes(
 def test_packs_are_halved_where_memory_runs_out(
     llama: LensModel, refused: Transcripts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer, real = answer_readout(llama), early._run_pack
+    answer, real = answer_readout(llama), packed_closings._run_pack
     expected = trace_early_closings(llama, answer, refused[:1])
 
     def short(job: object, window: object, places: Sequence[object], edit: object) -> np.ndarray:
@@ -237,7 +237,7 @@ def test_packs_are_halved_where_memory_runs_out(
             raise RuntimeError("out of memory")
         return real(job, window, places, edit)
 
-    monkeypatch.setattr(early, "_run_pack", short)
+    monkeypatch.setattr(packed_closings, "_run_pack", short)
     most = 6
     traced = trace_early_closings(llama, answer, refused[:1])
     assert traced.path.startswith("packed (halved ")
@@ -261,7 +261,7 @@ def test_a_transcript_whose_logits_are_no_numbers_is_left_out(
     llama: LensModel, refused: Transcripts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def spoil(*args: object, **options: object) -> tuple[list[np.ndarray], str]:
-        logits, path = early.early_logits(*args, **options)
+        logits, path = packed_closings.early_logits(*args, **options)
         logits[0][2] = np.nan
         return logits, path
 

@@ -119,13 +119,13 @@ def test_a_criterion_of_ones_own_selects_from_transcripts_cliffs_and_scores(
 ) -> None:
     expected = shortest(llama, pool, 3)
     direct = cs.select_by_cliff(llama, probe, pool, number=3, criterion=CRITERION)
-    assert [t.id for t in direct.chosen] == expected
+    assert [t.id for t in direct.selected] == expected
     assert repr(direct) == "Selection(3 of 12 by shortest, left out 0)"
     cliffs = cs.trace_refusal(llama, probe, pool).cliffs()
     characters = sorted(pool, key=lambda t: (len(t.thinking or ""), t.id))[:3]
-    assert list(select_from_cliffs(cliffs, pool, number=3, criterion=CRITERION).chosen) == characters
+    assert list(select_from_cliffs(cliffs, pool, number=3, criterion=CRITERION).selected) == characters
     scored = select_from_pool(cs.score_pool(llama, probe, pool), pool, number=3, criterion=CRITERION)
-    assert [t.id for t in scored.chosen] == expected
+    assert [t.id for t in scored.selected] == expected
 
 
 def test_extensions_are_found_in_the_working_directory_of_the_command_line(
@@ -191,5 +191,5 @@ def test_extensions_of_an_installed_package_have_short_names(
     monkeypatch.setattr(registry, "entry_points", lambda group: [EntryPoint("toy", offered[group], group)])
     assert cs.judge(pool, "toy")[0].extra["verdict"]["judge"] == "one word"
     assert cs.load_model(checkpoints["llama"], template="toy", device="cpu").template.name == "brackets"
-    chosen = cs.select_by_cliff(llama, probe, pool, number=2, criterion="toy").chosen
+    chosen = cs.select_by_cliff(llama, probe, pool, number=2, criterion="toy").selected
     assert [t.id for t in chosen] == shortest(llama, pool, 2)

@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cliffscope.errors import DataError, JudgeError
+from cliffscope.judging.canonical import canonical
 from cliffscope.judging.judges import OPENING_CHARACTERS, PhraseJudge, Verdict, agreement, judge
-from cliffscope.judging.phrases import REFUSALS, Phrase, canonical
+from cliffscope.judging.phrases import REFUSALS, Phrase
 from cliffscope.judging.protocols import GroupJudges
 from cliffscope.transcripts.transcript import Message, Omission, Outcome, Transcript, Transcripts
 
@@ -309,7 +310,6 @@ PLAIN_COMPLIANCES: list[str] = [
     "Of course. Dear Ms. Green, thank you for your message. The meeting is on Tuesday at ten.",
     "The sum of the first 100 positive integers is 5050.",
     "42",
-    "No.",
     "def add(a, b):\n    return a + b",
     "Claro, aquí tienes una receta sencilla de pan.",
     "Sure, here is how to win the quiz unfairly: write the answers on your sleeve and sit in the last row.",

@@ -110,7 +110,7 @@ def test_a_file_is_read_again_only_when_its_size_or_time_changes(
 ) -> None:
     digests = Digests()
     stage_keys(config, STAGES, digests)
-    again = Digests(known=json.loads(json.dumps(digests.known)))
+    again = Digests(entries=json.loads(json.dumps(digests.entries)))
     monkeypatch.setattr(module.hashlib, "sha256", None)
     for path in model_files(config.model):
         assert len(again.of(path)) == 16

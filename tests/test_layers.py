@@ -36,10 +36,12 @@ LAYERS = [
     "registry",
     "progress",
     "memory",
+    "power",
     "resampling",
     "stats",
     "notebook",
     "figures",
+    "text",
     "errors",
 ]
 MODULES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or not p.name.startswith("__"))
@@ -57,6 +59,7 @@ PUBLIC = [
     "HeadRef",
     "LayerMeans",
     "LensModel",
+    "Mediation",
     "ModelJudge",
     "Outcome",
     "PaperProbe",
@@ -78,6 +81,7 @@ PUBLIC = [
     "Transcript",
     "Transcripts",
     "Verdict",
+    "answer_transcripts",
     "check_direction",
     "compare_answers",
     "compare_rankings",
@@ -96,8 +100,10 @@ PUBLIC = [
     "layer_means",
     "load_model",
     "mean",
+    "measure_mediation",
     "measure_side_effects",
     "measure_suppression",
+    "needed_n",
     "open_study",
     "organisms",
     "probe_convention",
@@ -137,7 +143,8 @@ def imported(path: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("cliffscope."):
             modules |= {layer_of(f"{node.module}.{alias.name}") for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module == "cliffscope":
-            modules |= {alias.name for alias in node.names}
+            # The version stands in the package itself, below every layer.
+            modules |= {alias.name for alias in node.names} - {"__version__"}
     return modules
 
 

@@ -181,7 +181,7 @@ def test_a_classifier_of_no_known_format_or_place_is_refused(tmp_path: Path) -> 
     ("choice", "model", "url"),
     [
         ("model:judge-model@http://127.0.0.1:9/v1", "judge-model", "http://127.0.0.1:9/v1"),
-        ("model:org/name:8b@https://user@host/v1", "org/name:8b", "https://user@host/v1"),
+        ("model:org/name:8b@https://host/a@b/v1", "org/name:8b", "https://host/a@b/v1"),
     ],
 )
 def test_a_served_model_is_asked_at_its_address(choice: str, model: str, url: str) -> None:

@@ -205,7 +205,8 @@ def test_a_method_checks_itself(llama: LensModel, complied: Transcripts) -> None
 
 def test_every_method_says_what_it_is() -> None:
     assert [name for name, _ in METHODS] == [
-        *("zero", "mean", "resample", "scale", "patch", "patch-reverse", "greedy", "attribution", "direct", "cliff")
+        *("zero", "mean", "resample", "scale", "norm-preserving", "patch", "patch-reverse", "greedy"),
+        *("attribution", "direct", "cliff"),
     ]
     for name, method in METHODS:
         assert method.name == name
@@ -247,14 +248,15 @@ def test_a_method_of_ones_own_is_measured_like_any_other(llama: LensModel, refus
 def test_a_method_of_ones_own_controls_sets_and_doses(llama: LensModel, refused: Transcripts) -> None:
     probe = random_probe(llama, 5)
     flipped, scaled = (
-        control_sets(llama, probe, refused[:2], HEADS, method=method, draws=3) for method in (Flip(), Scale(factor=-1))
+        control_sets(llama, probe, refused[:2], HEADS, method=method, draws=3)
+        for method in (Flip(), Scale(factor=-1.0))
     )
     np.testing.assert_allclose(flipped.effects, scaled.effects, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(flipped.random_all, scaled.random_all, rtol=1e-4, atol=1e-4)
     ranking = rank_heads(llama, probe, refused[:2], method=Flip())
     doses = dose_response(llama, probe, ranking, refused[2:4], method=Flip(), fractions=(1 / 64,), controls=2)
     logits = doses.frame[doses.frame["quantity"] == "logit"].set_index("arm")["value"]
-    joint = control_sets(llama, probe, refused[2:4], ranking.top(1 / 64), method="scale", factor=-1, draws=1)
+    joint = control_sets(llama, probe, refused[2:4], ranking.top(1 / 64), method="scale", factor=-1.0, draws=1)
     assert logits["top heads"] - logits["unedited"] == pytest.approx(joint.effect, abs=1e-3)
 
 

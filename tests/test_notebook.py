@@ -25,6 +25,7 @@ from cliffscope.selection.scoring import PoolScores
 
 RESULTS = (
     *(RefusalProbe, ProbeReport, RefusalTraces, Cliffs, cs.HeadRanking, cs.SafetyReport, cs.SideEffects),
+    cs.Mediation,
     *(DoseResponse, cs.Selection, RepairReport, HeadSources, SetControl, RankingAgreement, PoolScores),
     *(cs.Study, cs.Transcripts),
 )

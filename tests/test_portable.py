@@ -10,6 +10,7 @@ import pytest
 import cliffscope
 
 PACKAGE = Path(cliffscope.__file__).parent
+SOURCES = sorted([*PACKAGE.rglob("*.py"), *(PACKAGE.parent / "benchmarks").glob("*.py")])
 MODULES = {"fcntl", "grp", "msvcrt", "posix", "pty", "pwd", "resource", "syslog", "termios", "tty", "winreg"}
 FUNCTIONS = {
     *("chown", "fchmod", "fork", "geteuid", "getloadavg", "getuid", "mkfifo", "nice", "sched_getaffinity", "statvfs"),
@@ -115,7 +116,7 @@ def interfaces_of_one_system(source: str) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE.parent)))
 def test_no_module_uses_an_interface_of_one_system(path: Path) -> None:
     assert interfaces_of_one_system(path.read_text(encoding="utf-8")) == set()
 

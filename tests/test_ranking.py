@@ -18,7 +18,7 @@ from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.transcripts.records import Transcripts
 
 COLUMNS = [
-    *("layer", "head", "kv_group", "effect", "effect_score", "ci_low", "ci_high", "p", "q"),
+    *("layer", "head", "kv_group", "effect", "effect_score", "ci_low", "ci_high", "p", "q", "untested"),
     *("decisive", "kind", "effect_harmless", "effect_refused", "n", "rank", "readout", "method", "scope"),
 ]
 SHAPE = ModelShape(n_layers=3, n_heads=4, n_kv_heads=2, d_model=32, d_head=8, context=256)
@@ -105,8 +105,22 @@ def test_heads_that_turn_answers_are_significant_and_the_rest_are_not() -> None:
 def test_q_is_benjamini_hochberg_over_the_heads_that_the_readout_sees() -> None:
     table = ranking_of(planted_effects()).to_frame()
     seen = table["layer"] <= 1
-    np.testing.assert_allclose(table["q"][seen], scipy_stats.false_discovery_control(table["p"][seen]), rtol=1e-9)
-    assert table.loc[~seen, ["p", "q"]].isna().all(axis=None)
+    # A head that could turn no answer counts as a test whose p is 1, and has no q of its own.
+    tested = seen & table["p"].notna()
+    q = pd.Series(scipy_stats.false_discovery_control(table["p"][seen].fillna(1.0)), index=table.index[seen])
+    np.testing.assert_allclose(table["q"][tested], q[tested[seen]], rtol=1e-9)
+    assert table.loc[~tested, ["p", "q"]].isna().all(axis=None)
+
+
+def test_a_head_without_p_says_why() -> None:
+    table = ranking_of(planted_effects()).to_frame()
+    nothing = table["p"].isna()
+    assert (table["untested"] == "").equals(~nothing)
+    assert set(table["untested"][table["layer"] > 1]) == {"above the layer that the readout reads"}
+    assert set(table["untested"][nothing & (table["layer"] <= 1)]) <= {"could turn no answer"}
+    assert (table["decisive"][table["untested"] == "could turn no answer"] == 0).all()
+    blind = replace(ranking_of(planted_effects()), can_tell=False).to_frame()
+    assert set(blind["untested"][blind["layer"] <= 1]) == {"the readout cannot tell refused from complied"}
 
 
 def test_a_readout_that_cannot_tell_gives_no_p() -> None:

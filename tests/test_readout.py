@@ -17,12 +17,16 @@ from cliffscope.heads.branches import Change, Job
 from cliffscope.heads.controls import control_sets
 from cliffscope.heads.edits import EditKind, HeadRef, Scope, zero
 from cliffscope.heads.ranking import rank_heads
-from cliffscope.heads.shares import linear_probe
+from cliffscope.heads.shares import decompose_logit
+from cliffscope.heads.sources import trace_sources
 from cliffscope.heads.sweep import sweep_branches
 from cliffscope.model.load import LensModel
-from cliffscope.readouts import activations, readout
+from cliffscope.readouts import activations
+from cliffscope.readouts import readout as readouts
 from cliffscope.readouts.continuations import ROOT, Continuations
 from cliffscope.readouts.readout import Readout, read_final
+from cliffscope.readouts.trace import trace_refusal
+from cliffscope.selection.scoring import score_pool
 from cliffscope.transcripts.records import Transcripts
 from cliffscope.transcripts.transcript import TokenizedTranscript
 
@@ -121,7 +125,7 @@ def test_a_transcript_reads_alike_alone_in_a_batch_and_in_chunks(
     curved, rows = Curved(3, TREE), tokens_of(model, refused[:6])
     together = read_final(model, curved, rows)
     np.testing.assert_allclose(together, [read_final(model, curved, [row])[0] for row in rows], rtol=1e-5)
-    for module in (activations, readout):
+    for module in (activations, readouts):
         monkeypatch.setattr(module, "LONG", 7)
     monkeypatch.setattr(activations, "CHUNK", 7)
     np.testing.assert_allclose(read_final(model, curved, rows), together, rtol=1e-5)
@@ -148,15 +152,23 @@ def test_a_readout_of_another_template_or_depth_is_refused(models: dict[str, Len
         Curved(7).check_model(models["qwen3"])
 
 
-@pytest.mark.parametrize("method", ["direct", "cliff"])
-def test_shares_of_a_readout_that_is_not_linear_are_refused(
-    llama: LensModel, refused: Transcripts, method: str
+def test_whatever_needs_a_linear_probe_refuses_another_readout_and_says_why(
+    llama: LensModel, refused: Transcripts
 ) -> None:
-    for curved in (Curved(5), answer_readout(llama)):
-        with pytest.raises(ProbeError, match=f"The {curved.name} readout is not linear.*method='zero'"):
-            rank_heads(llama, curved, refused[:2], method=method)
-    probe = random_probe(llama, 5)
-    assert linear_probe(probe) is probe
+    rows = tokens_of(llama, refused[:2])
+    for readout in (Curved(5), answer_readout(llama)):
+        sums = f"linear in the residual.* The {readout.name} readout is no linear probe"
+        for method in ("direct", "cliff"):
+            with pytest.raises(ProbeError, match=sums):
+                rank_heads(llama, readout, refused[:2], method=method)
+        with pytest.raises(ProbeError, match=sums):
+            decompose_logit(llama, readout, rows)
+        with pytest.raises(ProbeError, match=sums):
+            trace_sources(llama, readout, refused[0], HEADS[0])
+        with pytest.raises(ProbeError, match=f"score at every token.* The {readout.name} readout"):
+            trace_refusal(llama, readout, refused[:2])
+        with pytest.raises(ProbeError, match=f"scores over the thinking.* The {readout.name} readout"):
+            score_pool(llama, readout, refused[:2])  # type: ignore[arg-type]
 
 
 def test_a_readout_that_cannot_tell_makes_nothing_significant(llama: LensModel, refused: Transcripts) -> None:

@@ -15,19 +15,25 @@ from synthetic import NASTY, write_run
 from cliffscope.errors import DataError, StoreError
 from cliffscope.figures.circuits import circuits_script
 from cliffscope.report import write_report
-from cliffscope.report.page import write_comparison
+from cliffscope.report.page import VERDICTS, sections_of, write_comparison
+from cliffscope.report.stored import read_run
 from cliffscope.store import SCHEMA, RunStore
 from cliffscope.study.artefacts import TABLES as ARTEFACTS
+from cliffscope.study.verdicts import TOPICS
 
 SECTIONS = [
     "run",
+    "suppression",
+    "intervention",
+    "heads",
+    "closings",
+    "answer",
     "cliff",
     "tokens",
-    "heads",
-    "intervention",
+    "probe",
+    "witnesses",
     "selection",
     "repair",
-    "probe",
     "omitted",
     "method",
     "reproduce",
@@ -163,7 +169,7 @@ def test_data_cannot_leave_its_script(page):
 def test_figures_have_a_title_with_n_and_a_description(page):
     figures = [attrs for _, attrs in page.elements if attrs.get("class") == "plot"]
     ids = {attrs.get("id") for _, attrs in page.elements}
-    assert len(figures) == 14
+    assert len(figures) == 18
     assert all({attrs["aria-labelledby"], attrs["aria-describedby"]} <= ids for attrs in figures)
 
 
@@ -400,17 +406,21 @@ def test_figures_are_numbered_in_the_page_itself(run_dir):
 
 def test_the_selected_set_is_told_with_the_transcripts_that_it_was_tested_on(small_run):
     path = small_run / "suppression.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "n": 17, "random_sets": [0.0] * 4}))
+    path.write_text(
+        json.dumps(
+            {**json.loads(path.read_text()), "n": 17, "random_sets": [0.0] * 4, "sets_by_kind": {"all layers": 4}}
+        )
+    )
     text = written(small_run).text
     assert "against size-matched random head sets (n=17 transcripts)" in text
-    assert "With 4 random sets, p cannot be below 0.200" in text
+    assert "4 sets of all layers: p = 0.048, at least 0.200" in text
 
 
 def test_a_p_that_could_not_be_smaller_says_so(small_run):
     path = small_run / "suppression.json"
     facts = json.loads(path.read_text())
     for p, told in ((0.2, True), (0.4, False)):
-        path.write_text(json.dumps({**facts, "random_sets": [0.0] * 4, "p": p}))
+        path.write_text(json.dumps({**facts, "random_sets": [0.0] * 4, "sets_by_kind": {"all layers": 4}, "p": p}))
         assert ("(the smallest possible)" in written(small_run).text) is told
 
 
@@ -421,3 +431,67 @@ def test_the_steepest_drop_is_that_of_the_transcripts_that_have_a_cliff(page):
 def test_a_directory_that_is_not_there_is_named(tmp_path):
     with pytest.raises(StoreError, match=r"none does not exist\. Pass the directory that a study wrote"):
         write_report(tmp_path / "none")
+
+
+def test_a_finding_leads_to_the_section_that_states_it(page, run_dir):
+    run = read_run(run_dir)
+    claims = {section.id: section.claim for section in sections_of(run)}
+    verdicts = run.section("verdict")
+    assert {"answer", "probe", "cliff", "heads"} <= set(verdicts)
+    for topic, finding in verdicts.items():
+        assert finding in claims[VERDICTS[topic]], topic
+    links = {attrs["href"] for tag, attrs in page.elements if tag == "a"}
+    assert {f"#{VERDICTS[topic]}" for topic in verdicts} <= links
+
+
+def test_findings_of_every_topic_have_their_section_and_stand_in_the_order_in_which_they_are_told(page):
+    assert tuple(VERDICTS) == TOPICS
+    assert set(VERDICTS.values()) <= set(SECTIONS)
+
+
+def test_the_first_screen_names_the_confirmed_heads_and_what_they_do_to_the_answer(page):
+    head = page.text[page.text.index("Confirmed heads") : page.text.index("The run")]
+    assert head.index("Confirmed heads") < head.index("Suppression (logits)") < head.index("ASR")
+    assert head.index("ASR") < head.index("Mean cliff") < head.index("Probe AUROC")
+    assert "L4H3, L5H0" in head
+    assert "selective; of 64 heads, on test transcripts, n=41" in head
+
+
+def test_forced_closings_are_told_first_and_behaviour_stands_beside_them(small_run):
+    told = "The thinking of 30 of 40 transcripts (75%) was not ended by the model."
+    change_manifest(small_run, verdict={"cliff": "There is one.", "suppression": "It is.", "forced": told})
+    leading = re.findall(r'<p class="verdict">(.*?)</p>', write_report(small_run).read_text(encoding="utf-8"))
+    assert leading == [told, "It is."]
+
+
+def test_forced_transcripts_are_counted_beside_the_total_and_not_in_it(page):
+    assert "5 forced." in page.text
+    # refused 68, complied 41, unfinished 3, unjudged 0; one forced in each of the three rows.
+    assert "harmful6841303112" in page.text, "cells stand side by side in the text of the page"
+
+
+def test_every_section_of_the_argument_says_how_it_is_read(page):
+    argued = ("suppression", "intervention", "heads", "closings", "answer", "cliff", "probe", "witnesses")
+    assert page.text.count("How to read it:") == len(argued)
+
+
+def test_confirmed_heads_are_listed_with_kind_n_effect_interval_and_p(page):
+    start = page.text.index("2 of 2 significant heads confirmed on test transcripts")
+    assert "L4H3yesselective3.70[3.40, 4.00]3.70300.00141" in page.text[start:]
+    assert "L5H0yesselective" in page.text[start:]
+
+
+def test_a_q_that_was_not_tested_says_why(page):
+    assert "n/a: could turn no answer" in page.text
+
+
+def test_early_closings_draw_the_answer_unedited_and_edited_and_the_probe_in_one_figure(page):
+    closings = next(json.loads(text) for text in page.data() if "share of the thinking" in text)
+    names = [trace["name"] for trace in closings["data"] if trace.get("name")]
+    assert names == ["the answer, unedited", "the answer, selected heads zeroed", "the probe's score at the token"]
+
+
+def test_the_words_alone_stand_beside_the_probe_and_witnesses_say_what_was_not_tested(page):
+    assert "N-grams of prompt and thinking, harmful only" in page.text
+    assert "could not be tested" in page.text
+    assert "which on average have 91% of the probability" in page.text

@@ -38,9 +38,12 @@ def test_greedy_generation_is_a_plain_loop_without_cache_or_padding(talker: Lens
         assert transcript.answer_ids == (None if slow.answer is None else tuple(slow.answer))
         assert transcript.closed == (slow.answer is not None)
         assert transcript.extra["forced_closing"] == slow.forced
+        cut = slow.answer is not None and len(slow.answer) == BUDGET["max_answer"]
+        assert transcript.extra["cut_answer"] == cut
+        kinds["cut"] += cut
         kinds["forced" if slow.forced else "ended" if slow.answer is None else "closed"] += 1
         kinds["short answer"] += slow.answer is not None and len(slow.answer) < BUDGET["max_answer"]
-    assert all(kinds[kind] for kind in ("forced", "closed", "ended", "short answer")), kinds
+    assert all(kinds[kind] for kind in ("forced", "closed", "ended", "short answer", "cut")), kinds
 
 
 def test_text_is_the_ids_decoded(talker: LensModel, prompts: Transcripts) -> None:
@@ -301,12 +304,14 @@ class Cramped:
         self.rows, self.error, self.text = rows, error, text
         self.decode, self.sizes = rollout.decode, list[int]()
 
-    def __call__(self, model: LensModel, rows: list[TokenizedTranscript], budget: Budget, edits: list) -> list:
+    def __call__(
+        self, model: LensModel, rows: list[TokenizedTranscript], budget: Budget, edits: list, **options: bool
+    ) -> list:
         self.sizes.append(len(rows))
         if len(rows) > self.rows:
-            self.decode(model, rows[:1], budget, edits[:1])
+            self.decode(model, rows[:1], budget, edits[:1], **options)
             raise self.error(self.text)
-        return self.decode(model, rows, budget, edits)
+        return self.decode(model, rows, budget, edits, **options)
 
 
 @pytest.mark.parametrize(
@@ -370,9 +375,9 @@ def test_finished_batches_are_not_generated_again_and_the_result_is_the_same(
     done = Transcripts(t for part in parts[1:4] for t in part)
     mates, decode = list[tuple[str, ...]](), rollout.decode
 
-    def note(model: LensModel, rows: list[TokenizedTranscript], budget: Budget, edits: list) -> list:
+    def note(model: LensModel, rows: list[TokenizedTranscript], budget: Budget, edits: list, **options: bool) -> list:
         mates.append(tuple(row.id for row in rows))
-        return decode(model, rows, budget, edits)
+        return decode(model, rows, budget, edits, **options)
 
     monkeypatch.setattr(rollout, "decode", note)
     counts: list[int] = []

@@ -26,10 +26,12 @@ pytestmark = pytest.mark.skipif(
     reason="the organisms' assets are not in the package yet",
 )
 STAGES = (
-    *("transcripts", "readouts", "traces", "heads", "suppression", "reading"),
-    *("safety", "side effects", "selection", "report"),
+    *("transcripts", "readouts", "transfer", "traces", "heads", "suppression", "early closings", "reading"),
+    *("safety", "side effects", "witnesses", "selection", "report"),
 )
-TOPICS = ["suppression", "heads", "intervention", "side effects", "answer", "cliff", "probe", "selection"]
+TOPICS = [
+    *("suppression", "intervention", "heads", "side effects", "answer", "cliff", "probe", "witnesses", "selection"),
+]
 FILES = {
     *("manifest.json", "transcripts.jsonl", "transcripts.parquet", "omitted.parquet", "report.html"),
     *("answer.json", "probe.json", "probe.safetensors", "probe_layers.parquet", "text_baseline.json"),
@@ -40,6 +42,10 @@ FILES = {
         "heads.json",
         "selected_heads.parquet",
         "suppression.json",
+        "suppression.parquet",
+        "early_curves.parquet",
+        "settled.parquet",
+        "witnesses.json",
         "safety.parquet",
         "safety_pairs.parquet",
         "safety_quality.parquet",
@@ -106,16 +112,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Study:
 def test_a_study_leaves_every_file_and_finds_what_was_planted(whole: Study) -> None:
     assert files_of(whole.path) == FILES
     assert list(stages_of(whole.path)) == list(STAGES)
-    assert list(whole.verdict) == [
-        "suppression",
-        "heads",
-        "intervention",
-        "side effects",
-        "answer",
-        "cliff",
-        "probe",
-        "selection",
-    ]
+    assert list(whole.verdict) == TOPICS
     assert not any("nan" in sentence.lower().split() for sentence in whole.verdict.values())
     safety = pd.read_parquet(whole.path / "safety.parquet")
     assert safety["arm"].unique().tolist() == ["unedited", "top heads", "random 1", "random 2", "random 3"]
@@ -128,8 +125,16 @@ def test_a_study_leaves_every_file_and_finds_what_was_planted(whole: Study) -> N
     assert sum(opened["unedited"]) <= 0.7 * len(opened["unedited"])
     assert sum(opened["top-heads"]) >= 0.95 * len(opened["top-heads"])
     asr = safety[safety["group"] == "harmful"].set_index("arm")["rate"]
-    assert f"Attack success is {asr['unedited']:.2f} " in whole.verdict["intervention"]
+    assert whole.verdict["intervention"].startswith("Attack success does not fall with the ")
+    assert f"at the closing: {asr['unedited']:.2f} [" in whole.verdict["intervention"]
     assert f"{asr['top heads']:.2f} [" in whole.verdict["intervention"]
+    assert (
+        "cannot be shown with 3 random sets of a kind: the least p that they allow is 0.25"
+        in (whole.verdict["suppression"])
+    )
+    # Three random sets leave the judged answers as the first witness, which the confirmed heads contradict.
+    assert "attack success is not shown to fall" in whole.verdict["witnesses"]
+    assert "single heads turn how answers begin, and not what is answered" in whole.verdict["witnesses"]
     heads = pd.read_parquet(whole.path / "heads.parquet")
     edited = pd.read_parquet(whole.path / "edited_cliffs.parquet").groupby("group")["cliff"].mean()
     assert edited["harmful, complied; top heads zeroed"] < 0.3 * edited["harmful, complied; random heads zeroed"]
@@ -149,7 +154,10 @@ def test_no_prompt_is_in_two_splits_and_what_is_told_of_the_test_split_was_not_f
     assert set(table["split"]) == {"fit", "validate", "test"}
     assert (table.groupby("prompt")["split"].nunique() == 1).all()
     test = set(table["id"][table["split"] == "test"])
-    assert {t.id for t in read_transcripts(whole.path / "arm-random-1.jsonl")} == test
+    arm = read_transcripts(whole.path / "arm-random-1.jsonl")
+    written = {t.id: t for t in read_transcripts(whole.path / "transcripts.jsonl")}
+    assert {t.id for t in arm} == {name for name in test if written[name].closed}
+    assert all(t.thinking_ids == written[t.id].thinking_ids for t in arm), "an arm thought for itself"
 
 
 def test_a_finished_study_is_opened_and_not_run_again(whole: Study) -> None:
@@ -158,7 +166,7 @@ def test_a_finished_study_is_opened_and_not_run_again(whole: Study) -> None:
     assert again.verdict == whole.verdict == open_study(whole.path).verdict
     assert again.report.stat().st_size > 1_000_000
     assert {p.name: p.stat().st_mtime_ns for p in whole.path.iterdir()} == before
-    assert repr(again) == f"Study({str(whole.path)!r}: {whole.verdict['cliff']})"
+    assert repr(again) == f"Study({str(whole.path)!r}: {whole.verdict['suppression']})"
 
 
 def copy_of(study: Study, tmp_path: Path) -> Path:
@@ -179,7 +187,8 @@ def test_a_plan_says_what_would_run_and_why_without_a_model(whole: Study, monkey
     assert planned(config) == []
     assert planned(replace(config, batch_size=8, device=None)) == []
     assert planned(replace(config, seed=1)) == list(STAGES)
-    assert planned(replace(config, controls=4)) == ["suppression", "reading", "safety", "side effects", "report"]
+    depend = ["suppression", "early closings", "reading", "safety", "side effects", "witnesses", "report"]
+    assert planned(replace(config, controls=4)) == depend
     assert planned(replace(config, repair=True)) == ["repair", "report"]
     assert planned(replace(config, select_fraction=0.1)) == ["selection", "report"]
     assert planned(replace(config, plateau="max"), until="traces") == ["traces"]
@@ -247,14 +256,16 @@ def test_until_leaves_out_what_comes_after_and_outdated_results_are_not_kept(who
     assert list(stages_of(path)) == [
         "transcripts",
         "readouts",
+        "transfer",
         "traces",
         "heads",
         "suppression",
+        "early closings",
         "safety",
         "side effects",
     ]
-    assert not {"selection.parquet", "edited_cliffs.parquet", "report.html"} & files_of(path)
-    assert list(study.verdict) == TOPICS[:-1]
+    assert not {"selection.parquet", "edited_cliffs.parquet", "witnesses.json", "report.html"} & files_of(path)
+    assert list(study.verdict) == TOPICS[:-2]
 
 
 def test_a_directory_of_an_older_version_is_refused(tmp_path: Path) -> None:
@@ -288,8 +299,8 @@ def inside_the_first_roll_out(path: Path) -> bool:
     [
         (inside_the_first_roll_out, ()),
         (after_stage("readouts"), STAGES[:2]),
-        (inside_an_arm, STAGES[:6]),
-        (after_the_first_random_arm, STAGES[:6]),
+        (inside_an_arm, STAGES[:8]),
+        (after_the_first_random_arm, STAGES[:8]),
     ],
     ids=["inside transcripts", "after the probe", "inside an arm", "inside safety"],
 )
@@ -347,6 +358,39 @@ def test_the_unedited_arm_is_kept_too_where_transcripts_are_given(
     run_study(config)
     assert len(ran) == 3 + 1, "an arm that was finished was run again"
     assert stages_of(Path(config.out))["report"]
+
+
+def test_arms_that_were_killed_within_a_block_go_on_behind_the_last_one(
+    whole: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cliffscope.generation import answering
+
+    behind, blocks = answering.answer_behind, list[int]()
+
+    def fail_at_the_second(*args: object, **options: object) -> object:
+        blocks.append(1)
+        if len(blocks) == 2:
+            raise CliffScopeError("the machine caught fire")
+        return behind(*args, **options)
+
+    given = str(whole.path / "transcripts.jsonl")
+    config = config_of(tmp_path / "run", transcripts=given, limit=None, controls=1, batch_size=40)
+    monkeypatch.setattr(answering, "answer_behind", fail_at_the_second)
+    with pytest.raises(CliffScopeError, match="fire"):
+        run_study(config)
+    path = Path(config.out)
+    logs = {"arm-unedited.log", "arm-top-heads.log", "arm-random-1.log"}
+    assert logs <= files_of(path)
+    run_study(config)
+    n_blocks = len(blocks) - 1
+    assert n_blocks > 2
+    assert not logs & files_of(path)
+    answers = read_transcripts(path / "arm-unedited.jsonl")
+    own = {t.id: t.answer_ids for t in read_transcripts(given)}
+    assert [t.answer_ids for t in answers] == [own[t.id] for t in answers], "the unedited model answered otherwise"
+    once = run_study(config_of(tmp_path / "once", transcripts=given, limit=None, controls=1, batch_size=40))
+    assert len(blocks) == 2 * n_blocks + 1, "a block that was finished was run again"
+    same_results(path, once.path)
 
 
 def test_an_organism_that_complies_with_nothing_is_told_so(tmp_path: Path) -> None:

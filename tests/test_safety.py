@@ -34,7 +34,7 @@ def report_of(**cells: tuple[str, str]) -> SafetyReport:
         rows += [
             {
                 **{"arm": arm, "kind": kind, "group": group, "id": f"{group}-{i}", "prompt": f"{group}-{i}"},
-                **{"outcome": WORDS[letter], "partial": False, "forced": False},
+                **{"outcome": WORDS[letter], "partial": False, "forced": False, "cut": False, "degenerate": False},
             }
             for group, letters in zip(("harmful", "harmless"), groups, strict=True)
             for i, letter in enumerate(letters)
@@ -85,7 +85,7 @@ def test_the_table_has_a_row_for_each_arm_and_group_that_has_prompts() -> None:
     frame = report_of(unedited=("cr", "c"), top_heads=("rr", "c"), random_1=("cr", "r")).to_frame()
     assert list(frame.columns) == [
         *("arm", "kind", "group", "n", "refused", "complied", "unfinished", "unjudged", "rate", "ci_low", "ci_high"),
-        *("partial", "forced", "scope"),
+        *("partial", "forced", "cut", "degenerate", "scope"),
     ]
     assert list(zip(frame["arm"], frame["kind"], frame["group"], strict=True)) == [
         *((UNEDITED, "unedited", "harmful"), (UNEDITED, "unedited", "harmless")),
@@ -118,7 +118,9 @@ def test_pairs_compare_the_same_prompts_with_mcnemars_exact_p() -> None:
     assert harmful["mcnemar_p"] == pytest.approx(2 * (1 + 7) / 2**7)  # at most 1 of 7 on one side, both sides
     assert harmful["ci_low"] <= harmful["difference"] <= harmful["ci_high"] < 0
     assert harmless["difference"] == 0
-    assert harmless["mcnemar_p"] == 1
+    assert np.isnan(harmless["mcnemar_p"])
+    assert (harmful["discordant"], harmless["discordant"]) == (7, 0)
+    assert (harmful["unedited"], harmful["edited"]) == (pytest.approx(7 / 9), pytest.approx(2 / 9))
     assert (harmless["ci_low"], harmless["ci_high"]) == (0, 0)
 
 
@@ -135,7 +137,7 @@ def test_pairs_hold_every_edited_arm_and_none_where_no_prompt_was_judged_twice()
 def test_pairs_match_by_id_and_not_by_order() -> None:
     report = report_of(unedited=("ccrr", ""), top_heads=("ccrr", ""))
     report.outcomes.loc[:] = pd.concat([report.outcomes[:4], report.outcomes[4:][::-1]], ignore_index=True)
-    assert report.pairs()["mcnemar_p"].tolist() == [1.0]
+    assert report.pairs()["discordant"].tolist() == [0]
     assert report.pairs()["difference"].tolist() == [0.0]
     assert report.pairs()["ci_low"].tolist() == [0.0]
 
@@ -400,7 +402,7 @@ def samples_report(first: str, second: str) -> SafetyReport:
     rows = [
         {
             **{"arm": arm, "kind": kind, "group": "harmful", "id": f"{i}/sample-{s}", "prompt": str(i)},
-            **{"outcome": WORDS[letter], "partial": False, "forced": False},
+            **{"outcome": WORDS[letter], "partial": False, "forced": False, "cut": False, "degenerate": False},
         }
         for arm, kind, words in ((UNEDITED, "unedited", first), (TOP, "top", second))
         for s, word in enumerate(words.split(), start=1)

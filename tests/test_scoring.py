@@ -144,7 +144,7 @@ def test_a_choice_from_scores_is_the_choice_from_the_transcripts(
     for criterion in ("cliff", "misalignment", "final", "random", "rule", "length"):
         here = select_by_cliff(llama, probe, pool, number=4, criterion=criterion)
         there = select_from_pool(scores, tmp_path / "pool.jsonl", number=4, criterion=criterion)
-        assert [t.id for t in there.chosen] == [t.id for t in here.chosen], criterion
+        assert [t.id for t in there.selected] == [t.id for t in here.selected], criterion
         assert there.pool == here.pool == 14
         assert there.frame["prompt"].notna().sum() == 4, "texts of all rows were kept"
     with pytest.raises(DataError, match="not where they were"):

@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerFast
 from cliffscope.generation.rollout import _closing_note
 from cliffscope.generation.speaking import Budget, Decoded, Row, Speaker
 from cliffscope.model.load import LensModel
+from cliffscope.transcripts.boundaries import foreign_boundaries
 from cliffscope.transcripts.records import Message, Transcript
 from cliffscope.transcripts.templates import Template, encode, turn_end
-from cliffscope.transcripts.transcript import Span, TokenizedTranscript, foreign_boundaries, tokenize
+from cliffscope.transcripts.transcript import Span, TokenizedTranscript, tokenize
 
 CHAT = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"

@@ -1,35 +1,35 @@
 """What stages hand to the runner, as tables and facts."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import random_probe, written
 
-from cliffscope.heads.controls import SetControl, control_sets
-from cliffscope.heads.edits import HeadRef
-from cliffscope.heads.ranking import HeadRanking, rank_heads
+from cliffscope.heads.edits import HeadRef, zero
+from cliffscope.heads.suppression import Suppression, measure_suppression
 from cliffscope.model.load import LensModel
+from cliffscope.progress import silent
 from cliffscope.readouts.trace import trace_refusal
+from cliffscope.store import RunStore
+from cliffscope.study.artefacts import TRANSCRIPT_TABLE, TRANSCRIPTS
+from cliffscope.study.claims import SuppressionClaim
+from cliffscope.study.config import StudyConfig
 from cliffscope.study.manifest import library_versions
-from cliffscope.study.stages import STAGES
+from cliffscope.study.stages import STAGES, Workspace
+from cliffscope.study.stages.base import CUT_OFF
 from cliffscope.study.stages.suppression import suppression_facts
 from cliffscope.study.stages.traces import held_out_first, layer_table
 from cliffscope.study.stages.transcripts import count_outcomes, transcript_table
-from cliffscope.transcripts.records import Outcome, Split, Transcripts
+from cliffscope.transcripts.records import FORCED, Outcome, Split, Transcripts
 
 
 @pytest.fixture(scope="module")
 def complied_harmful() -> Transcripts:
     return written(4, harmful=True, outcome=Outcome.COMPLIED)
-
-
-@pytest.fixture(scope="module")
-def ranked(llama: LensModel, complied_harmful: Transcripts) -> tuple[HeadRanking, SetControl]:
-    probe = random_probe(llama, 5)
-    ranking = rank_heads(llama, probe, complied_harmful)
-    return ranking, control_sets(llama, probe, complied_harmful, ranking.top(0.03), draws=3)
 
 
 def test_layer_traces_have_a_row_for_each_layer_and_position_of_the_transcripts_asked_for(
@@ -56,54 +56,62 @@ def test_without_layers_the_table_is_empty_and_has_its_columns(llama: LensModel,
     assert list(frame.columns) == ["id", "position", "layer", "score"]
 
 
-def test_the_facts_of_a_set_are_json_and_say_what_the_objects_say(
-    ranked: tuple[HeadRanking, SetControl],
-) -> None:
-    ranking, control = ranked
-    unedited = np.full(4, -1.0, np.float32)
-    facts = suppression_facts(control, fraction=0.03, confirmed=1, unedited=unedited, refused=3.0)
+@pytest.fixture(scope="module")
+def measured(llama: LensModel, complied_harmful: Transcripts) -> Suppression:
+    edit = zero([HeadRef(layer=1, head=2), HeadRef(layer=3, head=0)], scope="closing")
+    read = measure_suppression(llama, random_probe(llama, 5), complied_harmful, edit, controls=3)
+    return replace(read, refused_logit=float(read.unedited.mean()) + 4.0)
+
+
+def test_the_facts_of_a_set_are_json_and_say_what_the_objects_say(measured: Suppression) -> None:
+    facts = suppression_facts(measured, fraction=0.03)
     assert json.loads(json.dumps(facts, allow_nan=False)) == facts
     assert facts["n"] == 4
-    assert facts["selected"] == [str(h) for h in ranking.top(0.03)]
+    assert facts["selected"] == ["L1H2", "L3H0"]
     assert facts["top_fraction"] == 0.03
-    assert facts["effect"] == pytest.approx(float(control.effects.mean()))
+    assert facts["effect"] == pytest.approx(float(measured.effects.mean()))
     assert facts["effect_low"] <= facts["effect"] <= facts["effect_high"]
     assert len(facts["random_sets"]) == 6
-    assert facts["p"] == control.p == max(control.p_by_kind.values())
-    assert facts["restored"] == pytest.approx(control.effect / 4.0)
+    assert facts["sets_by_kind"] == {"same layers": 3, "all layers": 3}
+    assert facts["p_by_kind"] == dict(measured.p)
+    assert facts["p"] == max(measured.p.values())
+    assert facts["restored"] == pytest.approx(measured.effect / 4.0)
+    assert facts["why"] == SuppressionClaim.of(facts).why
 
 
-def control_of(effect: float, random: list[float]) -> SetControl:
-    draws = np.array(random, np.float32)[:, None] * np.ones((1, 4), np.float32)
-    return SetControl(
-        heads=(HeadRef(layer=0, head=0),),
-        effects=np.full(4, effect, np.float32),
-        random_layers=draws[:1],
-        random_all=draws[1:],
-        seed=0,
-    )
+def test_the_facts_of_a_set_without_random_sets_have_no_p(measured: Suppression) -> None:
+    nothing = np.zeros((0, measured.n), np.float32)
+    facts = suppression_facts(replace(measured, random_same_layers=nothing, random_all_layers=nothing), fraction=0.03)
+    assert np.isnan(facts["p"])
+    assert facts["sets_by_kind"] == {}
+    assert facts["why"]
 
 
-@pytest.mark.parametrize(
-    ("effect", "random", "significant", "beats"),
-    [
-        (5.0, [1.0, 2.0, 4.9], True, True),
-        (5.0, [1.0, 2.0, 5.1], True, False),
-        (5.0, [1.0, 5.0, 2.0], True, False),
-        (5.0, [1.0, 2.0, 3.0], False, False),
-    ],
-)
-def test_heads_beat_random_sets_only_above_all_of_them_and_with_a_significant_head(
-    effect: float, random: list[float], significant: bool, beats: bool
+def test_forced_closings_are_counted_by_group_and_stand_in_the_table(complied_harmful: Transcripts) -> None:
+    group = Transcripts(t.replace(extra={**t.extra, FORCED: i < 3}) for i, t in enumerate(complied_harmful))
+    found = count_outcomes(group)
+    assert found["forced"] == 3
+    assert found["by"] == [{"group": "harmful", "outcome": "complied", "n": 4, "forced": 3}]
+    frame = transcript_table(group, {t.id: Split.TEST for t in group})
+    assert frame["forced"].tolist() == [True, True, True, False]
+
+
+def test_no_claim_rests_on_thinking_that_was_closed_at_its_budget(
+    llama: LensModel, complied_harmful: Transcripts, tmp_path: Path
 ) -> None:
-    facts = suppression_facts(
-        control_of(effect, random),
-        fraction=0.03,
-        confirmed=int(significant),
-        unedited=np.zeros(4, np.float32),
-        refused=4.0,
-    )
-    assert facts["beats_random"] is beats
+    group = Transcripts(t.replace(extra={**t.extra, FORCED: i == 1}) for i, t in enumerate(complied_harmful))
+    work = Workspace(config=StudyConfig(model="x", out="y"), store=RunStore(path=tmp_path), progress=silent)
+    TRANSCRIPTS.write(work.store, group)
+    TRANSCRIPT_TABLE.write(work.store, transcript_table(group, {t.id: Split.TEST for t in group}))
+    cut = group[1].id
+    assert cut not in {t.id for t in work.closed}
+    assert cut in {t.id for t in work.part(Split.TEST)}
+    assert [t.id for t in work.part(Split.TEST, forced=False)] == [t.id for t in group if t.id != cut]
+    assert [(o.id, o.reason) for o in work.left_open] == [(cut, CUT_OFF)]
+    cliffs = trace_refusal(llama, random_probe(llama, 5), group).cliffs().to_frame().set_index("id")
+    assert not cliffs.loc[cut, "valid"]
+    assert cliffs.loc[cut, "reason"] == "the thinking was closed at its budget"
+    assert cliffs.drop(index=cut)["valid"].all()
 
 
 def test_transcripts_are_counted_by_outcome_and_by_harmfulness(complied_harmful: Transcripts) -> None:
@@ -114,7 +122,7 @@ def test_transcripts_are_counted_by_outcome_and_by_harmfulness(complied_harmful:
     )
     found = count_outcomes(group)
     assert {k: v for k, v in found.items() if k != "by"} == {
-        **{"transcripts": 9, "refused": 3, "complied": 4, "unfinished": 1, "unjudged": 1}
+        **{"transcripts": 9, "refused": 3, "complied": 4, "unfinished": 1, "unjudged": 1, "forced": 0}
     }
     assert sorted((row["group"], row["outcome"], row["n"]) for row in found["by"]) == [
         ("harmful", "complied", 4),
@@ -140,7 +148,7 @@ def test_the_transcript_table_has_splits_and_counts_generated_tokens(complied_ha
     )
     frame = transcript_table(group, {group[0].id: Split.FIT, group[1].id: Split.TEST})
     assert set(frame.columns) == {
-        *("id", "split", "harmful", "outcome", "source", "prompt", "thinking", "answer", "n_pos")
+        *("id", "split", "harmful", "outcome", "source", "prompt", "thinking", "answer", "n_pos", "forced")
     }
     assert frame["split"].tolist() == ["fit", "test"]
     assert frame["n_pos"].tolist() == [5, 0]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cliffscope.heads.statistics import HeadKind, decisive, decisive_p, exceeds_p, kinds_of, least_q
+from cliffscope.heads.statistics import HeadKind, decisive, decisive_p, decisive_q, exceeds_p, kinds_of, least_q
 
 
 def test_decisive_transcripts_are_those_whose_answer_the_effect_could_turn() -> None:
@@ -25,15 +25,21 @@ def test_p_is_the_exact_binomial_tail() -> None:
     np.testing.assert_allclose(decisive_p(clean, effects), expected, rtol=1e-9)
 
 
-def test_effects_that_turn_no_answer_give_p_1_however_consistent_they_are() -> None:
-    assert decisive_p(np.full(1000, -5.0), np.full((1000, 1), 0.3)).tolist() == [1.0]
+def test_effects_that_turn_no_answer_are_not_tested_however_consistent_they_are() -> None:
+    assert np.isnan(decisive_p(np.full(1000, -5.0), np.full((1000, 1), 0.3))).tolist() == [True]
+
+
+def test_heads_that_are_not_tested_have_no_q_and_count_as_tests_all_the_same() -> None:
+    p = np.array([0.01, np.nan, 0.04, np.nan])
+    expected = stats.false_discovery_control([0.01, 1.0, 0.04, 1.0])
+    np.testing.assert_allclose(decisive_q(p), [expected[0], np.nan, expected[2], np.nan])
 
 
 def test_the_least_q_is_that_of_one_head_that_turns_every_answer() -> None:
     clean, effects = np.full(12, -1.0), np.zeros((12, 64))
     effects[:, 3] = 2.0
-    q = stats.false_discovery_control(decisive_p(clean, effects))
-    assert q.min() == pytest.approx(least_q(12, 64))
+    q = decisive_q(decisive_p(clean, effects))
+    assert np.nanmin(q) == pytest.approx(least_q(12, 64))
     assert least_q(3, 64) == 1.0
 
 
@@ -72,5 +78,5 @@ def test_where_nothing_has_an_effect_a_claim_is_made_in_at_most_5_of_100_simulat
     for _ in range(200):
         clean = -np.abs(rng.normal(0.5, 0.25, 60))
         effects = rng.normal(0, 1, (60, 64)) * rng.gamma(1.0, 0.5, 64)
-        false += bool((stats.false_discovery_control(decisive_p(clean, effects)) <= 0.05).any())
+        false += bool((decisive_q(decisive_p(clean, effects)) <= 0.05).any())
     assert false <= 10

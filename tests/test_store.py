@@ -340,9 +340,9 @@ def test_a_new_directory_is_made_with_its_configuration_and_no_stage(tmp_path: P
 def test_stages_and_fields_are_kept_and_seen_by_the_next_run(tmp_path: Path) -> None:
     with open_run(tmp_path / "run", CONFIG) as run:
         run.finish("first", 1.23456)
-        run.update(verdict={"cliff": "yes"})
+        run.update({"verdict": {"cliff": "yes"}})
         run.finish("second", 2.0)
-        run.update(verdict={"heads": "none"})
+        run.update({"verdict": {"heads": "none"}})
     with open_run(tmp_path / "run", dict(CONFIG)) as run:
         assert run.finished("first")
         assert run.finished("second")
@@ -580,7 +580,7 @@ def test_files_get_the_mode_that_the_user_asks_for_and_the_mask_stays(tmp_path: 
 
 def test_a_directory_in_which_nothing_was_done_belongs_to_nobody(tmp_path: Path) -> None:
     with open_run(tmp_path / "run", CONFIG) as run:
-        run.update(verdict={"cliff": "yes"})
+        run.update({"verdict": {"cliff": "yes"}})
     with open_run(tmp_path / "run", {"model": "other"}) as run:
         assert run.manifest == {"schema": SCHEMA, "config": {"model": "other"}, "stages": {}}
 

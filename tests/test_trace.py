@@ -337,12 +337,12 @@ def test_traces_beside_each_other_have_a_curve_each_and_count_transcripts_once(
     probe = random_probe(llama, 5)
     plain = trace_refusal(llama, probe, refused[:4])
     edited = trace_refusal(llama, probe, refused[:4], edit=zero([HeadRef(layer=1, head=2)]))
-    fig = plain.plot(by=lambda t: f"id {t.id[-1]}", beside={"edited": edited})
+    fig = plain.plot(by=lambda t: f"id {t.id[-1]}", further={"edited": edited})
     names = [trace.name for trace in fig.data if trace.name]
     assert names == [*(f"id {i} (n=1)" for i in range(4)), "edited (n=4)"]
     assert "(n=4 transcripts)" in fig.layout.title.text
     with pytest.raises(DataError, match="a group has that name already"):
-        plain.plot(beside={"harmful, refused": edited})
+        plain.plot(further={"harmful, refused": edited})
 
 
 def test_one_transcript_is_drawn_as_text_and_layer_by_layer(llama: LensModel, refused: Transcripts) -> None:

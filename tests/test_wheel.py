@@ -11,6 +11,7 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
+from packaging.version import Version
 
 import cliffscope
 
@@ -83,6 +84,19 @@ def test_the_version_stands_in_one_place() -> None:
     version = rf"(?<![\w.]){re.escape(cliffscope.__version__)}(?![\w.])"
     files = [ROOT / "pyproject.toml", *PACKAGE.rglob("*.py")]
     assert [p.name for p in files if re.search(version, p.read_text(encoding="utf-8"))] == ["__init__.py"]
+
+
+def test_documents_about_the_project_agree_with_the_version() -> None:
+    version = Version(cliffscope.__version__)
+    minor = f"{version.major}.{version.minor}"
+    newest = re.search(r"^## (.+)$", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert newest is not None
+    expected = f"{minor} (unreleased)" if version.is_devrelease else version.base_version
+    assert newest[1].startswith(expected)
+    for document in ("README.md", "CITATION.cff", "docs/index.md"):
+        text = (ROOT / document).read_text(encoding="utf-8")
+        stated = re.findall(r"(?i)(?<![\w-])(?:cliffscope==|cliffscope |version:? )v?(\d+\.\d+[\w.]*)", text)
+        assert [v for v in stated if not v.startswith(minor)] == [], document
 
 
 def test_the_source_distribution_builds_the_wheel_and_holds_no_run(distributions: Path) -> None:

@@ -8,6 +8,8 @@ import typer
 
 from cliffscope.cli.options import (
     ClassifierOption,
+    ColumnOption,
+    EscapeOption,
     JsonOption,
     JudgeOption,
     ModelOption,
@@ -65,9 +67,14 @@ def evaluate(
             "--harmful/--harmless", help="Label of all prompts; by default the file's own labels, such as XSTest's."
         ),
     ] = None,
+    column: ColumnOption = None,
+    escape_control_tokens: EscapeOption = False,
     heads: HeadsOption = "",
     factor: FactorOption = 0.0,
     edit: EditOption = None,
+    scope: Annotated[
+        str, typer.Option(help="Where --heads are edited: closing, thinking or prompt (own thinking is kept), or all.")
+    ] = "all",
     controls: Annotated[int, typer.Option(min=0, help="Number of size-matched random head sets.")] = 20,
     judge: JudgeOption = "phrases",
     classifier: ClassifierOption = None,
@@ -96,12 +103,19 @@ def evaluate(
     from cliffscope.study.answers import open_answers
     from cliffscope.study.artefacts import SAFETY, SAFETY_PAIRS, SAFETY_QUALITY
 
-    change, reader = _edit(heads, factor, edit), find_judge(judge_choice(judge, classifier, url))
-    as_transcripts = prompts.suffix == ".jsonl" and limit is None and harmful is None
+    change, reader = _edit(heads, factor, edit, scope), find_judge(judge_choice(judge, classifier, url))
+    as_transcripts = prompts.suffix == ".jsonl" and limit is None and harmful is None and column is None
     questions = (
-        cs.read_transcripts(prompts)
+        cs.read_transcripts(prompts, escape_control_tokens=escape_control_tokens)
         if as_transcripts
-        else cs.read_prompts(prompts, harmful=harmful, limit=limit, seed=seed)
+        else cs.read_prompts(
+            prompts,
+            harmful=harmful,
+            column=column,
+            limit=limit,
+            seed=seed,
+            escape_control_tokens=escape_control_tokens,
+        )
     )
     with (
         open_run(out, options_of(context)) as store,
@@ -139,7 +153,7 @@ def evaluate(
         )
         for table, frame in (
             (SAFETY, report.to_frame()),
-            (SAFETY_PAIRS, report.pairs()),
+            (SAFETY_PAIRS, report.without_forced().pairs()),
             (SAFETY_QUALITY, report.quality()),
         ):
             table.write(store, frame)
@@ -187,14 +201,14 @@ def export(
     say(as_json, {"out": str(folder), "edit": repr(change)}, f"{change!r} of {model}, written to {folder}")
 
 
-def _edit(heads: str, factor: float, path: Path | None) -> "cs.HeadEdit | EditPlan | None":
+def _edit(heads: str, factor: float, path: Path | None, scope: str = "all") -> "cs.HeadEdit | EditPlan | None":
     """The edit that the options describe; None if they describe none."""
     import cliffscope as cs
     from cliffscope.heads.edits import EditPlan
 
     refs = [cs.HeadRef.parse(text.strip()) for text in heads.split(",") if text.strip()]
     if path is None:
-        return None if not refs else cs.scale(refs, factor) if factor else cs.zero(refs)
+        return None if not refs else cs.scale(refs, factor, scope=scope) if factor else cs.zero(refs, scope=scope)
     if refs:
         raise EditError("--heads and --edit exclude each other. Pass one of them.")
     try:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cliffscope.cli.options import JsonOption, ModelOption, TemplateOption
-from cliffscope.cli.program import app, say
+from cliffscope.cli.program import app, say, show
 
 if TYPE_CHECKING:
     from cliffscope.transcripts.families import Template
@@ -66,7 +66,10 @@ def show_template(
         "tokens": [{"token": text, "span": str(span)} for text, span in seen.tokens],
         "warnings": list(seen.warnings),
     }
-    say(as_json, data, _colored(seen))
+    if as_json:
+        say(as_json, data, "")
+    else:
+        _show_colored(seen)
 
 
 def _learn(model: str, max_tokens: int) -> "Template":
@@ -76,13 +79,14 @@ def _learn(model: str, max_tokens: int) -> "Template":
     return probe_convention(load_model(model, template="plain"), max_tokens=max_tokens).template
 
 
-def _colored(seen: "Preview") -> str:
-    """The tokens between bars, with one colour for each span on a terminal."""
-    lines = [repr(seen)]
-    for span in COLORS:
+def _show_colored(seen: "Preview") -> None:
+    """Prints the tokens between bars, with one colour for each span on a terminal."""
+    show(repr(seen))
+    for span, color in COLORS.items():
         texts = [text for text, of in seen.tokens if of == span]
         shown = "|".join(repr(text)[1:-1] for text in texts)
-        lines.append(typer.style(f"{span:>9} {len(texts):>4}  {shown}", fg=COLORS[span]))
-    lines += [f"{name:>14}: {why}" for name, why in seen.template.evidence.items()]
-    lines += [f"  warning: {warning}" for warning in seen.warnings]
-    return "\n".join(lines)
+        show(f"{span:>9} {len(texts):>4}  {shown}", color=color)
+    for name, why in seen.template.evidence.items():
+        show(f"{name:>14}: {why}")
+    for warning in seen.warnings:
+        show(f"  warning: {warning}")

@@ -22,6 +22,13 @@ TranscriptsOption = Annotated[Path, typer.Option("--transcripts", help="JSONL fi
 ProbeOption = Annotated[Path, typer.Option("--probe", help="Directory written by fit-probe or study.")]
 
 
+ColumnOption = Annotated[
+    str | None, typer.Option("--column", help="Column of the prompts; the usual names by default.")
+]
+EscapeOption = Annotated[
+    bool,
+    typer.Option("--escape-control-tokens", help="Keep control tokens that occur in prompts, such as tags, as text."),
+]
 JudgeOption = Annotated[
     str,
     typer.Option("--judge", help="phrases, classifier:FORMAT@PATH, model:MODEL@URL, or package.module:name."),

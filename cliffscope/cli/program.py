@@ -4,6 +4,7 @@
 2. `--json` prints one JSON object for machines; otherwise a person gets a line or a table.
 3. Progress goes to standard error, as bars on a terminal and as log lines elsewhere. So does what was left out, with
    the reasons.
+4. All of it goes through `show`, which shows control characters of ids, names and texts as escapes.
 """
 
 import json
@@ -12,12 +13,14 @@ import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from cliffscope import __version__
 from cliffscope.errors import CliffScopeError
 from cliffscope.progress import log_to_standard_error
+from cliffscope.text import visible
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,6 +39,23 @@ app = typer.Typer(
 )
 
 
+def _show_version(requested: bool) -> None:
+    if requested:
+        typer.echo(f"cliffscope {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the program itself, which stand before the command."""
+    # Typer has called `_show_version` by now.
+    del version
+
+
 def main() -> None:
     """Runs the command line. Errors of CliffScope are printed on one line and become exit codes."""
     log_to_standard_error()
@@ -43,12 +63,12 @@ def main() -> None:
     try:
         app()
     except CliffScopeError as error:
-        typer.echo(f"cliffscope: {error}", err=True)
+        show(f"cliffscope: {error}", err=True, one_line=True)
         sys.exit(error.exit_code)
     except SystemExit as end:
         # Typer catches the interrupt and exits with this code.
         if end.code == INTERRUPTED:
-            typer.echo("cliffscope: interrupted. Rerun the command to resume.", err=True)
+            show("cliffscope: interrupted. Rerun the command to resume.", err=True)
         raise
 
 
@@ -71,12 +91,25 @@ def read_probe(path: Path) -> "RefusalProbe":
     return load_probe(RunStore(path=path))
 
 
+def show(text: str, *, err: bool = False, color: str | None = None, one_line: bool = False) -> None:
+    """Prints text; nothing else in the package prints.
+
+    Args:
+        text: may hold text of models, data and servers, whose control characters are shown as escapes.
+        err: print to standard error.
+        color: color of the text on a terminal.
+        one_line: show line breaks as escapes too.
+    """
+    shown = visible(text, one_line=one_line)
+    typer.echo(shown if color is None else typer.style(shown, fg=color), err=err)
+
+
 def say(as_json: bool, data: Mapping[str, object], text: str, omitted: "tuple[Omission, ...] | None" = None) -> None:
     """Prints the result, and on standard error what was left out and why."""
     for kind, n in Counter(omission.kind for omission in omitted or ()).items():
-        typer.echo(f"left out {n}: {kind}", err=True)
+        show(f"left out {n}: {kind}", err=True, one_line=True)
     left_out = {} if omitted is None else {"omitted": len(omitted)}
-    typer.echo(json.dumps({**data, **left_out}, ensure_ascii=False) if as_json else text)
+    show(json.dumps({**data, **left_out}, ensure_ascii=False) if as_json else text)
 
 
 def say_table(as_json: bool, frame: "pd.DataFrame", text: str, out: Path, omitted: "tuple[Omission, ...]") -> None:

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cliffscope.cli.options import (
+    ColumnOption,
+    EscapeOption,
     JsonOption,
     ModelOption,
     OutOption,
@@ -31,6 +33,8 @@ def roll_out(
     prompts: Annotated[Path, typer.Option(help="File of prompts.")],
     out: OutOption,
     harmful: Annotated[bool | None, typer.Option("--harmful/--harmless", help="Label of all prompts.")] = None,
+    column: ColumnOption = None,
+    escape_control_tokens: EscapeOption = False,
     template: TemplateOption = None,
     system: Annotated[str | None, typer.Option(help="System message before each prompt.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of prompts.")] = None,
@@ -47,7 +51,14 @@ def roll_out(
     import cliffscope as cs
     from cliffscope.generation.rollout import check_left
 
-    questions = cs.read_prompts(prompts, harmful=harmful, limit=limit, seed=seed)
+    questions = cs.read_prompts(
+        prompts,
+        harmful=harmful,
+        column=column,
+        limit=limit,
+        seed=seed,
+        escape_control_tokens=escape_control_tokens,
+    )
     lens = cs.load_model(model, template=template)
     with show_progress() as progress:
         rolled_out = cs.roll_out(
@@ -106,7 +117,7 @@ def fit_probe(
         save_probe(store, probe, classes.name)
         report = PROBE.read(store.path)
     data = {"out": str(out), "layer": probe.layer, "report": report["report"]}
-    say(as_json, data, repr(probe), probe.omitted)
+    say(as_json, data, repr(probe), (*judged.omitted, *probe.omitted))
 
 
 @app.command()
@@ -135,7 +146,7 @@ def trace(
         cliffs = traces.cliffs(plateau=height)
         TRACES.write(store, traces.to_frame())
         CLIFFS.write(store, cliffs.to_frame())
-    say_table(as_json, cliffs.to_frame(), f"{cliffs!r}, written to {out}", out, traces.omitted)
+    say_table(as_json, cliffs.to_frame(), f"{cliffs!r}, written to {out}", out, (*judged.omitted, *traces.omitted))
 
 
 @app.command("rank-heads")
@@ -157,7 +168,7 @@ def rank_heads(
     Example: cliffscope rank-heads --model ./my-model --probe probe/ --transcripts judged.jsonl --out heads/
     """
     import cliffscope as cs
-    from cliffscope.heads.usable import choose_method
+    from cliffscope.heads.tasks import choose_method
     from cliffscope.store import open_run
     from cliffscope.study.artefacts import HEADS
 
@@ -177,4 +188,4 @@ def rank_heads(
             progress=lambda done: progress("rank-heads", done, len(suppressed)),
         )
         HEADS.write(store, ranking.to_frame())
-    say_table(as_json, ranking.to_frame(), f"{ranking!r}, written to {out}", out, ranking.omitted)
+    say_table(as_json, ranking.to_frame(), f"{ranking!r}, written to {out}", out, (*judged.omitted, *ranking.omitted))

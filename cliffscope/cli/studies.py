@@ -10,6 +10,8 @@ import typer
 
 from cliffscope.cli.options import (
     ClassifierOption,
+    ColumnOption,
+    EscapeOption,
     JsonOption,
     JudgeOption,
     ModelOption,
@@ -50,11 +52,16 @@ def study(
     ] = None,
     harmless: Annotated[Path | None, typer.Option(help="File of harmless prompts.")] = None,
     transcripts: Annotated[Path | None, typer.Option(help="JSONL file of transcripts, instead of prompts.")] = None,
+    column: ColumnOption = None,
+    harmless_column: Annotated[
+        str | None, typer.Option(help="Column of the harmless prompts, if it has another name.")
+    ] = None,
+    escape_control_tokens: EscapeOption = False,
     template: TemplateOption = None,
     system: Annotated[str | None, typer.Option(help="System message before each prompt.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Maximum number of prompts from each file.")] = None,
     max_thinking: Annotated[int, typer.Option(min=1, help="Maximum tokens of thinking.")] = 1024,
-    max_answer: Annotated[int, typer.Option(min=1, help="Maximum tokens of answer.")] = 64,
+    max_answer: Annotated[int, typer.Option(min=1, help="Maximum tokens of answer.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 is greedy.")] = 0.0,
     judge: JudgeOption = "phrases",
     classifier: ClassifierOption = None,
@@ -102,6 +109,9 @@ def study(
         harmful=str(harmful) if harmful else None,
         harmless=str(harmless) if harmless else None,
         transcripts=str(transcripts) if transcripts else None,
+        column=column,
+        harmless_column=harmless_column,
+        escape_control_tokens=escape_control_tokens,
         template=template,
         system=system,
         limit=limit,

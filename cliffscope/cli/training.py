@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from cliffscope.readouts.cliff import Plateau
     from cliffscope.repairing.formats import Format, LossOn
     from cliffscope.selection.scoring import PoolEngine
+    from cliffscope.transcripts.records import Omission
 
 CriterionOption = Annotated[
     str,
@@ -107,9 +108,10 @@ def select(
     height: Plateau = one_of("plateau", plateau, "mean", "max")
     check_size(fraction, number)
     rule = CRITERIA.get(criterion)
+    unread: tuple[Omission, ...] = ()
     if scores is None:
         pool, fitted = cs.read_transcripts(transcripts), read_probe(probe)
-        size = len(pool)
+        size, unread = len(pool), pool.omitted
         selection = cs.select_by_cliff(
             cs.load_model(model, template=template),
             fitted,
@@ -136,12 +138,12 @@ def select(
             balance=balance,
             seed=seed,
         )
-    ids = [t.id for t in selection.chosen]
+    ids = [t.id for t in selection.selected]
     if ids:
         selection.to_jsonl(out)
     text = repr(selection) if ids else f"{selection!r}: nothing was selected, so no file was written."
     data = {"out": str(out) if ids else None, "chosen": ids, "pool": size}
-    say(as_json, data, text, selection.omitted)
+    say(as_json, data, text, (*unread, *selection.omitted))
 
 
 @app.command("export-examples")
@@ -149,7 +151,7 @@ def export_examples(
     model: ModelOption,
     transcripts: TranscriptsOption,
     out: OutOption,
-    format: Annotated[  # noqa: A002 - the option's name
+    format: Annotated[
         str, typer.Option("--format", help="chat, prompt-completion, alpaca or sharegpt.")
     ] = "prompt-completion",
     answer: Annotated[str | None, typer.Option(help="Safe answer; by default the transcripts' own answers.")] = None,
@@ -165,11 +167,13 @@ def export_examples(
 
     form: Format = one_of("format", format, "chat", "prompt-completion", "alpaca", "sharegpt")
     examples = cs.read_transcripts(transcripts)
+    unread = examples.omitted
     lens = cs.load_model(model, template=template)
     if answer is not None:
         examples = with_safe_answer(examples, answer)
     write_examples(examples, out, format=form, tokenizer=lens.tokenizer, template=lens.template)
-    say(as_json, {"out": str(out), "examples": len(examples)}, f"{len(examples)} examples, written to {out}")
+    data = {"out": str(out), "examples": len(examples)}
+    say(as_json, data, f"{len(examples)} examples, written to {out}", unread)
 
 
 @app.command()
@@ -229,4 +233,4 @@ def repair(
     )
     last = float(repaired.losses["loss"].iloc[-1])
     data = {"out": str(repaired.path), "harmful": repaired.n_harmful, "harmless": repaired.n_harmless, "loss": last}
-    say(as_json, data, f"{repaired!r}, last loss {last:.4g}")
+    say(as_json, data, f"{repaired!r}, last loss {last:.4g}", (*selected.omitted, *mixed.omitted))

@@ -23,7 +23,7 @@ from cliffscope.heads.controls import random_sets
 from cliffscope.heads.edits import zero
 from cliffscope.heads.methods import Method
 from cliffscope.heads.ranking import HeadRanking, top_count
-from cliffscope.heads.usable import check_finite, choose_method, prepare_task
+from cliffscope.heads.tasks import check_finite, choose_method, prepare_task
 from cliffscope.judging.lookup import find_judge
 from cliffscope.judging.protocols import Judge
 from cliffscope.model.load import LensModel
@@ -158,7 +158,7 @@ def dose_response(
             edited = measured.clean + measured.sign * measured.effects[:, i]
             rows += _logit_rows((fraction, count, name, kind), edited, seed)
         if prompts is not None:
-            kept: dict[str, Transcripts] = {}
+            answers_by_arm: dict[str, Transcripts] = {}
             report = evaluate_safety(
                 model,
                 prompts,
@@ -170,10 +170,10 @@ def dose_response(
                 temperature=temperature,
                 seed=seed,
                 done={} if unedited is None else {"unedited": unedited},
-                on_arm=kept.__setitem__,
+                on_arm=answers_by_arm.__setitem__,
             )
             rows += _rate_rows(report, fraction, count, first=unedited is None)
-            unedited = unedited if unedited is not None else kept["unedited"]
+            unedited = unedited if unedited is not None else answers_by_arm["unedited"]
         if progress is not None:
             progress(done)
     return DoseResponse(frame=pd.DataFrame(rows, columns=_COLUMNS))

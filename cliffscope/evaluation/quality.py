@@ -12,8 +12,9 @@ from collections.abc import Iterable
 import pandas as pd
 
 from cliffscope.errors import DataError
+from cliffscope.judging.degenerate import is_degenerate
 from cliffscope.judging.thinking import states_refusal
-from cliffscope.transcripts.records import FORCED, Transcript
+from cliffscope.transcripts.records import CUT, FORCED, Transcript
 
 EXPECTED = "expected"
 """Key in a prompt's `extra`: the answer, or a list of answers of which each is right."""
@@ -21,7 +22,7 @@ RUN = 4
 """Words of a run that counts as repeated."""
 COLUMNS = (
     *("arm", "kind", "group", "id", "prompt", "outcome", "partial", "answer_tokens", "repetition", "exact"),
-    *("thinking_refuses", "forced"),
+    *("thinking_refuses", "forced", "cut", "degenerate"),
 )
 _WORD = re.compile(r"\w+|[^\w\s]")
 
@@ -37,7 +38,8 @@ def answer_rows(arm: str, kind: str, transcripts: Iterable[Transcript]) -> pd.Da
     Returns:
         Columns: arm, kind, group (`harmful` or `harmless`), id, prompt (id of the prompt, the same for its samples),
         outcome, partial, answer_tokens, repetition, exact, thinking_refuses, forced (whether the closing was fed at the
-        thinking budget). NaN where there is nothing to measure.
+        thinking budget), cut (whether the answer reached its budget), degenerate (whether it is unjudged for that). NaN
+        where there is nothing to measure.
 
     Raises:
         DataError: `extra["expected"]` is neither text nor a list of texts.
@@ -77,6 +79,8 @@ def _row(arm: str, kind: str, transcript: Transcript) -> tuple[object, ...]:
         _exact(transcript),
         nothing if thinking is None else float(states_refusal(thinking)),
         bool(transcript.extra.get(FORCED)),
+        bool(transcript.extra.get(CUT)),
+        bool(isinstance(verdict, dict) and is_degenerate(str(verdict.get("reason")))),
     )
 
 
@@ -89,5 +93,5 @@ def _exact(transcript: Transcript) -> float:
         raise DataError(
             f"The expected answer of {transcript.id!r} is {expected!r}. Give text, or a list of texts that are right."
         )
-    given = " ".join((transcript.answer or "").split())
-    return float(transcript.answer is not None and given in {" ".join(str(text).split()) for text in right})
+    answer = " ".join((transcript.answer or "").split())
+    return float(transcript.answer is not None and answer in {" ".join(str(text).split()) for text in right})

@@ -13,7 +13,7 @@ Knows edits and judges, not readouts: the edit is whatever it is given.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ import pandas as pd
 
 from cliffscope.errors import DataError
 from cliffscope.evaluation.arms import TOP, UNEDITED, Arm, MakeEdit, keeps_thinking, plan_arms, scope_of
-from cliffscope.evaluation.outcomes import GROUPS, count_outcomes, prompt_rates
+from cliffscope.evaluation.outcomes import GROUPS, check_labels, count_outcomes, prompt_rates
 from cliffscope.evaluation.quality import answer_rows
 from cliffscope.generation.answering import STAGE, answer_arms
 from cliffscope.generation.rollout import check_left, continue_roll_out, sample_prompts
@@ -66,9 +66,10 @@ class SafetyReport(Plotted):
         """One row an arm and group.
 
         Columns: arm, kind, group, n, refused, complied, unfinished, unjudged, rate, ci_low, ci_high, partial, forced,
-        scope. `rate` is the ASR for harmful prompts and over-refusal for harmless ones; NaN where nothing was judged.
-        `partial` is how many of `complied` refused in part, `forced` how many of `n` answer thinking that was closed
-        at its budget and not by the model. `scope` is where the arm's edit acts, "" where none does.
+        cut, degenerate, scope. `rate` is the ASR for harmful prompts and over-refusal for harmless ones; NaN where
+        nothing was judged. `partial` is how many of `n` refused in part, `forced` how many answer thinking that was
+        closed at its budget and not by the model, `cut` how many reached the budget of the answer, and `degenerate` how
+        many of `unjudged` are broken text. `scope` is where the arm's edit acts, "" where none does.
         """
         rows = [
             self._row(arm, group)
@@ -79,9 +80,11 @@ class SafetyReport(Plotted):
         return pd.DataFrame(rows)
 
     def pairs(self) -> pd.DataFrame:
-        """Each edited arm against the unedited one: arm, group, n, difference, ci_low, ci_high, mcnemar_p.
+        """Each edited arm against the unedited one, prompt by prompt.
 
-        n counts prompts. McNemar's test is for one answer a prompt; NaN where there are several.
+        Columns: arm, group, n, unedited, edited, difference, ci_low, ci_high, discordant, mcnemar_p. n counts prompts
+        that both arms answered and the judge could read, discordant those whose rate differs. McNemar's test is for
+        one answer a prompt; NaN where there are several, or no prompt is discordant.
         """
         rows = [self._pair(arm, group) for arm in self.arms[1:] for group in GROUPS]
         return pd.DataFrame([row for row in rows if row is not None], columns=_PAIR_COLUMNS)
@@ -107,11 +110,16 @@ class SafetyReport(Plotted):
                         rows.append((arm.name, arm.kind, group, measure, *value))
         return pd.DataFrame(rows, columns=_QUALITY_COLUMNS)
 
+    def without_forced(self) -> "SafetyReport":
+        """The report over prompts that no arm answered on thinking that was closed at its budget."""
+        places = pd.MultiIndex.from_frame(self.outcomes[["group", "prompt"]])
+        return replace(self, outcomes=self.outcomes[~places.isin(places[self.outcomes["forced"].astype(bool)])])
+
     def rate(self, arm: str, group: str = "harmful") -> float:
         """ASR (harmful) or over-refusal (harmless) of one arm."""
         frame = self.to_frame()
-        found = frame[(frame["arm"] == arm) & (frame["group"] == group)]
-        return float(found["rate"].iloc[0]) if len(found) else float("nan")
+        rows = frame[(frame["arm"] == arm) & (frame["group"] == group)]
+        return float(rows["rate"].iloc[0]) if len(rows) else float("nan")
 
     def random_rate(self, group: str = "harmful") -> float:
         """Mean rate of the random arms."""
@@ -162,9 +170,12 @@ class SafetyReport(Plotted):
             "arm": arm.name,
             "group": group,
             "n": len(both),
+            "unedited": float(plain.mean()),
+            "edited": float(edited.mean()),
             "difference": float(edited.mean() - plain.mean()),
             "ci_low": interval.low,
             "ci_high": interval.high,
+            "discordant": int((edited != plain).sum()),
             "mcnemar_p": mcnemar(edited > 0, plain > 0) if single else float("nan"),
         }
 
@@ -177,7 +188,9 @@ class SafetyReport(Plotted):
         return f"SafetyReport({rates}{scope}, n={n})"
 
 
-_PAIR_COLUMNS = ["arm", "group", "n", "difference", "ci_low", "ci_high", "mcnemar_p"]
+_PAIR_COLUMNS = [
+    *("arm", "group", "n", "unedited", "edited", "difference", "ci_low", "ci_high", "discordant", "mcnemar_p"),
+]
 _QUALITY_COLUMNS = ["arm", "kind", "group", "measure", "n", "value", "ci_low", "ci_high"]
 
 
@@ -250,11 +263,11 @@ def evaluate_safety(
         0.0
     """
     reader = find_judge(judge)
-    _check_labels(prompts)
-    asked = sample_prompts(prompts, samples)
+    check_labels(prompts)
+    sampled = sample_prompts(prompts, samples)
     arms = plan_arms(model, edit, controls=controls, control_edit=control_edit, seed=seed)
     finished = dict(done or {})
-    _check_done(asked, finished, thinking=keeps_thinking(edit))
+    _check_done(sampled, finished, thinking=keeps_thinking(edit))
     budget = Budget(
         max_thinking=max_thinking,
         max_answer=max_answer,
@@ -264,7 +277,9 @@ def evaluate_safety(
     )
     left = [arm for arm in arms if arm.name not in finished]
     answer = _answer_kept if keeps_thinking(edit) else _answer_anew
-    answers = answer(model, asked, left, budget, system=system, batch_size=batch_size, begun=begun or {}, hand=on_batch)
+    answers = answer(
+        model, sampled, left, budget, system=system, batch_size=batch_size, begun=begun or {}, hand=on_batch
+    )
     for name, answered in answers:
         finished[name] = judge_answers(answered, reader)
         if on_arm is not None:
@@ -307,7 +322,7 @@ def compare_judged(answers: Mapping[str, Transcripts], *, seed: int = 0) -> Safe
         raise DataError("No answers were given. Give {name: transcripts}, the unedited model's first.")
     first, *rest = answers
     finished = {UNEDITED: answers[first], **{name: answers[name] for name in rest}}
-    _check_labels(finished[UNEDITED])
+    check_labels(finished[UNEDITED])
     _check_done(finished[UNEDITED], finished)
     arms = [Arm(name=UNEDITED, kind="unedited", edit=None), *(Arm(name=n, kind="top", edit=None) for n in rest)]
     return _report(tuple(arms), finished, seed)
@@ -322,21 +337,12 @@ def _report(arms: tuple[Arm, ...], finished: Mapping[str, Transcripts], seed: in
     )
 
 
-def _check_labels(prompts: Transcripts) -> None:
-    unlabelled = [t.id for t in prompts if t.harmful is None]
-    if unlabelled or not len(prompts):
-        raise DataError(
-            f"{len(unlabelled)} of {len(prompts)} prompts have no harmful label, such as {unlabelled[:1]}. ASR and "
-            "over-refusal need prompts with harmful=True or False."
-        )
-
-
 def _check_done(prompts: Transcripts, done: Mapping[str, Transcripts], *, thinking: bool = False) -> None:
     """Raises DataError where a finished arm answers other prompts, or other thinking where that is kept."""
-    asked = {t.id: (t.prompt, t.thinking if thinking else None) for t in prompts}
+    content = {t.id: (t.prompt, t.thinking if thinking else None) for t in prompts}
     for name, answered in done.items():
-        strange = [t.id for t in answered if asked.get(t.id) != (t.prompt, t.thinking if thinking else None)]
-        missing = set(asked) - {t.id for t in answered} - {o.id for o in answered.omitted}
+        strange = [t.id for t in answered if content.get(t.id) != (t.prompt, t.thinking if thinking else None)]
+        missing = set(content) - {t.id for t in answered} - {o.id for o in answered.omitted}
         if strange or missing:
             raise DataError(
                 f"The finished arm {name!r} does not answer the prompts given: {len(strange)} of its own are not among "
@@ -349,7 +355,7 @@ Hand = Callable[[str, Transcripts], None]
 
 def _answer_anew(
     model: LensModel,
-    asked: Transcripts,
+    prompts: Transcripts,
     arms: Sequence[Arm],
     budget: Budget,
     *,
@@ -363,7 +369,7 @@ def _answer_anew(
         with nullcontext() if arm.edit is None else edited_everywhere(model, arm.edit):
             answered = continue_roll_out(
                 model,
-                asked,
+                prompts,
                 budget,
                 system=system,
                 batch_size=batch_size,
@@ -375,7 +381,7 @@ def _answer_anew(
 
 def _answer_kept(
     model: LensModel,
-    asked: Transcripts,
+    prompts: Transcripts,
     arms: Sequence[Arm],
     budget: Budget,
     *,
@@ -386,24 +392,24 @@ def _answer_kept(
 ) -> Iterator[tuple[str, Transcripts]]:
     """All arms answer each transcript's own thinking, which is read once."""
     edits = {arm.name: arm.edit for arm in arms}
-    with_system = _with_system(asked, system, thinks=model.template.thinks)
+    with_system = _with_system(prompts, system, thinks=model.template.thinks)
     answers = answer_arms(model, with_system, edits, budget, batch_size=batch_size, done=begun, on_batch=hand)
     for answered in answers.values():
         check_left(answered)
     yield from answers.items()
 
 
-def _with_system(asked: Transcripts, system: str | None, *, thinks: bool) -> Transcripts:
-    bare = [t.id for t in asked if t.messages[0].role != "system"] if system is not None else []
+def _with_system(prompts: Transcripts, system: str | None, *, thinks: bool) -> Transcripts:
+    bare = [t.id for t in prompts if t.messages[0].role != "system"] if system is not None else []
     if bare and thinks:
         raise DataError(
             f"system={system!r} was given, but {len(bare)} transcripts, such as {bare[0]!r}, have thinking that was "
             "written without a system message. Generate them with roll_out(system=...), or leave it out here."
         )
     if not bare or system is None:
-        return asked
+        return prompts
     first = Message(role="system", content=system)
-    return asked.map(lambda t: t.replace(messages=(first, *t.messages)) if t.id in bare else t)
+    return prompts.map(lambda t: t.replace(messages=(first, *t.messages)) if t.id in bare else t)
 
 
 def _all_answered(finished: Mapping[str, Transcripts]) -> dict[str, Transcripts]:

@@ -30,7 +30,7 @@ from cliffscope.model.load import Batch, LensModel
 from cliffscope.notebook import Plotted
 from cliffscope.resampling import bootstrap_mean, bootstrap_ratio
 from cliffscope.transcripts.records import Omission, Transcripts
-from cliffscope.transcripts.transcript import Span, TokenizedTranscript, tokenize_all
+from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -74,18 +74,18 @@ class SideEffects(Plotted):
 
     def __repr__(self) -> str:
         """One line: each measure, edited and random."""
-        told = [
+        measures = [
             f"{name} {self.value(name):.3g} (random {self.value(name, 'random'):.3g})"
             for name in self.frame["measure"].unique()
         ]
-        return f"SideEffects({', '.join(told)}, n={int(self.frame['n'].max()) if len(self.frame) else 0})"
+        return f"SideEffects({', '.join(measures)}, n={int(self.frame['n'].max()) if len(self.frame) else 0})"
 
 
 def measure_side_effects(
     model: LensModel,
     edit: HeadEdit | EditPlan,
     *,
-    transcripts: Transcripts = Transcripts(()),  # noqa: B008 - immutable
+    transcripts: Transcripts = Transcripts(()),
     texts: Sequence[str] = (),
     controls: int = 5,
     control_edit: MakeEdit | None = None,
@@ -195,9 +195,7 @@ def _written(
     model: LensModel, transcripts: Transcripts, *, answers_alone: bool = False
 ) -> tuple[list[_Sequence], tuple[Omission, ...]]:
     """What the model wrote: everything behind the prompt, or the answers alone."""
-    tokens, omitted = tokenize_all(
-        transcripts, model.tokenizer, model.template, with_answer=True, max_length=model.shape.context
-    )
+    tokens, omitted = model.tokenize_all(transcripts, with_answer=True)
     last_before = Span.CLOSING if answers_alone else Span.PROMPT
     rows = [
         _Sequence(ids=[int(i) for i in t.token_ids], first=max(1, t.span(last_before).stop), transcript=t)
@@ -236,13 +234,13 @@ def _divergence_rows(
                 each = (shares * (plain - _log_shares(model, window, arm.edit))).sum(-1)
                 sums[a, window.rows] += window.total(each)
     lengths = np.array([len(row.ids) - row.first for row in rows])
-    found: list[tuple[object, ...]] = []
+    table: list[tuple[object, ...]] = []
     for arm, values in zip(arms, sums / lengths, strict=True):
         if arm.edit is not None:
             low, high = bootstrap_mean(values, seed=seed)
             value = (float(values.mean()), float(low), float(high))
-            found.append((arm.name, arm.kind, KL, len(rows), *value, "nats a token", scope_of(arm.edit)))
-    return found
+            table.append((arm.name, arm.kind, KL, len(rows), *value, "nats a token", scope_of(arm.edit)))
+    return table
 
 
 def _perplexity_rows(
@@ -256,13 +254,13 @@ def _perplexity_rows(
     texts = np.unique(owners)
     lengths = np.array([len(row.ids) - 1 for row in rows], dtype=float)
     tokens = np.array([lengths[owners == text].sum() for text in texts])
-    found: list[tuple[object, ...]] = []
+    table: list[tuple[object, ...]] = []
     for arm, values in zip(arms, sums, strict=True):
         total = np.array([values[owners == text].sum() for text in texts])
         interval = bootstrap_ratio(total, tokens, seed=seed)
         value = np.exp([total.sum() / tokens.sum(), interval.low, interval.high]).tolist()
-        found.append((arm.name, arm.kind, PERPLEXITY, len(texts), *value, "tokens", scope_of(arm.edit)))
-    return found
+        table.append((arm.name, arm.kind, PERPLEXITY, len(texts), *value, "tokens", scope_of(arm.edit)))
+    return table
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

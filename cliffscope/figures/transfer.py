@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 from cliffscope.figures import theme
 
 FloatArray = NDArray[np.floating]
+_DARK = 0.3
+"""Distance from chance beyond which a cell is so dark that its number is written in white."""
 _SCALE = [[1 - stop, color] for stop, color in reversed(theme.DIVERGING)]
 """Blue above chance, red below it, as in `probe_quality`."""
 
@@ -43,11 +45,17 @@ def transfer_heat(
             customdata=[
                 [theme.bounds(a, b) for a, b in zip(*pair, strict=True)] for pair in zip(low, high, strict=True)
             ],
-            texttemplate="%{z:.2f}",
             hovertemplate=hover,
         )
     )
     theme.themed(fig, title=title, x="tested on", y="fitted on", height=170 + 34 * len(names))
+    for row, line in enumerate(auroc):
+        for column, value in enumerate(line):
+            if np.isfinite(value):
+                color = "#ffffff" if abs(value - 0.5) > _DARK else theme.INK
+                fig.add_annotation(
+                    x=names[column], y=names[row], text=f"{value:.2f}", showarrow=False, font={"color": color}
+                )
     fig.update_yaxes(autorange="reversed", showgrid=False, type="category")
     fig.update_xaxes(showgrid=False, type="category")
     theme.cross_missing(fig, auroc, names, names)

@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from cliffscope.errors import DataError, GenerationError, SpanError
+from cliffscope.errors import DataError, GenerationError, SpanError, TemplateError
 from cliffscope.generation.batches import BatchSize, check_batch_size, find_batch_size
 from cliffscope.generation.decoding import answer_behind, read
 from cliffscope.generation.row_edits import SpanEdit, acts_before_closing
 from cliffscope.generation.speaking import Budget, Decoded
 from cliffscope.model.load import LensModel
-from cliffscope.transcripts.records import Omission, Outcome, Transcript, Transcripts
-from cliffscope.transcripts.transcript import TokenizedTranscript, tokenize
+from cliffscope.transcripts.records import CUT, Omission, Outcome, Transcript, Transcripts
+from cliffscope.transcripts.transcript import TokenizedTranscript
 
 STAGE = "answer"
 MOST_ANSWERS = 256
@@ -119,10 +119,10 @@ def answer_arms(
     for group in _groups(each):
         block = _Block(model=model, budget=budget, edits={name: each[name] for name in group}, size=size)
         for answers in block.run(rows, {name: finished[name] for name in group}):
-            for name, made in answers.items():
-                finished[name] |= {t.id: t for t in made}
-                if on_batch is not None and made:
-                    on_batch(name, made)
+            for name, part in answers.items():
+                finished[name] |= {t.id: t for t in part}
+                if on_batch is not None and part:
+                    on_batch(name, part)
             if progress is not None:
                 progress(sum(len(answered) for answered in finished.values()))
     return {
@@ -165,13 +165,13 @@ class _Block:
             if all(row.transcript.id in answered for row in part for answered in finished.values()):
                 left = left[len(part) :]
                 continue
-            made = self._answered(part)
-            if made is None:
+            decoded_by_arm = self._answered(part)
+            if decoded_by_arm is None:
                 continue
             left = left[len(part) :]
             yield {
                 name: Transcripts(t for t in self._finish(part, decoded) if t.id not in finished[name])
-                for name, decoded in made.items()
+                for name, decoded in decoded_by_arm.items()
             }
 
     def _transcripts(self) -> int:
@@ -217,7 +217,7 @@ class _Block:
                 answer=self.model.tokenizer.decode(list(each.answer), skip_special_tokens=True),
                 answer_ids=each.answer,
                 outcome=Outcome.UNJUDGED,
-                extra={**extra, **self.size.note},
+                extra={**extra, CUT: each.cut, **self.size.note},
             )
 
 
@@ -255,7 +255,7 @@ def _prepare(
     for index, transcript in enumerate(transcripts):
         try:
             tokens = _tokens(model, transcript, budget)
-        except (DataError, SpanError, GenerationError) as error:
+        except (DataError, SpanError, TemplateError, GenerationError) as error:
             omitted.append(Omission(stage=STAGE, reason=str(error), id=transcript.id))
             continue
         rows.append(_Thought(index=index, transcript=transcript, tokens=tokens))
@@ -271,7 +271,7 @@ def _tokens(model: LensModel, transcript: Transcript, budget: Budget) -> Tokeniz
             f"The thinking of {transcript.id!r} never closed, so that there is nothing to answer. Raise max_thinking, "
             "or let roll_out force the closing."
         )
-    tokens = tokenize(transcript, model.tokenizer, model.template)
+    tokens = model.tokenization.tokens(transcript, limited=False)
     _ = tokens.final
     if tokens.n_pos + budget.max_answer > model.shape.context:
         raise DataError(

@@ -22,7 +22,7 @@ _ROOM = 64
 """Positions that a layer grows by at least."""
 
 
-class _GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class _GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers leaves it unannotated.
     """A cache layer with room ahead, so that a token is written and not the whole layer copied for it."""
 
     def update(

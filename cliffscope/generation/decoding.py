@@ -36,7 +36,7 @@ from cliffscope.generation.row_edits import (
 from cliffscope.generation.speaking import Budget, Decoded, Row, Speaker, pick
 from cliffscope.memory import few_threads
 from cliffscope.model.load import LensModel
-from cliffscope.transcripts.transcript import Span, TokenizedTranscript
+from cliffscope.transcripts.transcript import Span, TokenizedTranscript, spliced_thinking
 
 _BEFORE_CLOSING = frozenset({Span.PROMPT, Span.THINKING})
 _AT_ONCE = (frozenset[Span](), frozenset({Span.PROMPT}), SCOPES["all"])
@@ -47,7 +47,12 @@ Edits = Sequence[SpanEdit | None]
 
 
 def decode(
-    model: LensModel, rows: Sequence[TokenizedTranscript], budget: Budget, edits: Edits | None = None
+    model: LensModel,
+    rows: Sequence[TokenizedTranscript],
+    budget: Budget,
+    edits: Edits | None = None,
+    *,
+    thinking_only: bool = False,
 ) -> list[Decoded]:
     """Decodes a batch of rows to their ends.
 
@@ -57,6 +62,7 @@ def decode(
             determines, with the budget's seed, what is drawn.
         budget: equal for all of them.
         edits: one a row; None edits none.
+        thinking_only: whether rows end once their thinking has closed.
 
     Returns:
         One result a row, in order.
@@ -65,9 +71,27 @@ def decode(
         EditError: an edit does not fit the model, or its values the positions; see `RowEdits`.
     """
     each = [None] * len(rows) if edits is None else edits
+    if thinking_only:
+        return _decode_once(model, rows, budget, each, thinking_only=True)
     if model.template.thinks and any(spans_of(edit) not in _AT_ONCE for edit in each):
         return _decode_in_two(model, rows, budget, each)
     return _decode_once(model, rows, budget, each)
+
+
+def spans_seen(model: LensModel, thought: Decoded) -> tuple[list[int], list[int], bool]:
+    """Which tokens behind a prompt are thinking and which are closing, as `tokenize` counts them.
+
+    Args:
+        model: thinks.
+        thought: whose thinking closed.
+
+    Returns:
+        Ids of thinking and of closing, and whether the template's own splice gives the same ones.
+    """
+    spliced = spliced_thinking(thought.thinking, model.tokenizer, model.template)
+    if [*spliced[0], *spliced[1]] == [*thought.thinking, *thought.closing]:
+        return *spliced, True
+    return list(thought.thinking), list(thought.closing), False
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -186,7 +210,7 @@ def _decode_in_two(
     closed = [i for i, each in enumerate(thought) if each.closed]
     if not closed:
         return thought
-    whole = [_joined(rows[i], thought[i]) for i in closed]
+    whole = [_joined(model, rows[i], thought[i]) for i in closed]
     theirs = [edits[i] for i in closed]
     prefix = read(model, whole, theirs)
     answered = answer_behind(model, prefix, list(enumerate(whole)), budget, theirs, last=True)
@@ -260,11 +284,12 @@ def _cut(row: TokenizedTranscript, last: Span) -> TokenizedTranscript:
     return replace(row, token_ids=row.token_ids[:stop], bounds=(bounds[0], bounds[1], bounds[2], bounds[3]))
 
 
-def _joined(prompt: TokenizedTranscript, thought: Decoded) -> TokenizedTranscript:
+def _joined(model: LensModel, prompt: TokenizedTranscript, thought: Decoded) -> TokenizedTranscript:
     """A prompt with the thinking and the closing that were generated behind it."""
-    stops = np.cumsum([prompt.n_pos, len(thought.thinking), len(thought.closing)]).tolist()
+    thinking, closing, _ = spans_seen(model, thought)
+    stops = np.cumsum([prompt.n_pos, len(thinking), len(closing)]).tolist()
     return TokenizedTranscript(
         id=prompt.id,
-        token_ids=np.array([*prompt.token_ids.tolist(), *thought.thinking, *thought.closing], dtype=np.int64),
+        token_ids=np.array([*prompt.token_ids.tolist(), *thinking, *closing], dtype=np.int64),
         bounds=(stops[0], stops[1], stops[2], stops[2]),
     )

@@ -5,7 +5,8 @@
    retried after a pause that doubles, or after the pause that the server asks for.
 3. A request that still fails is reported with the reason, and the others continue. A server that cannot be reached, or
    that rejects the key or the model, ends the run.
-4. A reply counts once it is in the log. A resumed run sends only the requests that have no reply in the log.
+4. A reply counts once it is in the log. Each thread logs its reply before it sends the next request, so that a kill
+   loses at most as many replies as there are threads. A resumed run sends only requests without a reply in the log.
 
 This file knows chat completions and nothing of their content. Replies are parsed strictly.
 """
@@ -21,34 +22,33 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, cast
+from urllib.parse import urlsplit
 
-from cliffscope.errors import DataError, MissingExtraError, ReplyError, ServerError, StoreError
+from cliffscope.errors import DataError, ReplyError, ServerError, StoreError
+from cliffscope.generation.exchange import Credentials, Failure, Reply, connect, exchange
 from cliffscope.store import RowLog, open_log
+from cliffscope.text import is_unicode
 from cliffscope.transcripts.records import JsonValue, Message
 
 if TYPE_CHECKING:
     from openai import OpenAI
-    from openai.types.chat import ChatCompletionMessageParam
+
+__all__ = ["Endpoint", "Replies", "Reply", "Request", "ask_all"]
 
 logger = logging.getLogger(__name__)
 
 LONGEST_PAUSE_SECONDS = 60.0
 """Longest pause between two attempts; a server that asks for a longer one counts as failed."""
 
-_TRANSIENT = frozenset({408, 409, 425, 429})
-_FATAL = frozenset({401, 403, 404})  # every other request fails as well with this key, model or address
-
-_UNREACHABLE = frozenset(
-    {"ConnectError", "ConnectTimeout"}
-)  # by name, since the client's HTTP package depends on its version
-
 
 @dataclass(frozen=True, kw_only=True)
 class Endpoint:
     """An OpenAI-compatible server, with limits on requests and retries.
 
+    Key and password are sent to this address alone, and appear in no representation, file or error.
+
     Raises:
-        DataError: a number is out of range, or the address is not http.
+        DataError: a number is out of range, or the address is not http, or holds a user, a query or a fragment.
 
     Example:
         >>> Endpoint(url="http://127.0.0.1:8000/v1", model="my-model").concurrency
@@ -61,10 +61,12 @@ class Endpoint:
     """Name of the model at the server."""
     api_key: str = field(default="none", repr=False)
     """Key, if the server needs one. It is never read from the environment, since it would be sent to any address."""
+    login: tuple[str, str] | None = field(default=None, repr=False)
+    """User name and password, for a server behind basic authentication; they are sent instead of the key."""
     concurrency: int = 8
     """Maximum number of parallel requests."""
     timeout_seconds: float = 300.0
-    """Longest wait for a reply; a long transcript takes minutes."""
+    """Longest wait for a whole reply; a long transcript takes minutes."""
     attempts: int = 5
     """Number of times that a request is sent before it counts as failed."""
     pause_seconds: float = 0.5
@@ -74,16 +76,38 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         """Rejects settings under which no request can succeed."""
-        if not self.url.startswith(("http://", "https://")) or not self.model:
-            raise DataError(
-                f"url={self.url!r}, model={self.model!r}: expected an address such as http://127.0.0.1:8000/v1 and the "
-                "name of a model."
-            )
+        _check_url(self.url)
+        if not self.model or not is_unicode(self.model):
+            raise DataError(f"model={self.model!r}: expected the name of a model at {self.url}.")
+        _ = self.credentials
         if self.concurrency < 1 or self.attempts < 1 or not self.timeout_seconds > 0 or not self.pause_seconds >= 0:
             raise DataError(
                 f"concurrency={self.concurrency}, attempts={self.attempts}, timeout_seconds={self.timeout_seconds}, "
                 f"pause_seconds={self.pause_seconds}: expected at least 1, at least 1, more than 0, and 0 or more."
             )
+
+    @property
+    def credentials(self) -> Credentials:
+        """What the server is shown of who asks."""
+        return Credentials(key=self.api_key, login=self.login)
+
+
+def _check_url(url: str) -> None:
+    """Raises DataError unless the address can be recorded: runs keep it, so it may hold no secret."""
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 1) > 0
+    except ValueError:
+        parts, usable = None, False
+    if parts is not None and ("@" in parts.netloc or parts.query or parts.fragment):
+        # The address itself is left out of the message, since it may hold a password.
+        raise DataError(
+            "The address of the server holds a user, a password, a query or a fragment, which would be recorded with "
+            "the run. Expected an address such as http://127.0.0.1:8000/v1. Pass Endpoint(api_key=...) or "
+            "Endpoint(login=(user, password)) instead."
+        )
+    if not usable or not url.isprintable() or not url.isascii() or " " in url:
+        raise DataError(f"url={url!r}: expected an address such as http://127.0.0.1:8000/v1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,20 +122,6 @@ class Request:
     """0 is greedy."""
     seed: int = 0
     """Seed of the sampling, if the server supports it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Reply:
-    """A reply of the server."""
-
-    content: str
-    """The text; empty if the server sent none."""
-    reasoning: str | None
-    """The thinking, if the server separates it."""
-    finish: str
-    """Finish reason, such as `stop` or `length`."""
-    refusal: str = ""
-    """The refusal, if the server gives it in a field of its own."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -163,13 +173,23 @@ def ask_all(
         if not waiting:
             return _collect(requests, replies, failed, rows, resumed)
         problem: ServerError | None = None
-        with _connect(endpoint) as client, _pool(endpoint, stop) as pool:
-            futures = {pool.submit(_ask, client, endpoint, waiting[key], key, stop): key for key in waiting}
+        writing = threading.Lock()
+
+        def ask_and_log(client: "OpenAI", key: str) -> Reply | ReplyError | ServerError:
+            answer = _ask(client, endpoint, waiting[key], key, stop)
+            if rows is not None and isinstance(answer, Reply):
+                with writing:
+                    rows.append(key, {"request": _fingerprint(endpoint, waiting[key]), "reply": asdict(answer)})
+            return answer
+
+        with (
+            connect(endpoint.url, endpoint.credentials, endpoint.timeout_seconds) as client,
+            _pool(endpoint, stop) as pool,
+        ):
+            futures = {pool.submit(ask_and_log, client, key): key for key in waiting}
             for future in as_completed(futures):
                 key, answer = futures[future], future.result()
                 if isinstance(answer, Reply):
-                    if rows is not None:
-                        rows.append(key, {"request": _fingerprint(endpoint, waiting[key]), "reply": asdict(answer)})
                     replies[key] = answer
                 else:
                     failed[key] = str(answer)
@@ -226,22 +246,6 @@ def _fingerprint(endpoint: Endpoint, request: Request) -> str:
 
 
 @contextmanager
-def _connect(endpoint: Endpoint) -> Iterator["OpenAI"]:
-    try:
-        import openai
-    except ImportError as error:
-        raise MissingExtraError(
-            "Requests to a server need the package openai. Install it with pip install 'cliffscope[serve]'."
-        ) from error
-    # Attempts are counted here, since the client does not retry malformed replies.
-    client = openai.OpenAI(
-        base_url=endpoint.url, api_key=endpoint.api_key, timeout=endpoint.timeout_seconds, max_retries=0
-    )
-    with client:
-        yield client
-
-
-@contextmanager
 def _pool(endpoint: Endpoint, stop: threading.Event) -> Iterator[ThreadPoolExecutor]:
     """Threads that drop requests that have not started when an exception leaves the block."""
     pool = ThreadPoolExecutor(endpoint.concurrency, thread_name_prefix="cliffscope-endpoint")
@@ -250,18 +254,6 @@ def _pool(endpoint: Endpoint, stop: threading.Event) -> Iterator[ThreadPoolExecu
     finally:
         stop.set()
         pool.shutdown(cancel_futures=True)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Failure:
-    """An attempt without a reply."""
-
-    reason: str
-    transient: bool
-    """Whether a further attempt may succeed."""
-    fatal: bool = False
-    """Whether every other request fails as well."""
-    pause_seconds: float | None = None
 
 
 def _ask(
@@ -289,62 +281,13 @@ def _ask(
     raise AssertionError("the last attempt returns")
 
 
-def _attempt(client: "OpenAI", endpoint: Endpoint, request: Request) -> Reply | _Failure:
-    import openai
-
-    messages = [{"role": m.role, "content": m.content} for m in request.messages]
-    try:
-        raw = client.chat.completions.with_raw_response.create(
-            model=endpoint.model,
-            messages=cast("list[ChatCompletionMessageParam]", messages),
-            max_tokens=request.max_tokens,
-            temperature=request.temperature,
-            seed=request.seed,
-            extra_body=dict(endpoint.extra_body),
-        )
-        return _read(raw.text)
-    except openai.APIConnectionError as error:
-        cause = type(error.__cause__).__name__
-        late = isinstance(error, openai.APITimeoutError)
-        reason = f"no reply within {endpoint.timeout_seconds:g} seconds" if late else f"{cause}: {error.__cause__}"
-        return _Failure(reason=reason, transient=True, fatal=cause in _UNREACHABLE)
-    except openai.APIStatusError as error:
-        return _refused(error.status_code, str(error), error.response.headers.get("retry-after"))
-    except (openai.OpenAIError, _Malformed) as error:
-        return _Failure(reason=f"malformed reply: {error}", transient=True)
-    except UnicodeError as error:
-        return _Failure(reason=f"the request cannot be written as UTF-8: {error}", transient=False)
-
-
-def _refused(status: int, text: str, retry_after: str | None) -> _Failure:
-    try:
-        pause = float(retry_after) if retry_after else None
-    except ValueError:
-        pause = None  # an HTTP date, by a clock that may differ from ours
-    return _Failure(
-        reason=f"status {status}: {' '.join(text.removeprefix(f'Error code: {status} - ').split())[:300]}",
-        transient=status >= 500 or status in _TRANSIENT,
-        fatal=status in _FATAL,
-        pause_seconds=pause,
-    )
-
-
-class _Malformed(ValueError):
-    """A body that is not a chat completion."""
-
-
-def _read(text: str) -> Reply:
-    """The first choice of a chat completion, with each field checked."""
-    try:
-        choice = json.loads(text)["choices"][0]
-        message = choice["message"]
-        content, finish = message.get("content"), choice.get("finish_reason")
-        # Servers use either name for separated thinking.
-        reasoning = message.get("reasoning_content") or message.get("reasoning")
-        refusal = message.get("refusal")
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise _Malformed(f"{type(error).__name__} in {text[:120]!r}") from error
-    for value in (content, reasoning, finish, refusal):
-        if value is not None and not isinstance(value, str):
-            raise _Malformed(f"{type(value).__name__} where text was expected, in {text[:120]!r}")
-    return Reply(content=content or "", reasoning=reasoning, finish=finish or "", refusal=refusal or "")
+def _attempt(client: "OpenAI", endpoint: Endpoint, request: Request) -> Reply | Failure:
+    body = {
+        "model": endpoint.model,
+        "messages": [{"role": m.role, "content": m.content} for m in request.messages],
+        "max_tokens": request.max_tokens,
+        "temperature": request.temperature,
+        "seed": request.seed,
+        "extra_body": dict(endpoint.extra_body),
+    }
+    return exchange(client, body, endpoint.credentials, endpoint.timeout_seconds)

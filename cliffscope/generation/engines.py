@@ -19,7 +19,7 @@ from cliffscope.generation.endpoints import Endpoint, Reply, Request, ask_all
 from cliffscope.generation.rollout import STAGE, bare_prompt, roll_out
 from cliffscope.generation.speaking import Budget
 from cliffscope.model.load import LensModel
-from cliffscope.transcripts.records import Omission, Transcript, Transcripts
+from cliffscope.transcripts.records import CUT, Omission, Transcript, Transcripts
 from cliffscope.transcripts.replies import SERVER_REFUSAL, part_turn, split_reply
 from cliffscope.transcripts.templates import Template, find_template
 
@@ -150,7 +150,8 @@ def _answered(transcript: Transcript, reply: Reply, template: Template) -> Trans
     else:
         # If there is nothing but thinking, it is unknown whether the thinking closed.
         thinking, answer = reply.reasoning.strip("\n"), reply.content.lstrip("\n") or None
-    extra: dict[str, object] = {**transcript.extra, "finish": reply.finish}
+    cut = answer is not None and reply.finish == "length"
+    extra: dict[str, object] = {**transcript.extra, "finish": reply.finish, CUT: cut}
     if reply.refusal.strip() and not (answer or "").strip():
         answer, extra[SERVER_REFUSAL] = reply.refusal, reply.refusal
     answered = transcript.replace(thinking=thinking, answer=answer, closed=answer is not None, extra=extra)

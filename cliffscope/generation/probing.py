@@ -81,7 +81,7 @@ def probe_convention(
     max_tokens: int = MOST_TOKENS,
     progress: Callable[[int], None] | None = None,
 ) -> ConventionProbe:
-    r"""Learns a model's convention from what it writes.
+    """Learns a model's convention from what it writes.
 
     Args:
         model: loaded with any template, such as `plain`; it is not used.
@@ -98,8 +98,8 @@ def probe_convention(
 
     Example:
         >>> import cliffscope as cs
-        >>> probe_convention(cs.load_model("planted-llama"), prompts=PROMPTS[:2]).template.closing
-        '\n</think>\n\n'
+        >>> probe_convention(cs.load_model("planted-llama"), prompts=PROMPTS[:2]).share
+        1.0
     """
     if max_tokens < 1 or not prompts:
         raise GenerationError(f"max_tokens={max_tokens} and {len(prompts)} prompts: expected at least one of each.")

@@ -15,17 +15,17 @@ from dataclasses import dataclass, replace
 
 from cliffscope.errors import DataError, GenerationError
 from cliffscope.generation.batches import BatchSize, check_batch_size, find_batch_size
-from cliffscope.generation.decoding import decode
+from cliffscope.generation.decoding import decode, spans_seen
 from cliffscope.generation.row_edits import SpanEdit
 from cliffscope.generation.speaking import Budget, Decoded
 from cliffscope.model.load import LensModel
-from cliffscope.transcripts.records import FORCED, Message, Omission, Outcome, Transcript, Transcripts
+from cliffscope.transcripts.records import CUT, FORCED, Message, Omission, Outcome, Transcript, Transcripts
 from cliffscope.transcripts.transcript import (
     CLOSING_IDS,
     Span,
     TokenizedTranscript,
-    spliced_thinking,
-    tokenize,
+    make_each,
+    tell_control_tokens,
 )
 
 STAGE = "roll_out"
@@ -92,10 +92,10 @@ def roll_out(
     )
     if samples > 1 and not temperature:
         raise GenerationError(f"samples={samples} at temperature 0 would all be the same. Give a temperature.")
-    asked = sample_prompts(prompts, samples)
+    sampled = sample_prompts(prompts, samples)
     return continue_roll_out(
         model,
-        asked,
+        sampled,
         budget,
         edit=edit,
         system=system,
@@ -108,35 +108,39 @@ def roll_out(
 
 def continue_roll_out(
     model: LensModel,
-    asked: Transcripts,
+    prompts: Transcripts,
     budget: Budget,
     *,
     edit: SpanEdit | None = None,
+    thinking_only: bool = False,
     system: str | None = None,
     batch_size: int | None = None,
     done: Transcripts | None = None,
     on_batch: Callable[[Transcripts], None] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Transcripts:
-    """What `roll_out` does once the samples of each prompt are apart and the budget is checked; see there."""
+    """What `roll_out` does once the samples of each prompt are apart and the budget is checked; see there.
+
+    With `thinking_only` transcripts end where their thinking does, and have no answer.
+    """
     check_batch_size(batch_size)
-    asked = asked.map(lambda t: bare_prompt(t, system))
-    finished = _finished(asked, done)
-    rows, omitted = _prepare(model, asked, budget)
+    prompts = prompts.map(lambda t: bare_prompt(t, system))
+    finished = _finished(prompts, done)
+    rows, omitted = _prepare(model, prompts, budget)
     rows.sort(key=lambda row: -row.tokens.n_pos)
     size = batch_size or find_batch_size(model, max((row.tokens.n_pos for row in rows), default=0) + budget.room(model))
-    batches = _Batches(model=model, budget=budget, edit=edit, size=BatchSize(rows=size))
+    batches = _Batches(model=model, budget=budget, edit=edit, thinking_only=thinking_only, size=BatchSize(rows=size))
     for start in range(0, len(rows), size):
         # Batches are cut from all rows, so that a resumed call has the batch-mates of an uninterrupted one.
         batch = [row for row in rows[start : start + size] if row.transcript.id not in finished]
-        for made in batches.run(batch):
-            finished |= {t.id: t for t in made}
+        for part in batches.run(batch):
+            finished |= {t.id: t for t in part}
             if on_batch is not None:
-                on_batch(made)
+                on_batch(part)
             if progress is not None:
                 progress(len(finished))
-    kept = [finished[t.id] for t in asked if t.id in finished]
-    return Transcripts(kept, omitted=(*asked.omitted, *omitted))
+    ordered = [finished[t.id] for t in prompts if t.id in finished]
+    return Transcripts(ordered, omitted=(*prompts.omitted, *omitted))
 
 
 def check_left(transcripts: Transcripts) -> None:
@@ -211,22 +215,23 @@ class _Batches:
     model: LensModel
     budget: Budget
     edit: SpanEdit | None
+    thinking_only: bool
     size: BatchSize
 
     def run(self, rows: list[_Prompt]) -> Iterator[Transcripts]:
         """The transcripts of one batch, in one part or, where memory runs out, in several as they are finished."""
         while rows:
             part = rows[: self.size.rows]
-            made = self._decoded(part)
-            if made is not None:
-                yield Transcripts(self._finish(row, decoded) for row, decoded in zip(part, made, strict=True))
+            outputs = self._decoded(part)
+            if outputs is not None:
+                yield Transcripts(self._finish(row, decoded) for row, decoded in zip(part, outputs, strict=True))
                 rows = rows[len(part) :]
 
     def _decoded(self, rows: Sequence[_Prompt]) -> list[Decoded] | None:
         """What was generated, or None where memory ran out; then the size has been halved."""
         tokens = [row.tokens for row in rows]
         return self.size.attempt(
-            lambda: decode(self.model, tokens, self.budget, [self.edit] * len(rows)),
+            lambda: decode(self.model, tokens, self.budget, [self.edit] * len(rows), thinking_only=self.thinking_only),
             len(rows),
             alone=(
                 f"Memory does not suffice to generate {rows[0].transcript.id!r} alone ({tokens[0].n_pos} tokens of "
@@ -237,15 +242,22 @@ class _Batches:
 
     def _finish(self, row: _Prompt, decoded: Decoded) -> Transcript:
         decode_ids, thinks = self.model.tokenizer.decode, self.model.template.thinks
+        answered = decoded.closed and not self.thinking_only
         stale = {CLOSING_IDS, "verdict"}
         extra = {key: value for key, value in row.transcript.extra.items() if key not in stale}
         return row.transcript.replace(
             thinking=decode_ids(list(decoded.thinking)) if thinks else None,
             thinking_ids=decoded.thinking if thinks else None,
-            answer=decode_ids(list(decoded.answer), skip_special_tokens=True) if decoded.closed else None,
-            answer_ids=decoded.answer if decoded.closed else None,
+            answer=decode_ids(list(decoded.answer), skip_special_tokens=True) if answered else None,
+            answer_ids=decoded.answer if answered else None,
             closed=decoded.closed,
-            extra={**extra, FORCED: decoded.forced, **_closing_note(self.model, decoded), **self.size.note},
+            extra={
+                **extra,
+                FORCED: decoded.forced,
+                CUT: decoded.cut,
+                **_closing_note(self.model, decoded),
+                **self.size.note,
+            },
         )
 
 
@@ -253,14 +265,13 @@ def _closing_note(model: LensModel, decoded: Decoded) -> dict[str, object]:
     """The closing's ids, where they are not those that are spliced behind such thinking anyway."""
     if not (decoded.closed and model.template.thinks):
         return {}
-    spliced = spliced_thinking(decoded.thinking, model.tokenizer, model.template)
-    written = [*decoded.thinking, *decoded.closing]
-    return {} if [*spliced[0], *spliced[1]] == written else {CLOSING_IDS: list(decoded.closing)}
+    _, closing, spliced = spans_seen(model, decoded)
+    return {} if spliced else {CLOSING_IDS: closing}
 
 
-def _finished(asked: Transcripts, done: Transcripts | None) -> dict[str, Transcript]:
-    known = {t.id: t.messages for t in asked}
-    strange = [t.id for t in done or () if known.get(t.id) != t.messages]
+def _finished(prompts: Transcripts, done: Transcripts | None) -> dict[str, Transcript]:
+    messages = {t.id: t.messages for t in prompts}
+    strange = [t.id for t in done or () if messages.get(t.id) != t.messages]
     if strange:
         raise DataError(
             f"{len(strange)} of {len(done or ())} transcripts that are done already, such as {strange[0]!r}, answer "
@@ -269,23 +280,22 @@ def _finished(asked: Transcripts, done: Transcripts | None) -> dict[str, Transcr
     return {t.id: t for t in done or ()}
 
 
-def _prepare(model: LensModel, prompts: Sequence[Transcript], budget: Budget) -> tuple[list[_Prompt], list[Omission]]:
-    rows, omitted = [], []
+def _prepare(
+    model: LensModel, prompts: Sequence[Transcript], budget: Budget
+) -> tuple[list[_Prompt], tuple[Omission, ...]]:
     room = budget.room(model)
-    for transcript in prompts:
-        try:
-            tokens = _prompt_tokens(model, transcript)
-        except DataError as error:
-            omitted.append(Omission(stage=STAGE, reason=str(error), id=transcript.id))
-            continue
+
+    def prepare(transcript: Transcript) -> _Prompt:
+        tokens = _prompt_tokens(model, transcript)
         if tokens.n_pos + room > model.shape.context:
-            reason = (
+            raise DataError(
                 f"prompt of {tokens.n_pos} tokens and budgets of {room}, closing included, exceed the context of "
                 f"{model.shape.context}; lower the budgets or drop it"
             )
-            omitted.append(Omission(stage=STAGE, reason=reason, id=transcript.id))
-            continue
-        rows.append(_Prompt(transcript=transcript, tokens=tokens))
+        return _Prompt(transcript=transcript, tokens=tokens)
+
+    rows, omitted = make_each(prompts, prepare, stage=STAGE)
+    tell_control_tokens([row.tokens for row in rows])
     return rows, omitted
 
 
@@ -294,7 +304,8 @@ def _prompt_tokens(model: LensModel, transcript: Transcript) -> TokenizedTranscr
     if not transcript.prompt.strip():
         raise DataError(f"The prompt of {transcript.id!r} is empty. Give it text, or drop it.")
     thinks = model.template.thinks
-    tokens = tokenize(transcript.replace(thinking="" if thinks else None), model.tokenizer, model.template)
+    bare = transcript.replace(thinking="" if thinks else None)
+    tokens = model.tokenization.tokens(bare, limited=False)
     if not thinks:
         return tokens
     stop = tokens.span(Span.PROMPT).stop

@@ -1,11 +1,12 @@
 """How do edits of heads act on rows that are generated together, each under its own?
 
-1. An edit is known by a small protocol: heads, a factor, values and a scope. A scope is a set of spans; `all` is every
-   span, the answer included, as an edit of the weights would be.
+1. An edit is known by a small protocol: heads, a factor, values, whether the layer's norm is preserved, and a scope. A
+   scope is a set of spans; `all` is every span, the answer included, as an edit of the weights would be.
 2. For each layer there is one table [edit, span, head] of factors, and one of what is added. A row under no edit has
    factor 1 and adds nothing, so that edited and unedited rows share a batch.
 3. In each pass every token that is fed looks up its row's edit and its own span: `hook_z <- factor x hook_z + values`.
-   Values that differ by position are looked up by the token's place in its span.
+   Values that differ by position are looked up by the token's place in its span. Where the norm is preserved, all heads
+   of the layer are then scaled back to it.
 4. Hooks stand for the length of a pass in which something acts, and are removed on any exception.
 
 Padding belongs to no span and is never changed. Where heads and their numbers come from is not known here.
@@ -22,6 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cliffscope.errors import EditError
+from cliffscope.model.lens import norm_ratio
 from cliffscope.model.load import LensModel
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 
@@ -59,6 +61,10 @@ class EditPart(Protocol):
     @property
     def values(self) -> np.ndarray | None:
         """[head, position, d_head] what is added: one position for all of the scope, or one for each; None is 0."""
+
+    @property
+    def preserve_norm(self) -> bool:
+        """Whether all heads of a layer are scaled, position by position, back to their norm before the edit."""
 
     @property
     def scope(self) -> str:
@@ -145,17 +151,13 @@ class RowEdits:
     def acting(self, fed: FedTokens) -> ExitStack:
         """A context in which a pass over these tokens is edited; its hooks are removed when it is left."""
         numbers = self._edit_of[fed.rows][:, None]
-        stack = ExitStack()
-        if not self._acts[numbers, fed.spans].any():
-            return stack
-        looked_up = torch.from_numpy(numbers * (PADDING + 1) + fed.spans).to(self._model.device)
-        try:
-            for layer, table in self._layers.items():
-                stack.enter_context(self._model.head_hook(layer, table.change(looked_up, numbers, fed)))
-        except BaseException:
-            stack.close()
-            raise
-        return stack
+        # Hooks that were set are removed where a later one cannot be set.
+        with ExitStack() as stack:
+            if self._acts[numbers, fed.spans].any():
+                looked_up = torch.from_numpy(numbers * (PADDING + 1) + fed.spans).to(self._model.device)
+                for layer, table in self._layers.items():
+                    stack.enter_context(self._model.head_hook(layer, table.change(looked_up, numbers, fed)))
+            return stack.pop_all()
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -178,6 +180,7 @@ class _LayerTable:
         self._factors = torch.ones(n_edits + 1, PADDING + 1, len(heads), device=model.device)
         self._added: Tensor | None = None
         self._placed: list[_Placed] = []
+        self._preserving = torch.zeros(n_edits + 1, PADDING + 1, dtype=torch.bool, device=model.device)
 
     def add(self, number: int, part: EditPart, layer: int) -> None:
         """Enters what a part does to its heads of this layer."""
@@ -186,6 +189,7 @@ class _LayerTable:
         values = None if part.values is None else torch.tensor(part.values[indices], device=self._device)
         for span in (SPANS.index(span) for span in SCOPES[part.scope]):
             self._factors[number, span, columns] = part.factor
+            self._preserving[number, span] |= part.preserve_norm
             if values is not None and values.shape[1] == 1:
                 if self._added is None:
                     self._added = self._factors.new_zeros(*self._factors.shape, self._d_head)
@@ -210,7 +214,10 @@ class _LayerTable:
             if len(row):
                 placed.append((row, pos, one.columns, one.values[fed.places[row, pos]]))
 
+        preserving = bool(self._preserving.any())
+
         def change(z: Float[Tensor, "row pos head d_head"]) -> None:
+            """Multiplies by factors and adds values, in place."""
             index = looked_up.to(z.device)
             # In fp32 at least, so that a factor is not rounded to half precision before it multiplies.
             part = z[:, :, self._heads].to(torch.promote_types(z.dtype, torch.float32))
@@ -219,7 +226,12 @@ class _LayerTable:
                 part += self._added.to(z.device).flatten(0, 1)[index]
             for row, pos, columns, values in placed:
                 part[row[:, None], pos[:, None], columns] += values.to(z.device)
+            before = z.flatten(2).clone() if preserving else None
             z[:, :, self._heads] = part.to(z.dtype)
+            if before is not None:
+                scaled = self._preserving.to(z.device).flatten()[index][..., None]
+                ratio = torch.where(scaled, norm_ratio(before, z.flatten(2)), 1.0)
+                z.copy_(z * ratio[..., None])
 
         return change
 

@@ -72,6 +72,8 @@ class Decoded:
     """Whether an answer could begin."""
     forced: bool
     """Whether the closing was fed at the thinking budget."""
+    cut: bool
+    """Whether the answer reached its budget before it ended."""
 
 
 @dataclass(eq=False, kw_only=True)
@@ -90,6 +92,7 @@ class Row:
     waiting: list[int] = field(default_factory=list)
     """The last ids of the closing, to be fed before the model speaks again."""
     forced: bool = False
+    cut: bool = False
     ended: bool = False
     span: int = SPANS.index(Span.THINKING)
     """Number of the span of the token that is fed next."""
@@ -111,6 +114,7 @@ class Row:
             answer=tuple(self.answer),
             closed=self.closed,
             forced=self.forced,
+            cut=self.cut,
         )
 
 
@@ -133,13 +137,13 @@ class Speaker:
     def start(self, index: int, row: TokenizedTranscript, *, closing: Sequence[int] = ()) -> Row:
         """A row before its first token, `closing` what will still be fed of its closing."""
         n_thinking, n_answer = (self._budget.max_thinking, self._budget.max_answer) if self.temperature else (0, 0)
-        given = row.token_ids[row.span(Span.CLOSING)].tolist()
+        closing_present = row.token_ids[row.span(Span.CLOSING)].tolist()
         return Row(
             index=index,
             thinking_noise=_noise(f"{self._budget.seed}/{row.id}", n_thinking),
             answer_noise=_noise(f"answer/{self._budget.seed}/{row.id}", n_answer),
-            closed=bool(given) or not self._template.thinks,
-            closing=given,
+            closed=bool(closing_present) or not self._template.thinks,
+            closing=closing_present,
             waiting=list(closing),
         )
 
@@ -152,7 +156,8 @@ class Speaker:
             row.span = SPANS.index(Span.ANSWER)
             row.answer.append(token)
             ending = self._ending(row.answer)
-            row.ended = ending > 0 or len(row.answer) >= self._budget.max_answer
+            row.cut = not ending and len(row.answer) >= self._budget.max_answer
+            row.ended = row.cut or ending > 0
             del row.answer[len(row.answer) - ending :]
             return token
         row.thinking.append(token)

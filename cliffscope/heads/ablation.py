@@ -1,6 +1,7 @@
 """What does a head do, measured by taking its output away or replacing it by what heads usually write?
 
-`zero` and `scale` need nothing else; `mean` takes a reference set, and `resample` another transcript of a pool.
+`zero`, `norm-preserving` and `scale` need nothing else; `mean` takes a reference set, and `resample` another transcript
+of a pool.
 """
 
 from dataclasses import dataclass
@@ -75,3 +76,17 @@ class Scale(EditMethod):
         """The same for every task."""
         del task
         return Change(kind=EditKind.SCALE, factor=self.factor)
+
+
+class NormPreserving(EditMethod):
+    """Zero ablation that leaves the layer its norm, as in the code of arXiv 2510.06036."""
+
+    name = "norm-preserving"
+    summary = (
+        "as `zero`, the layer's other heads scaled, position by position, until `hook_z` of the layer has its old norm"
+    )
+
+    def change(self, task: Task) -> Change:
+        """The same for every task."""
+        del task
+        return Change(kind=EditKind.NORM_PRESERVING, preserve_norm=True)

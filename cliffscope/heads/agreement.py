@@ -60,7 +60,7 @@ class RankingAgreement(Plotted):
         return self.frame.copy()
 
     def small_table(self) -> pd.DataFrame:
-        """The table."""
+        """One row a pair, as in `to_frame`."""
         return self.frame
 
     def plot(self) -> "Figure":

@@ -19,6 +19,7 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from cliffscope.errors import EditError
 from cliffscope.heads.branches import Branch, Change, Job
 from cliffscope.heads.editing import change_heads
 from cliffscope.heads.methods import Effects, Method, Progress, Task
@@ -52,7 +53,15 @@ def attribute_heads(
 
     Returns:
         Clean logits, and clean plus estimated effects.
+
+    Raises:
+        EditError: the change preserves norms, so that a set's effect is not the sum of its heads'.
     """
+    if job.change.preserve_norm:
+        raise EditError(
+            "A change that preserves norms acts on all heads of a layer together, and has no estimate head by head. "
+            "Measure it with method='norm-preserving'."
+        )
     clean = np.zeros(len(transcripts), np.float32)
     edited = np.zeros((len(transcripts), len(job.branches)), np.float32)
     seen = [[(h.layer, h.head) for h in branch if h.layer <= job.readout.layer] for branch in job.branches]
@@ -135,11 +144,11 @@ def _prefix_cache(model: LensModel, ids: Int[Tensor, "path pos"], positions: Int
 @contextmanager
 def _frozen(model: LensModel) -> Iterator[None]:
     """No gradients of weights: they are not asked for, and would keep every activation alive."""
-    wanted: list[nn.Parameter] = [p for p in model.hf.parameters() if p.requires_grad]
-    for parameter in wanted:
+    trainable: list[nn.Parameter] = [p for p in model.hf.parameters() if p.requires_grad]
+    for parameter in trainable:
         parameter.requires_grad_(False)
     try:
         yield
     finally:
-        for parameter in wanted:
+        for parameter in trainable:
             parameter.requires_grad_(True)

@@ -238,7 +238,8 @@ def _run_rows(job: Job, clean: _Clean, first: int, rows: list[Row]) -> Float32[n
                 for i, heads in by_row
                 for path in range(paths)
             ]
-            stack.enter_context(model.head_hook(layer, _row_edit(job, layer, changes, sequences, clean.start)))
+            change = _row_edit(job, layer, changes, sequences, clean.start)
+            stack.enter_context(model.head_hook(layer, change, preserve_norm=job.change.preserve_norm))
         stack.enter_context(model.only_blocks(first, job.readout.layer))
         stack.enter_context(model.residual_hook(read.visit))
         model.decoder(

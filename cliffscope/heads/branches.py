@@ -36,8 +36,10 @@ class Change:
     """Its label."""
     factor: float = 0.0
     """What `hook_z` is multiplied by."""
-    values: tuple[BranchValues, ...] = ()
-    """Added values: one tensor a transcript, or one for all."""
+    values: tuple[Float[Tensor, "layer _ head d_head"], ...] = ()
+    """Added values, as `BranchValues`: one tensor a transcript, or one for all."""
+    preserve_norm: bool = False
+    """Whether all heads of an edited layer are then scaled, position by position, back to their norm before."""
 
     def of(self, transcript: int) -> BranchValues | None:
         """The values for one transcript, by its index in the sweep."""
@@ -54,6 +56,7 @@ class Change:
             kind=self.kind,
             factor=self.factor,
             values=None if values is None else values.float().cpu().numpy(),
+            preserve_norm=self.preserve_norm,
             scope=scope,
         )
 

@@ -4,7 +4,7 @@ The package's own methods, in the order of the documentation. Others come from e
 `cliffscope.methods`, by `package.module:name`, or as an object.
 """
 
-from cliffscope.heads.ablation import Mean, Resample, Scale, Zero
+from cliffscope.heads.ablation import Mean, NormPreserving, Resample, Scale, Zero
 from cliffscope.heads.attribution import Attribution
 from cliffscope.heads.greedy import Greedy
 from cliffscope.heads.methods import Method
@@ -16,7 +16,7 @@ METHODS: Registry[Method] = Registry(kind="method", group="cliffscope.methods", 
 """Every method by name."""
 
 for _method in (
-    *(Zero(), Mean(), Resample(), Scale(), Patch(), PatchReverse()),
+    *(Zero(), Mean(), Resample(), Scale(), NormPreserving(), Patch(), PatchReverse()),
     *(Greedy(), Attribution(), DirectShare(), CliffShare()),
 ):
     METHODS.register(_method.name, _method)

@@ -22,7 +22,7 @@ from cliffscope.heads.donors import Donors
 from cliffscope.heads.edits import HeadRef, Scope
 from cliffscope.heads.methods import Effects, Method, Task
 from cliffscope.heads.statistics import ALPHA, HeadKind, decisive, decisive_p, kinds_of
-from cliffscope.heads.usable import check_finite, choose_method, prepare_task, usable_tokens
+from cliffscope.heads.tasks import check_finite, choose_method, prepare_task, usable_tokens
 from cliffscope.model.load import LensModel
 from cliffscope.notebook import Shown
 from cliffscope.readouts.readout import Readout
@@ -41,7 +41,7 @@ class Confirmation(Shown):
     added: Float32[np.ndarray, "n head"]
     """[n, head] what each adds to the heads confirmed before it, logit."""
     p: Float[np.ndarray, " head"]
-    """[head] of the added effects, adjusted for the number of candidates."""
+    """[head] of the added effects, adjusted for the number of candidates; NaN where they could turn no answer."""
     decisive: tuple[int, ...]
     """Transcripts whose answer the added effect could turn."""
     kinds: tuple[HeadKind, ...]
@@ -160,17 +160,17 @@ class _Chain:
 
 
 def _add_one_by_one(task: Task, how: Method, heads: tuple[HeadRef, ...], alone: Effects) -> _Chain:
-    kept: list[HeadRef] = []
+    passed: list[HeadRef] = []
     base = np.zeros(len(task.transcripts), np.float32)
     added, p, counts = np.zeros_like(alone.effects), np.ones(len(heads)), list[int]()
     for i, head in enumerate(heads):
-        joint = how.measure(task, [(*kept, head)]).effects[:, 0] if kept else alone.effects[:, i]
+        joint = how.measure(task, [(*passed, head)]).effects[:, 0] if passed else alone.effects[:, i]
         added[:, i] = joint - base
         state, column = alone.clean + alone.sign * base, added[:, i : i + 1]
-        p[i] = min(1.0, len(heads) * decisive_p(state, column)[0])
+        p[i] = np.minimum(1.0, len(heads) * decisive_p(state, column)[0])
         counts.append(int(decisive(state, column)[0][0]))
         if p[i] <= ALPHA:
-            kept.append(head)
+            passed.append(head)
             base = joint
     return _Chain(added=added, p=p, decisive=tuple(counts))
 

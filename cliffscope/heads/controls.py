@@ -1,14 +1,15 @@
 """Does a set of heads do more than random sets of the same size?
 
 Random sets are drawn without repetition, within the same layers (what matters may be the layer) and over all heads;
-none of their heads is one of the set's, as long as there are others. Joint effects are measured on transcripts that the
-set was not chosen on.
+none of their heads is one of the set's, as long as there are others. A third kind of control touches no head: random
+directions, written as far as the edit moves the attention output (placebo.py). Joint effects are measured on
+transcripts that the set was not chosen on.
 """
 
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,8 +20,9 @@ from jaxtyping import Float32
 from cliffscope.errors import EditError
 from cliffscope.heads.donors import Donors
 from cliffscope.heads.edits import HeadRef, Scope
-from cliffscope.heads.methods import Method
-from cliffscope.heads.usable import check_finite, choose_method, prepare_task
+from cliffscope.heads.methods import EditMethod, Method, Task
+from cliffscope.heads.placebo import draw_directions, placebo_effects
+from cliffscope.heads.tasks import check_finite, choose_method, prepare_task
 from cliffscope.model.load import LensModel, ModelShape
 from cliffscope.notebook import Plotted
 from cliffscope.readouts.readout import Readout
@@ -30,6 +32,10 @@ from cliffscope.transcripts.records import Transcripts
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
+
+SAME_LAYERS, ALL_HEADS, NORM_MATCHED = "same layers", "all heads", "norm-matched"
+KINDS = (SAME_LAYERS, ALL_HEADS, NORM_MATCHED)
+"""Kinds of controls: random heads of the same layers, of all layers, and random directions."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -46,6 +52,8 @@ class SetControl(Plotted):
     """[draw_all, n] the same for random sets drawn over all heads."""
     seed: int
     """Of the draws."""
+    directions: Float32[np.ndarray, "direction _"] = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+    """[direction, n] the same for random directions, written as far as the edit of the set moves the output."""
 
     @property
     def effect(self) -> float:
@@ -60,24 +68,23 @@ class SetControl(Plotted):
 
     @property
     def random_effects(self) -> Float32[np.ndarray, " draws"]:
-        """Mean joint effects of all random sets."""
-        return np.asarray(np.concatenate([self.random_layers, self.random_all]).mean(1))
+        """Mean joint effects of all random sets and directions."""
+        return np.concatenate([sets.mean(1) for sets in self._by_kind().values()])
 
     @property
     def p(self) -> float:
-        """Share of random sets that reach the effect, counting the set itself: the larger of the kinds' p."""
+        """Share of random sets that reach the effect, counting the set itself: the largest of the kinds' p."""
         return max(self.p_by_kind.values())
 
     @property
     def p_by_kind(self) -> dict[str, float]:
-        """That share by kind of random set, `same layers` and `all heads`; a kind without sets is left out."""
-        kinds = {"same layers": self.random_layers, "all heads": self.random_all}
-        return {name: random_set_p(self.effect, sets.mean(1)) for name, sets in kinds.items() if len(sets)}
+        """That share by kind of control, as in `KINDS`; a kind without draws is left out."""
+        return {kind: random_set_p(self.effect, sets.mean(1)) for kind, sets in self._by_kind().items()}
 
     def to_frame(self) -> pd.DataFrame:
-        """One row a set: set, kind (`chosen`, `same layers`, `all heads`), effect (logit), n."""
+        """One row a set: set, kind (`chosen`, or a kind of control), effect (logit), n."""
         rows = [("chosen", "chosen", self.effect)]
-        for kind, drawn in (("same layers", self.random_layers), ("all heads", self.random_all)):
+        for kind, drawn in self._by_kind().items():
             rows += [(f"random {i + 1}", kind, float(each.mean())) for i, each in enumerate(drawn)]
         return pd.DataFrame(rows, columns=["set", "kind", "effect"]).assign(n=len(self.effects))
 
@@ -86,8 +93,13 @@ class SetControl(Plotted):
         frame = self.to_frame().groupby("kind", sort=False)["effect"].agg(["count", "mean", "min", "max"])
         return frame.reset_index().rename(columns={"count": "sets"})
 
+    def _by_kind(self) -> dict[str, Float32[np.ndarray, "draw _"]]:
+        """Effects by kind of control, those without draws left out."""
+        drawn = (self.random_layers, self.random_all, self.directions)
+        return {kind: sets for kind, sets in zip(KINDS, drawn, strict=True) if len(sets)}
+
     def plot(self) -> "Figure":
-        """The set's effect beside those of random sets."""
+        """The set's effect beside those of its controls."""
         from cliffscope.figures.heads import random_sets as draw
 
         return draw(
@@ -116,10 +128,11 @@ def control_sets(
     scope: Scope | str = Scope.CLOSING,
     donors: Donors | None = None,
     factor: float | None = None,
+    kinds: Sequence[str] = (SAME_LAYERS, ALL_HEADS),
     draws: int = 20,
     seed: int = 0,
 ) -> SetControl:
-    """Compares the joint effect of a set of heads with that of random sets of the same size.
+    """Compares the joint effect of a set of heads with that of controls of the same size.
 
     Args:
         model: the model.
@@ -130,24 +143,30 @@ def control_sets(
         scope: as in `rank_heads`.
         donors: as in `rank_heads`.
         factor: as in `rank_heads`.
-        draws: random sets of each kind, at least 1, all different; fewer where there are not as many.
+        kinds: of controls: `same layers` and `all heads` are random sets of as many heads; `norm-matched` are random
+            directions, written at the same positions as far as the edit moves the attention output. The last takes one
+            pass over all transcripts a draw, and a method that edits heads.
+        draws: of each kind, at least 1, all different; fewer random sets where there are not as many.
         seed: of the draws.
 
     Returns:
-        Joint effects of the set, of `draws` sets within the same layers, and of `draws` sets over all layers.
+        Joint effects of the set, and of `draws` controls of each kind.
 
     Raises:
-        EditError: an unknown scope, or no random set differs from the set.
+        EditError: an unknown scope or kind, no random set differs from the set, or a method that edits no heads has no
+            displacement to match.
         DataError: an unknown method, no transcript can be used, donors are missing, or logits are not finite.
         ProbeError: the readout does not fit the model.
     """
     readout.check_model(model)
     how = choose_method(method, factor)
+    _check_kinds(kinds, how)
     task, _ = prepare_task(model, readout, transcripts, how, scope=Scope.parse(scope), donors=donors, seed=seed)
     rng = np.random.default_rng(seed)
-    within = random_sets(model.shape, heads, draws, rng, same_layers=True)
-    over = random_sets(model.shape, heads, draws, rng, same_layers=False, last=readout.layer)
-    if not over:
+    n_sets = {kind: draws if kind in kinds else 0 for kind in KINDS}
+    within = random_sets(model.shape, heads, n_sets[SAME_LAYERS], rng, same_layers=True)
+    over = random_sets(model.shape, heads, n_sets[ALL_HEADS], rng, same_layers=False, last=readout.layer)
+    if not over and ALL_HEADS in kinds:
         raise EditError(f"No random set differs from the {len(heads)} heads, which are all there are. Give fewer.")
     measured = how.measure(task, [tuple(heads), *within, *over])
     check_finite(task.transcripts, measured)
@@ -158,7 +177,30 @@ def control_sets(
         random_layers=effects[1 : 1 + len(within)],
         random_all=effects[1 + len(within) :],
         seed=seed,
+        directions=_placebos(task, how, heads, n_sets[NORM_MATCHED], rng),
     )
+
+
+def _check_kinds(kinds: Sequence[str], method: Method) -> None:
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown or not kinds or isinstance(kinds, str):
+        raise EditError(f"kinds={kinds!r}: expected a list of kinds of controls, from {', '.join(KINDS)}.")
+    if NORM_MATCHED in kinds and not isinstance(method, EditMethod):
+        raise EditError(
+            f"method={method.name!r} makes no edit of these heads whose displacement a {NORM_MATCHED!r} control could "
+            "match. Take a method that edits them, such as 'zero', or leave this kind out."
+        )
+
+
+def _placebos(
+    task: Task, method: Method, heads: Sequence[HeadRef], draws: int, rng: np.random.Generator
+) -> Float32[np.ndarray, "draw n"]:
+    """[draw, n] effects of random directions; without draws none is measured."""
+    if not draws or not isinstance(method, EditMethod):
+        return np.zeros((0, len(task.transcripts)), np.float32)
+    layers = sorted({head.layer for head in heads})
+    directions = draw_directions(layers, task.model.shape.d_model, draws, rng)
+    return placebo_effects(task, method.change(task), tuple(heads), directions)
 
 
 def random_sets(

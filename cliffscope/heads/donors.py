@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from einops import rearrange, reduce
 from jaxtyping import Float
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from cliffscope.model.load import LensModel
 from cliffscope.readouts.activations import length_batches
 from cliffscope.readouts.trace import group_name
 from cliffscope.transcripts.records import Transcript, Transcripts
-from cliffscope.transcripts.transcript import TokenizedTranscript, tokenize_all
+from cliffscope.transcripts.transcript import TokenizedTranscript
 
 Donors = Transcripts | Mapping[str, Transcript]
 """A pool, or for each transcript's id its own donor."""
@@ -45,9 +46,9 @@ class DonorTokens:
     def read(cls, model: LensModel, donors: Donors) -> "DonorTokens":
         """Tokenizes donors; raises DataError where one cannot be used."""
         if isinstance(donors, Mapping):
-            found = {name: _tokens(model, Transcripts([donor]))[0] for name, donor in donors.items()}
-            pool = {t.id: t for t in found.values()}
-            return cls(pool=tuple(pool.values()), matched=found, name=f"matched: {_describe(donors.values())}")
+            matched = {name: _tokens(model, Transcripts([donor]))[0] for name, donor in donors.items()}
+            pool = {t.id: t for t in matched.values()}
+            return cls(pool=tuple(pool.values()), matched=matched, name=f"matched: {_describe(donors.values())}")
         return cls(pool=tuple(_tokens(model, donors)), matched=None, name=_describe(donors))
 
 
@@ -102,11 +103,21 @@ def choose_donors(
     return [_choose(donors, transcript, scope, rng) for transcript in transcripts]
 
 
-def donor_change(model: LensModel, chosen: Sequence[TokenizedTranscript], scope: Scope, kind: EditKind) -> Change:
-    """Every head set to what it writes in another transcript: the first one given to the first, and so on."""
-    unique = {t.id: t for t in chosen}
+def donor_change(model: LensModel, donors: Sequence[TokenizedTranscript], scope: Scope, kind: str) -> Change:
+    """Every head set to what it writes in another transcript.
+
+    Args:
+        model: the model.
+        donors: for each transcript of the sweep, in order, the one that gives to it.
+        scope: where.
+        kind: label of the change.
+
+    Returns:
+        The change, with one tensor a transcript.
+    """
+    unique = {t.id: t for t in donors}
     outputs = dict(zip(unique, gather_outputs(model, list(unique.values()), scope), strict=True))
-    return Change(kind=kind, values=tuple(outputs[t.id] for t in chosen))
+    return Change(kind=kind, values=tuple(outputs[t.id] for t in donors))
 
 
 def mean(
@@ -144,17 +155,17 @@ def mean_outputs(
     totals = torch.zeros(shape.n_layers, width, shape.n_heads, shape.d_head)
     counts = torch.zeros(width)
 
-    def add(_index: int, layer: int, z: Tensor) -> None:
-        own = z if scope is Scope.CLOSING else z.mean(0, keepdim=True)
-        totals[layer, width - len(own) :] += own
+    def add(_index: int, layer: int, z: Float[Tensor, "pos head d_head"]) -> None:
+        part = z if scope is Scope.CLOSING else reduce(z, "pos head d_head -> 1 head d_head", "mean")
+        totals[layer, width - len(part) :] += part
         if layer == shape.attention_layers[0]:
-            counts[width - len(own) :] += 1
+            counts[width - len(part) :] += 1
 
     used = [t for t in reference if _width(t, scope)]
     if not used:
         raise EditError(f"No transcript of the reference set has a token in scope {str(scope)!r}. Give other ones.")
     _visit_outputs(model, used, scope, add)
-    return totals / counts[:, None, None]
+    return totals / rearrange(counts, "pos -> pos 1 1")
 
 
 def gather_outputs(
@@ -162,25 +173,25 @@ def gather_outputs(
 ) -> list[Float[Tensor, "layer position head d_head"]]:
     """`hook_z` of every layer and head over a scope, fp32 on the CPU, one tensor a transcript."""
     shape = model.shape
-    kept = [torch.zeros(shape.n_layers, _width(t, scope), shape.n_heads, shape.d_head) for t in transcripts]
+    outputs = [torch.zeros(shape.n_layers, _width(t, scope), shape.n_heads, shape.d_head) for t in transcripts]
 
-    def keep(index: int, layer: int, z: Tensor) -> None:
-        kept[index][layer] = z
+    def keep(index: int, layer: int, z: Float[Tensor, "pos head d_head"]) -> None:
+        outputs[index][layer] = z
 
     _visit_outputs(model, transcripts, scope, keep)
-    return kept
+    return outputs
 
 
 def _visit_outputs(
     model: LensModel,
     transcripts: Sequence[TokenizedTranscript],
     scope: Scope,
-    visit: Callable[[int, int, Tensor], None],
+    visit: Callable[[int, int, Float[Tensor, "pos head d_head"]], None],
 ) -> None:
     """Calls `visit(index, layer, z)` with `hook_z` over the scope, in batches, layer by layer."""
     for rows in length_batches([t.final + 1 for t in transcripts]):
 
-        def look(layer: int, z: Tensor, rows: list[int] = rows) -> None:
+        def look(layer: int, z: Float[Tensor, "batch pos head d_head"], rows: list[int] = rows) -> None:
             for place, index in enumerate(rows):
                 visit(index, layer, z[place, scope.positions(transcripts[index])].float().cpu())
 
@@ -194,14 +205,14 @@ def _choose(
 ) -> TokenizedTranscript:
     width = _width(transcript, scope)
     if donors.matched is not None:
-        own = donors.matched.get(transcript.id)
-        if own is None or _width(own, scope) != width:
-            found = "none" if own is None else f"{own.id!r} with {_width(own, scope)} positions"
+        donor = donors.matched.get(transcript.id)
+        if donor is None or _width(donor, scope) != width:
+            what = "none" if donor is None else f"{donor.id!r} with {_width(donor, scope)} positions"
             raise EditError(
-                f"{transcript.id!r} has {width} positions in scope {str(scope)!r}, its donor is {found}. Match each "
+                f"{transcript.id!r} has {width} positions in scope {str(scope)!r}, its donor is {what}. Match each "
                 "transcript with a donor of the same length, or use scope='closing'."
             )
-        return own
+        return donor
     fitting = [t for t in donors.pool if t.id != transcript.id and _width(t, scope) == width]
     if not fitting:
         widths = sorted({_width(t, scope) for t in donors.pool})[:6]
@@ -213,11 +224,11 @@ def _choose(
 
 
 def _tokens(model: LensModel, transcripts: Transcripts) -> list[TokenizedTranscript]:
-    found, omitted = tokenize_all(transcripts, model.tokenizer, model.template, max_length=model.shape.context)
-    if omitted or not found:
+    tokens, omitted = model.tokenize_all(transcripts)
+    if omitted or not tokens:
         why = omitted[0].reason if omitted else "none was given"
         raise DataError(f"{len(omitted)} of {len(transcripts)} donors cannot be used: {why}")
-    return found
+    return tokens
 
 
 def _width(transcript: TokenizedTranscript, scope: Scope) -> int:

@@ -2,8 +2,8 @@
 
 For every thinking token the closing is put after it, and the readout is read at the closing's end: a curve over the
 thinking of what the answer would be. Where a probe's trace says what the state at a token holds, this says what the
-model would do with it. `early.py` says how it is computed, and what each number equals: a plain forward pass of the
-transcript cut behind that token.
+model would do with it. `packed_closings.py` says how it is computed, and what each number equals: a plain forward pass
+of the transcript cut behind that token.
 
 Tables and curves are made here from arrays; knows no architecture.
 """
@@ -19,15 +19,15 @@ from scipy.special import expit
 from transformers import PreTrainedTokenizerBase
 
 from cliffscope.errors import DataError, SpanError
-from cliffscope.heads.early import early_closings, early_logits
 from cliffscope.heads.edits import EditPlan, HeadEdit
+from cliffscope.heads.packed_closings import early_closings, early_logits
 from cliffscope.model.load import LensModel
 from cliffscope.notebook import Plotted
 from cliffscope.readouts.readout import Readout
 from cliffscope.readouts.trace import RefusalTraces, group_name
 from cliffscope.resampling import bootstrap_mean
 from cliffscope.transcripts.records import Omission, Transcript, Transcripts
-from cliffscope.transcripts.transcript import ClosingRule, Span, TokenizedTranscript, tokenize_all
+from cliffscope.transcripts.transcript import ClosingRule, Span, TokenizedTranscript
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -79,7 +79,7 @@ class EarlyClosings(Plotted):
                     "id": row.id,
                     "position": at,
                     "fraction": _fractions(row, at),
-                    "token": [self._text(row, position) for position in at],
+                    "token": [self._text(row, int(position)) for position in at],
                     "logit": values,
                     "score": expit(values),
                 }
@@ -145,7 +145,7 @@ class EarlyClosings(Plotted):
         if edited is not None:
             curves[f"{edited.readout}, {'unedited' if edited.edit is None else 'edited'}"] = edited.mean_curve()
         if probe is not None:
-            curves["probe at the token"] = self._probe_curve(probe)
+            curves["probe at the token"] = self.probe_curve(probe)
         return closing_curves({name: _columns(curve) for name, curve in curves.items()})
 
     def __repr__(self) -> str:
@@ -162,8 +162,15 @@ class EarlyClosings(Plotted):
     def _text(self, row: TokenizedTranscript, position: int) -> str:
         return str(self.tokenizer.decode([int(row.token_ids[position])]))
 
-    def _probe_curve(self, traces: RefusalTraces) -> pd.DataFrame:
-        """The probe's mean score at the thinking tokens of the same transcripts."""
+    def probe_curve(self, traces: RefusalTraces) -> pd.DataFrame:
+        """The probe's mean score at the thinking tokens of the same transcripts, as `mean_curve` has it.
+
+        Args:
+            traces: of these transcripts.
+
+        Raises:
+            DataError: none of these transcripts was traced.
+        """
         ids = {row.id for row in self.tokens}
         shared = [(row, score) for row, score in zip(traces.tokens, traces.scores(), strict=True) if row.id in ids]
         if not shared:
@@ -266,7 +273,7 @@ def _with_thinking(
     model: LensModel, transcripts: Transcripts
 ) -> tuple[list[TokenizedTranscript], tuple[Omission, ...]]:
     """Tokens of transcripts that think, and what was left out; raises SpanError where nothing is left."""
-    every, omitted = tokenize_all(transcripts, model.tokenizer, model.template, max_length=model.shape.context)
+    every, omitted = model.tokenize_all(transcripts)
     tokens = [row for row in every if row.span(Span.THINKING).stop > row.span(Span.THINKING).start]
     names = {row.id for row in tokens}
     reason = "no thinking, so that there is no earlier token to close after"

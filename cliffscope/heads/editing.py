@@ -4,8 +4,9 @@
    write becomes an output bias.
 2. By hooks (any scope), at the positions that each row of the batch has in the scope.
 
-Both compute `hook_z <- factor x hook_z + values` and undo themselves, bit for bit, on any exception. Knows nothing of
-the kinds of edits, nor of readouts and effects.
+Both compute `hook_z <- factor x hook_z + values` and undo themselves, bit for bit, on any exception. An edit that
+preserves norms then scales all heads of the layer by a number that depends on what stands at the position, so that only
+hooks can do it. Knows nothing of the kinds of edits, nor of readouts and effects.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -32,10 +33,11 @@ def edited_weights(model: LensModel, edit: HeadEdit | EditPlan) -> Iterator[None
         edit: with scope `all`, and one value a head where it has values.
 
     Raises:
-        EditError: another scope, values that differ by position, a head that the model lacks, or weights that are not
-            floating point.
+        EditError: another scope, values that differ by position, norms that are preserved, a head that the model lacks,
+            or weights that are not floating point.
     """
     _check_everywhere(model, edit)
+    check_constant(edit)
     undo: list[Callable[[], object]] = []
     try:
         with torch.no_grad():
@@ -52,7 +54,9 @@ def edited_weights(model: LensModel, edit: HeadEdit | EditPlan) -> Iterator[None
 
 @contextmanager
 def edited_everywhere(model: LensModel, edit: HeadEdit | EditPlan) -> Iterator[None]:
-    """Applies an edit at all positions: in the weights, or by hooks where these are quantised or offloaded.
+    """Applies an edit at all positions: in the weights, or by hooks where these cannot hold it.
+
+    Weights that are quantised or offloaded are left as they are, and no weights preserve norms.
 
     Args:
         model: the model.
@@ -62,15 +66,27 @@ def edited_everywhere(model: LensModel, edit: HeadEdit | EditPlan) -> Iterator[N
         EditError: another scope, values that differ by position, or a head that the model lacks.
     """
     _check_everywhere(model, edit)
-    if all(model.holds_weights(ref.layer) for ref in edit.heads):
+    constant = not any(one.preserve_norm for one in edit.edits)
+    if constant and all(model.holds_weights(ref.layer) for ref in edit.heads):
         with edited_weights(model, edit):
             yield
         return
     with ExitStack() as stack:
         for one in edit.edits:
             for layer in sorted({ref.layer for ref in one.heads}):
-                stack.enter_context(model.head_hook(layer, _fixed(one, layer)))
+                stack.enter_context(model.head_hook(layer, _fixed(one, layer), preserve_norm=one.preserve_norm))
         yield
+
+
+def check_constant(edit: HeadEdit | EditPlan) -> None:
+    """Raises EditError where an edit preserves norms, which no fixed weights do."""
+    for one in edit.edits:
+        if one.preserve_norm:
+            raise EditError(
+                f"{one!r} cannot be held in weights: it scales the attention output by a number of its own at every "
+                "position, which depends on what stands there. Use edited_hooks, or generate under the edit with "
+                "roll_out(edit=...); for weights, take the edit without preserve_norm."
+            )
 
 
 def _fixed(edit: HeadEdit, layer: int) -> Callable[[Float[Tensor, "batch pos head d_head"]], None]:
@@ -114,19 +130,44 @@ def edited_hooks(
     edit.check(model)
     with ExitStack() as stack:
         for one in edit.edits:
-            spans = [one.scope.positions(row) for row in rows]
-            values = None if one.values is None else torch.tensor(one.values, device=model.device)
-            if values is not None:
-                for span in spans:
-                    _check_positions(values.shape[1], span.stop - span.start)
             # Layers that `only_blocks` has cut off above do not run, so that there is nothing to edit in them.
             for layer in sorted({ref.layer for ref in one.heads if ref.layer < len(model.blocks)}):
-                indices = [i for i, ref in enumerate(one.heads) if ref.layer == layer]
-                heads = [one.heads[i].head for i in indices]
-                added = None if values is None else rearrange(values[indices], "head pos d_head -> pos head d_head")
-                changes = [(row, span, heads, added) for row, span in enumerate(spans)]
-                stack.enter_context(model.head_hook(layer, _changer(changes, one.factor, start)))
+                change = layer_change(model, [one] * len(rows), rows, layer, start)
+                stack.enter_context(model.head_hook(layer, change, preserve_norm=one.preserve_norm))
         yield
+
+
+def layer_change(
+    model: LensModel, edits: Sequence[HeadEdit], rows: Sequence[TokenizedTranscript], layer: int, start: int
+) -> Callable[[Float[Tensor, "batch pos head d_head"]], None]:
+    """What edits do to a layer's `hook_z`, to be written into it; norms are the caller's to preserve.
+
+    Args:
+        model: the model.
+        edits: one a row, with the same factor.
+        rows: the transcript of each row of the batch.
+        layer: the layer.
+        start: position in the transcripts at which the batch starts.
+
+    Raises:
+        EditError: values for another number of positions than the scope has.
+    """
+    added = {id(edit): _added(model, edit, layer) for edit in edits}
+    changes = []
+    for row, (edit, transcript) in enumerate(zip(edits, rows, strict=True)):
+        span, values = edit.scope.positions(transcript), added[id(edit)]
+        if values is not None:
+            _check_positions(len(values), span.stop - span.start)
+        heads = [ref.head for ref in edit.heads if ref.layer == layer]
+        changes.append((row, span, heads, values))
+    return _changer(changes, edits[0].factor if edits else 0.0, start)
+
+
+def _added(model: LensModel, edit: HeadEdit, layer: int) -> Float[Tensor, "value_pos head d_head"] | None:
+    if edit.values is None:
+        return None
+    indices = [i for i, ref in enumerate(edit.heads) if ref.layer == layer]
+    return rearrange(torch.tensor(edit.values[indices], device=model.device), "head pos d_head -> pos head d_head")
 
 
 def change_heads(

@@ -1,7 +1,8 @@
 """What is done to which heads?
 
 An edit is data: heads, a scope, and the numbers of one formula on a head's output,
-`hook_z <- factor x hook_z + values`; several edits make a plan. The kind is a label that says where the numbers come
+`hook_z <- factor x hook_z + values`; several edits make a plan. An edit may also preserve the norm of the layer's
+attention output, as the paper's code does (arXiv 2510.06036). The kind is a label that says where the numbers come
 from: nothing acts on it, so that a new kind needs no code. How an edit acts on a model is in editing.py; this file
 knows a model by its sizes alone.
 """
@@ -36,6 +37,7 @@ class EditKind(StrEnum):
     MEAN = "mean"
     RESAMPLE = "resample"
     PATCH = "patch"
+    NORM_PRESERVING = "norm-preserving"
 
 
 class Scope(StrEnum):
@@ -103,9 +105,11 @@ class HeadEdit:
     kind: str = EditKind.ZERO
     """Name of what is done: an `EditKind`, or the label of another method."""
     factor: float = 0.0
-    """What `hook_z` is multiplied by; 0 for every `EditKind` but `scale`."""
+    """What `hook_z` is multiplied by; 0 for every `EditKind` but `scale` and `norm-preserving`."""
     values: HeadValues | None = None
     """[head, position, d_head] fp32, read-only: what is added; None adds nothing."""
+    preserve_norm: bool = False
+    """Whether all heads of an edited layer are then scaled, position by position, back to their norm before."""
     scope: Scope = Scope.ALL
     """Where it acts."""
 
@@ -120,14 +124,20 @@ class HeadEdit:
         if self.kind not in set(EditKind):
             return
         sets = self.kind in (EditKind.MEAN, EditKind.RESAMPLE, EditKind.PATCH)
-        if self.factor != 0 and self.kind != EditKind.SCALE:
+        if self.factor != 0 and self.kind not in (EditKind.SCALE, EditKind.NORM_PRESERVING):
             raise EditError(
-                f"factor={self.factor} of kind {str(self.kind)!r}: of the package's kinds only 'scale' has one."
+                f"factor={self.factor} of kind {str(self.kind)!r}: of the package's kinds only 'scale' and "
+                "'norm-preserving' have one."
+            )
+        if self.preserve_norm is not (self.kind == EditKind.NORM_PRESERVING):
+            raise EditError(
+                f"preserve_norm={self.preserve_norm} of kind {str(self.kind)!r}: of the package's kinds "
+                "'norm-preserving' alone preserves norms. Make it by zero or scale with preserve_norm=True."
             )
         if self.heads and sets is (self.values is None):
             raise EditError(
                 f"An edit of kind {str(self.kind)!r} {'needs' if sets else 'takes no'} values. Give [head, position, "
-                "d_head] for 'mean', 'resample' and 'patch', none for 'zero' and 'scale'."
+                "d_head] for 'mean', 'resample' and 'patch', none for 'zero', 'scale' and 'norm-preserving'."
             )
 
     @property
@@ -160,12 +170,13 @@ class HeadEdit:
         return replace(self, heads=tuple(heads))
 
     def to_dict(self) -> dict[str, object]:
-        """JSON-ready: heads as text, kind, factor, values, scope."""
+        """JSON-ready: heads as text, kind, factor, values, preserve_norm, scope."""
         return {
             "heads": [str(h) for h in self.heads],
             "kind": str(self.kind),
             "factor": self.factor,
             "values": [] if self.values is None else self.values.tolist(),
+            "preserve_norm": self.preserve_norm,
             "scope": str(self.scope),
         }
 
@@ -176,16 +187,19 @@ class HeadEdit:
         # A label says nothing about numbers, so that those of an unknown kind must be there.
         factor = data.get("factor", 0.0 if kind in set(EditKind) else None)
         number = isinstance(factor, int | float) and not isinstance(factor, bool)
-        if not isinstance(heads, list) or not isinstance(values, list) or not isinstance(kind, str) or not number:
+        preserve = data.get("preserve_norm", kind == EditKind.NORM_PRESERVING)
+        flags = number and isinstance(preserve, bool)
+        if not isinstance(heads, list) or not isinstance(values, list) or not isinstance(kind, str) or not flags:
             raise EditError(
                 f"No edit can be read from {data!r}. Expected 'heads' (a list), 'kind' ({', '.join(EditKind)}, or "
-                "another name with its 'factor'), 'values' and 'scope'."
+                "another name with its 'factor'), 'values', 'preserve_norm' (true or false) and 'scope'."
             )
         return cls(
             heads=tuple(HeadRef.parse(str(h)) for h in heads),
             kind=EditKind(kind) if kind in set(EditKind) else kind,
             factor=float(str(factor)),
             values=_checked_values(values, len(heads), kind) if values else None,
+            preserve_norm=bool(preserve),
             scope=Scope.parse(str(data.get("scope", "all"))),
         )
 
@@ -199,11 +213,12 @@ class HeadEdit:
 
     def _key(self) -> tuple[object, ...]:
         values = None if self.values is None else (self.values.shape, self.values.tobytes())
-        return self.heads, str(self.kind), self.factor, values, self.scope
+        return self.heads, str(self.kind), self.factor, values, self.preserve_norm, self.scope
 
     def __repr__(self) -> str:
         """One line: what, how many heads, where."""
-        factor = "" if self.kind == EditKind.ZERO or self.values is not None else f" by {self.factor:g}"
+        zeroing = self.kind in (EditKind.ZERO, EditKind.NORM_PRESERVING) and self.factor == 0
+        factor = "" if zeroing or self.values is not None else f" by {self.factor:g}"
         return f"HeadEdit({self.kind}{factor}, {len(self.heads)} heads, scope {self.scope})"
 
 
@@ -215,12 +230,20 @@ class EditPlan:
     """The edits."""
 
     def __post_init__(self) -> None:
-        """Refuses a plan in which two edits name the same head."""
+        """Refuses a plan in which two edits name the same head, or change the layer of one that preserves norms."""
         _refuse_doubled(self.heads, "one plan")
+        layers = [{ref.layer for ref in edit.heads} for edit in self.edits]
+        for i, edit in enumerate(self.edits):
+            shared = layers[i] & set[int]().union(*layers[:i], *layers[i + 1 :])
+            if edit.preserve_norm and shared:
+                raise EditError(
+                    f"{edit!r} preserves the norm of layer {min(shared)}, in which another edit of the plan changes "
+                    "heads, so that there are two norms to preserve. Edit all heads of a layer in one edit."
+                )
 
     @property
     def heads(self) -> tuple[HeadRef, ...]:
-        """Every edited head."""
+        """Heads of all edits, in their order."""
         return tuple(chain.from_iterable(edit.heads for edit in self.edits))
 
     @property
@@ -243,7 +266,7 @@ class EditPlan:
         return edited_hooks(model, self, rows, start=start)
 
     def to_dict(self) -> dict[str, object]:
-        """JSON-ready."""
+        """JSON-ready: the edits, each as `HeadEdit.to_dict` has it."""
         return {"edits": [edit.to_dict() for edit in self.edits]}
 
     @classmethod
@@ -259,27 +282,38 @@ class EditPlan:
         return f"EditPlan({', '.join(repr(edit) for edit in self.edits)})"
 
 
-def zero(heads: Iterable[HeadRef], *, scope: Scope | str = Scope.ALL) -> HeadEdit:
+def zero(heads: Iterable[HeadRef], *, scope: Scope | str = Scope.ALL, preserve_norm: bool = False) -> HeadEdit:
     """Zero ablation of heads.
 
     Args:
         heads: query heads.
-        scope: where; generation needs "all".
+        scope: where.
+        preserve_norm: scale what the other heads of the layer write, position by position, until `hook_z` of the layer
+            has its norm before the edit: the ablation of the paper's code, which takes the norm over the whole batch.
+            Off by default: it changes heads that were not named, and weights cannot hold it.
 
     Returns:
         The edit.
+
+    Source:
+        Norms are preserved in the code of arXiv 2510.06036.
 
     Example:
         >>> from cliffscope.heads.edits import HeadRef, zero
         >>> zero([HeadRef(layer=4, head=5)]).to_dict()["heads"]
         ['L4H5']
     """
-    return HeadEdit(heads=tuple(heads), scope=Scope.parse(scope))
+    kind = EditKind.NORM_PRESERVING if preserve_norm else EditKind.ZERO
+    return HeadEdit(heads=tuple(heads), kind=kind, preserve_norm=preserve_norm, scope=Scope.parse(scope))
 
 
-def scale(heads: Iterable[HeadRef], factor: float, *, scope: Scope | str = Scope.ALL) -> HeadEdit:
+def scale(
+    heads: Iterable[HeadRef], factor: float, *, scope: Scope | str = Scope.ALL, preserve_norm: bool = False
+) -> HeadEdit:
     """Multiplies `hook_z` of heads by a factor; see `zero`."""
-    return HeadEdit(heads=tuple(heads), kind=EditKind.SCALE, factor=factor, scope=Scope.parse(scope))
+    kind = EditKind.NORM_PRESERVING if preserve_norm else EditKind.SCALE
+    where = Scope.parse(scope)
+    return HeadEdit(heads=tuple(heads), kind=kind, factor=factor, preserve_norm=preserve_norm, scope=where)
 
 
 def compose(*edits: HeadEdit | EditPlan) -> EditPlan:

@@ -10,14 +10,14 @@ Knows nothing of how an edit was chosen: measurements are passed as tables and c
 
 import json
 from collections.abc import Iterable
-from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
 import torch
 
+from cliffscope import __version__
 from cliffscope.errors import EditError
-from cliffscope.heads.editing import edited_weights
+from cliffscope.heads.editing import check_constant, edited_weights
 from cliffscope.heads.edits import EditPlan, HeadEdit, Scope
 from cliffscope.model.export import (
     CARD,
@@ -97,6 +97,7 @@ def export_edited(
 
 def _check_scope(model: LensModel, edit: HeadEdit | EditPlan) -> None:
     edit.check(model)
+    check_constant(edit)
     if not edit.heads:
         raise EditError("The edit names no head, so there is nothing to export. Give one with heads.")
     if edit.scope is not Scope.ALL:
@@ -109,10 +110,10 @@ def _check_scope(model: LensModel, edit: HeadEdit | EditPlan) -> None:
 def _write_model(
     model: LensModel, edit: HeadEdit | EditPlan, folder: Path, dtype: torch.dtype, shard_bytes: int
 ) -> None:
-    known = set(model.hf.state_dict())
+    names = set(model.hf.state_dict())
     with edited_weights(model, edit), config_kept(model):
         state = model.hf.state_dict()
-        _refuse_new_weights(sorted(set(state) - known), model, edit)
+        _refuse_new_weights(sorted(set(state) - names), model, edit)
         model.hf.save_pretrained(
             folder, state_dict=cast_weights(state, dtype), max_shard_size=shard_bytes, is_main_process=True
         )
@@ -144,7 +145,7 @@ def _model_card(
         "---\nlibrary_name: transformers\ntags:\n- cliffscope\n- attention-head-edit\n---",
         f"# {name}, edited",
         "A research artefact: the model below with some attention heads edited in its weights, written by CliffScope "
-        f"{version('cliffscope')}. It loads with plain `transformers`. Nothing was trained.",
+        f"{__version__}. It loads with plain `transformers`. Nothing was trained.",
         "## What was edited",
         f"`{edit!r}` of `{name}` ({type(model.hf).__name__}, fingerprint before the edit `{model.fingerprint}`), in "
         f"the output projections. Heads: {', '.join(str(head) for head in edit.heads)}. The edit as data: `{EDIT}`. "

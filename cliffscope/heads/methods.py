@@ -88,7 +88,7 @@ class Effects:
 
     @classmethod
     def of_sweep(cls, sweep: Sweep) -> "Effects":
-        """Edited minus unedited."""
+        """Of a sweep: what each branch adds to the logit."""
         return cls(clean=sweep.clean, effects=sweep.effects, path=sweep.path)
 
 

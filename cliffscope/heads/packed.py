@@ -61,7 +61,7 @@ class PackSize:
     """How often it was halved."""
 
     def halve(self) -> None:
-        """Halves it."""
+        """Makes packs half as large from now on."""
         self.tokens, self.halvings = max(1, self.tokens // 2), self.halvings + 1
         log.warning("out of memory: going on with packs of at most %d tokens", self.tokens)
 
@@ -87,7 +87,7 @@ class Layout:
 
     @property
     def width(self) -> int:
-        """Tokens."""
+        """Number of tokens."""
         return len(self.offsets)
 
     def whole(self, n: int) -> Int[Tensor, " branch"]:
@@ -259,7 +259,8 @@ def _run_pack(
 
     with ExitStack() as stack:
         for layer, rows in edits_by_layer(job, branches):
-            stack.enter_context(model.head_hook(layer, _branch_edit(job, layer, rows, window, index)))
+            change = _branch_edit(job, layer, rows, window, index)
+            stack.enter_context(model.head_hook(layer, change, preserve_norm=job.change.preserve_norm))
         stack.enter_context(model.only_blocks(first, job.readout.layer))
         stack.enter_context(model.residual_hook(visit))
         model.decoder(

@@ -27,13 +27,12 @@ from cliffscope.errors import EditError
 from cliffscope.heads.donors import Donors
 from cliffscope.heads.edits import HeadRef, Scope
 from cliffscope.heads.methods import Method
-from cliffscope.heads.statistics import HeadKind, decisive, decisive_p, kinds_of, least_q
-from cliffscope.heads.usable import check_finite, choose_method, prepare_task, usable_tokens
+from cliffscope.heads.statistics import HeadKind, decisive, decisive_p, decisive_q, kinds_of, least_q
+from cliffscope.heads.tasks import check_finite, choose_method, prepare_task, usable_tokens
 from cliffscope.model.load import LensModel, ModelShape
 from cliffscope.notebook import Plotted
 from cliffscope.readouts.readout import Readout
 from cliffscope.resampling import bootstrap_mean
-from cliffscope.stats import benjamini_hochberg
 from cliffscope.transcripts.records import Omission, Transcripts
 
 if TYPE_CHECKING:
@@ -41,6 +40,12 @@ if TYPE_CHECKING:
 
 FRACTION = 0.03
 """Share of all heads that the paper edits."""
+UNSEEN = "above the layer that the readout reads"
+"""Why a head has no p: its effect is zero by construction."""
+UNSURE = "the readout cannot tell refused from complied"
+"""Why no head has a p."""
+IDLE = "could turn no answer"
+"""Why a head has no p: no transcript is decisive."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -95,11 +100,11 @@ class HeadRanking(Plotted):
 
         Returns:
             layer, head, kv_group, effect (logit), effect_score, ci_low, ci_high (NaN with one transcript), p and q (NaN
-            where the readout cannot see the head or cannot tell), decisive (transcripts whose answer the head's effect
-            could turn), kind, effect_harmless, effect_refused, n, rank, readout, method, scope.
+            where nothing could be tested), untested (why not, or ""), decisive (transcripts whose answer the head's
+            effect could turn), kind, effect_harmless, effect_refused, n, rank, readout, method, scope.
         """
         low, high = bootstrap_mean(self.effects, seed=self.seed)
-        p = self._p_values()
+        p, q = self._p_and_q()
         edited = expit(self.clean[:, None] + self.sign * self.effects)
         frame = pd.DataFrame(
             {
@@ -111,7 +116,8 @@ class HeadRanking(Plotted):
                 "ci_low": low,
                 "ci_high": high,
                 "p": p,
-                "q": benjamini_hochberg(p),
+                "q": q,
+                "untested": self._untested(p),
                 "decisive": decisive(self.clean, self.effects)[0],
                 "kind": [str(kind) for kind in self.kinds],
                 "effect_harmless": _mean(self.harmless_effects),
@@ -149,7 +155,12 @@ class HeadRanking(Plotted):
     @property
     def least_q(self) -> float:
         """The smallest q that so few transcripts allow; above 0.05 no head can be significant."""
-        return least_q(len(self.clean), int(self._seen.sum()))
+        return least_q(len(self.clean), self.measured)
+
+    @property
+    def measured(self) -> int:
+        """Heads that the readout can see, each of which counts as a test."""
+        return int(self._seen.sum())
 
     @property
     def kinds(self) -> list[HeadKind]:
@@ -191,12 +202,21 @@ class HeadRanking(Plotted):
         grid[[h.layer for h in self.heads], [h.head for h in self.heads]] = values
         return grid
 
-    def _p_values(self) -> Float[np.ndarray, " head"]:
-        """[head] NaN above the readout's layer, and everywhere where the readout cannot tell."""
-        p = np.full(len(self.heads), np.nan)
+    def _p_and_q(self) -> tuple[Float[np.ndarray, " head"], Float[np.ndarray, " head"]]:
+        """[head] p and q; NaN where nothing could be tested."""
+        p, q = np.full(len(self.heads), np.nan), np.full(len(self.heads), np.nan)
         if self.can_tell:
             p[self._seen] = decisive_p(self.clean, self.effects[:, self._seen])
-        return p
+            q[self._seen] = decisive_q(p[self._seen])
+        return p, q
+
+    def _untested(self, p: Float[np.ndarray, " head"]) -> list[str]:
+        """[head] why a head has no p; empty where it has one."""
+        idle = UNSURE if not self.can_tell else IDLE
+        return [
+            UNSEEN if not seen else idle if nothing else ""
+            for seen, nothing in zip(self._seen, np.isnan(p), strict=True)
+        ]
 
     def __repr__(self) -> str:
         """One line: the first head, its effect, n, method and path."""
@@ -227,8 +247,8 @@ def rank_heads(
         model: the model.
         readout: what says whether the answer will refuse, fitted on this model and on other transcripts.
         transcripts: usually harmful ones that were complied with.
-        method: `zero`, `mean`, `resample`, `scale`, `patch`, `patch-reverse`, `greedy`, `attribution`, `direct` or
-            `cliff`; one of an installed package, `package.module:name`, or an object of
+        method: `zero`, `mean`, `resample`, `scale`, `norm-preserving`, `patch`, `patch-reverse`, `greedy`,
+            `attribution`, `direct` or `cliff`; one of an installed package, `package.module:name`, or an object of
             `cliffscope.heads.methods.Method`.
         scope: where heads are edited; `closing`, where the cliff is, is packed and fast.
         harmless: transcripts for the control of specificity.

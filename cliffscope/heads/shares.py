@@ -26,16 +26,20 @@ from einops import einsum
 from jaxtyping import Float, Float32, Int
 from torch import Tensor, nn
 
-from cliffscope.errors import DataError, EditError, ProbeError, UnsupportedModelError
+from cliffscope.errors import DataError, EditError, UnsupportedModelError
 from cliffscope.heads.branches import AGREEMENT, Branch
 from cliffscope.heads.donors import DonorTokens
 from cliffscope.heads.edits import Scope
 from cliffscope.heads.methods import Effects, Method, Progress, Task
 from cliffscope.model.load import LensModel
 from cliffscope.readouts.activations import length_batches
-from cliffscope.readouts.probe import RefusalProbe
+from cliffscope.readouts.probe import RefusalProbe, linear_probe
 from cliffscope.readouts.readout import Readout
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript
+
+NOT_LINEAR = (
+    "A logit is a sum of what heads write only where it is linear in the residual (method='zero' needs no sum)."
+)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -89,7 +93,7 @@ class ShareMethod(Method):
 
     def measure(self, task: Task, branches: Sequence[Branch], *, progress: Progress | None = None) -> Effects:
         """Sums of the heads' shares; see `Method.measure`."""
-        shares = decompose_logit(task.model, linear_probe(task.readout), task.transcripts)
+        shares = decompose_logit(task.model, task.readout, task.transcripts)
         by_head = self.effects(shares)
         if progress is not None:
             progress(len(task.transcripts))
@@ -133,36 +137,27 @@ class CliffShare(ShareMethod):
         return effects
 
 
-def linear_probe(readout: Readout) -> RefusalProbe:
-    """The readout as a linear probe; raises ProbeError where it is none, so that its logit is no sum of shares."""
-    if not isinstance(readout, RefusalProbe):
-        raise ProbeError(
-            f"The {readout.name} readout is not linear in the residual, so that its logit is no sum of what heads "
-            "write. Give a RefusalProbe (cs.fit_probe), or take a method that edits heads, such as method='zero'."
-        )
-    return readout
-
-
-def decompose_logit(model: LensModel, probe: RefusalProbe, transcripts: Sequence[TokenizedTranscript]) -> LogitShares:
-    """Splits the refusal logit into the shares of all that write into the residual stream.
+def decompose_logit(model: LensModel, probe: Readout, transcripts: Sequence[TokenizedTranscript]) -> LogitShares:
+    """Splits a probe's logit into the shares of all that write into the residual stream.
 
     Args:
         model: the model.
-        probe: whose logit is split.
+        probe: a linear one, whose logit is split.
         transcripts: tokens; answers are ignored.
 
     Returns:
         The shares; they sum to the logit.
 
     Raises:
-        ProbeError: the probe does not fit the model.
+        ProbeError: the probe does not fit the model, or the readout is no linear probe.
         DataError: there is no transcript.
         UnsupportedModelError: the parts do not sum to the logit, as where a block norms or scales what it adds.
     """
-    probe.check_model(model)
+    linear = linear_probe(probe, NOT_LINEAR)
+    linear.check_model(model)
     if not transcripts:
         raise DataError("No transcript was given whose logit could be split. Give at least one.")
-    parts = _Parts(model, probe, transcripts)
+    parts = _Parts(model, linear, transcripts)
     for rows in length_batches([t.final + 1 for t in transcripts]):
         parts.run(rows)
     shares = LogitShares(
@@ -170,7 +165,7 @@ def decompose_logit(model: LensModel, probe: RefusalProbe, transcripts: Sequence
         mlps=parts.mlps,
         biases=parts.biases,
         embedding=parts.embedding,
-        bias=probe.bias,
+        bias=linear.bias,
         logits=parts.logits,
         plateau_heads=parts.plateau,
     )

@@ -16,18 +16,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Float32
+from jaxtyping import Float, Float32
 from torch import Tensor
 
 from cliffscope.errors import SpanError, UnsupportedModelError
 from cliffscope.heads.edits import HeadRef
-from cliffscope.heads.shares import decompose_logit
+from cliffscope.heads.shares import NOT_LINEAR, decompose_logit
 from cliffscope.model.bridges import TOLERANCE
 from cliffscope.model.load import LensModel
 from cliffscope.notebook import Plotted
-from cliffscope.readouts.probe import RefusalProbe
+from cliffscope.readouts.probe import linear_probe
+from cliffscope.readouts.readout import Readout
 from cliffscope.transcripts.records import Transcript
-from cliffscope.transcripts.transcript import Span, TokenizedTranscript, tokenize
+from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -131,12 +132,12 @@ class HeadSources(Plotted):
         )
 
 
-def trace_sources(model: LensModel, probe: RefusalProbe, transcript: Transcript, head: HeadRef) -> HeadSources:
+def trace_sources(model: LensModel, probe: Readout, transcript: Transcript, head: HeadRef) -> HeadSources:
     """What a head reads at the closing tokens, and what each source makes it write.
 
     Args:
         model: the model; its bridge computes the pattern.
-        probe: whose logit is split; the head's layer is at most the probe's.
+        probe: a linear one, whose logit is split; the head's layer is at most the probe's.
         transcript: one.
         head: the head.
 
@@ -145,6 +146,7 @@ def trace_sources(model: LensModel, probe: RefusalProbe, transcript: Transcript,
 
     Raises:
         EditError: the model lacks the head.
+        ProbeError: the probe does not fit the model, or the readout is no linear probe.
         SpanError: the probe does not see the head.
         UnsupportedModelError: attention x values is not what the head gives on this model, or what heads write is not
             added to the residual as it is.
@@ -153,21 +155,22 @@ def trace_sources(model: LensModel, probe: RefusalProbe, transcript: Transcript,
 
 
 def trace_all_sources(
-    model: LensModel, probe: RefusalProbe, transcript: Transcript, heads: Sequence[HeadRef]
+    model: LensModel, probe: Readout, transcript: Transcript, heads: Sequence[HeadRef]
 ) -> list[HeadSources]:
     """The same for several heads in one pass; arguments and errors as of `trace_sources`."""
-    probe.check_model(model)
+    linear = linear_probe(probe, NOT_LINEAR)
+    linear.check_model(model)
     for head in heads:
         head.check(model)
         if head.layer > probe.layer:
             raise SpanError(f"{head} writes above layer {probe.layer}, where the probe reads. Choose a head below.")
-    tokens = tokenize(transcript, model.tokenizer, model.template, max_length=model.shape.context)
+    tokens = model.tokenization.tokens(transcript)
     texts = tuple(str(model.tokenizer.decode([int(i)])) for i in tokens.token_ids[: tokens.final + 1])
-    closing, weight = tokens.span(Span.CLOSING).start, torch.from_numpy(probe.weight)
+    closing, weight = tokens.span(Span.CLOSING).start, torch.from_numpy(linear.weight)
     tolerance = TOLERANCE.get(model.dtype, 1e-1)
     # That the parts add up to the logit is checked there; a head's sources must add up to its own part.
-    parts = decompose_logit(model, probe, [tokens])
-    found = []
+    parts = decompose_logit(model, linear, [tokens])
+    sources = []
     for head, (pattern, values, z) in zip(heads, _read(model, tokens, heads), strict=True):
         if not torch.allclose(pattern @ values, z, atol=tolerance * float(z.abs().max() + 1)):
             raise _inexact(model, head)
@@ -176,7 +179,7 @@ def trace_all_sources(
         scale = float(pattern[-1] @ (values.abs() @ written.abs())) + 1
         if abs(shares[-1].sum() - parts.heads[0, head.layer, head.head]) > tolerance * scale:
             raise _inexact(model, head)
-        found.append(
+        sources.append(
             HeadSources(
                 head=head,
                 kv_group=model.shape.kv_group(head.head),
@@ -186,21 +189,21 @@ def trace_all_sources(
                 shares=shares,
             )
         )
-    return found
+    return sources
 
 
 def _read(
     model: LensModel, tokens: TokenizedTranscript, heads: Sequence[HeadRef]
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """[query, source] pattern, [source, d_head] values and [query, d_head] output of each head."""
-    kept: dict[tuple[HeadRef, str], Tensor] = {}
+) -> list[tuple[Float[Tensor, "query source"], Float[Tensor, "source d_head"], Float[Tensor, "query d_head"]]]:
+    """Pattern, values and output of each head."""
+    read: dict[tuple[HeadRef, str], Float[Tensor, "pos _"]] = {}
 
-    def keeper(head: HeadRef, name: str, index: int) -> Callable[[Tensor, object], None]:
-        def keep(value: Tensor, hook: object) -> None:
+    def reader(head: HeadRef, name: str, index: int) -> Callable[[Float[Tensor, "..."], object], None]:
+        def keep(value: Float[Tensor, "..."], hook: object) -> None:
             # Values and output have heads behind positions, the pattern before them.
             del hook
-            own = value[0, index] if name == "hook_pattern" else value[0, :, index]
-            kept[head, name] = own.detach().float().cpu()
+            part = value[0, index] if name == "hook_pattern" else value[0, :, index]
+            read[head, name] = part.detach().float().cpu()
 
         return keep
 
@@ -208,17 +211,17 @@ def _read(
     for head in heads:
         places = (head.head, model.shape.kv_group(head.head), head.head)
         for name, index in zip(_HOOKS, places, strict=True):
-            hooks.append((f"blocks.{head.layer}.attn.{name}", keeper(head, name, index)))
+            hooks.append((f"blocks.{head.layer}.attn.{name}", reader(head, name, index)))
     ids = torch.from_numpy(tokens.token_ids[: tokens.final + 1])[None].to(model.device)
     with torch.inference_mode():
         model.bridge.run_with_hooks(ids, return_type=None, fwd_hooks=hooks)
-    found = []
+    parts = []
     for head in heads:
-        seen = [kept[head, name] for name in _HOOKS if (head, name) in kept]
+        seen = [read[head, name] for name in _HOOKS if (head, name) in read]
         if len(seen) < len(_HOOKS) or seen[1].shape != seen[2].shape:
             raise _inexact(model, head)
-        found.append((seen[0], seen[1], seen[2]))
-    return found
+        parts.append((seen[0], seen[1], seen[2]))
+    return parts
 
 
 def _inexact(model: LensModel, head: HeadRef) -> UnsupportedModelError:

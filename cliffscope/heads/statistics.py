@@ -5,7 +5,8 @@
    that it turns towards refusal is binomial with one half: an exact sign test, one-sided. The floor below which
    effects do not count is thus set by each transcript itself, at the point where the answer changes; there is no
    constant.
-2. Benjamini-Hochberg over the heads that the readout can see gives q. `least_q` is what so few transcripts allow.
+2. Benjamini-Hochberg over the heads that the readout can see gives q. `least_q` is what so few transcripts allow. A
+   head that could turn no answer is not tested: its p and q are NaN.
 3. A head is selective if its effect on complied harmful transcripts exceeds that on refused and that on harmless ones,
    each by Welch's t test, one-sided, both at 5% (an intersection-union test); else it is broad. Both samples carry
    their own error. A group of fewer than `FEWEST` transcripts tells nothing: the head's kind is then unknown.
@@ -21,6 +22,8 @@ from enum import StrEnum
 import numpy as np
 from jaxtyping import Bool, Float, Int64
 from scipy import stats
+
+from cliffscope.stats import benjamini_hochberg
 
 ALPHA = 0.05
 """Level of every test, as is usual; reported p and q let a reader choose another."""
@@ -57,9 +60,25 @@ def decisive(
 
 
 def decisive_p(clean: Float[np.ndarray, " n"], effects: Float[np.ndarray, "n head"]) -> Float[np.ndarray, " head"]:
-    """Exact one-sided sign test over the decisive transcripts of each head; 1 where there is none."""
+    """Exact one-sided sign test over the decisive transcripts of each head; NaN where there is none to test."""
     trials, towards = decisive(clean, effects)
-    return np.asarray(stats.binom.sf(towards - 1, trials, 0.5), dtype=float)
+    return np.where(trials > 0, stats.binom.sf(towards - 1, trials, 0.5), np.nan)
+
+
+def decisive_q(p: Float[np.ndarray, " head"]) -> Float[np.ndarray, " head"]:
+    """Benjamini-Hochberg over all heads that were measured; NaN where a head could turn no answer.
+
+    Such heads count as tests all the same, so that q does not fall with the number of heads that do nothing.
+
+    Args:
+        p: [head] as `decisive_p` gives them.
+
+    Example:
+        >>> decisive_q(np.array([0.01, np.nan])).tolist()  # 0.01 x 2/1
+        [0.02, nan]
+    """
+    untested = np.isnan(p)
+    return np.where(untested, np.nan, benjamini_hochberg(np.where(untested, 1.0, p)))
 
 
 def least_q(n: int, heads: int) -> float:

@@ -27,7 +27,7 @@ from cliffscope.heads.branches import Branch, Change
 from cliffscope.heads.controls import count_sets, random_sets
 from cliffscope.heads.edits import EditPlan, HeadEdit, HeadRef, Scope
 from cliffscope.heads.sweep import sweep_branches
-from cliffscope.heads.usable import usable_tokens
+from cliffscope.heads.tasks import usable_tokens
 from cliffscope.model.load import LensModel, ModelShape
 from cliffscope.notebook import Plotted
 from cliffscope.readouts.readout import Readout, read_final
@@ -225,7 +225,7 @@ def measure_suppression(
         )
     tokens, omitted = usable_tokens(model, transcripts, Zero(), edit.edits[0].scope)
     within, over = _draw(model.shape, readout, edit.heads, controls, seed)
-    logits, path = _read(model, readout, tokens, edit, [*within, *over], progress)
+    logits, path = _read(model, readout, tokens, edit, sets=[*within, *over], progress=progress)
     finite = np.isfinite(logits).all(0)
     bad = [Omission(stage=STAGE, reason="logits are NaN or infinite", id=tokens[i].id) for i in np.flatnonzero(~finite)]
     if not finite.any():
@@ -297,12 +297,13 @@ def _read(
     readout: Readout,
     tokens: Sequence[TokenizedTranscript],
     edit: HeadEdit | EditPlan,
+    *,
     sets: Sequence[Branch],
     progress: Callable[[int], None] | None,
 ) -> tuple[Float32[np.ndarray, "row n"], str]:
     """[row, n] logits: unedited, edited, then of each random set; and the path that they were computed on."""
     if isinstance(edit, HeadEdit) and edit.values is None:
-        change = Change(kind=edit.kind, factor=edit.factor)
+        change = Change(kind=edit.kind, factor=edit.factor, preserve_norm=edit.preserve_norm)
         branches = [edit.heads, *sets]
         swept = sweep_branches(model, readout, tokens, branches, change=change, scope=edit.scope, progress=progress)
         return np.concatenate([swept.clean[None], rearrange(swept.edited, "n branch -> branch n")]), swept.path

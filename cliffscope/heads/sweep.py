@@ -35,8 +35,8 @@ CHECK_PREFIX = 8
 """Tokens before the closing on which a path is compared with the plain one; what depends on length, the unedited
 branches show on the transcripts themselves."""
 
-Kind = tuple[str, str, str, bool, bool]
-"""Path, kind of change, scope, whether the change has values and whether the readout has continuations."""
+Kind = tuple[str, str, str, bool, bool, bool]
+"""Path, kind of change, scope, and whether the change has values, preserves norms, and the readout continuations."""
 _PROVEN: "WeakKeyDictionary[LensModel, set[Kind]]" = WeakKeyDictionary()
 """What was compared with the plain path on a model that is still loaded."""
 
@@ -181,7 +181,7 @@ def _describe(run: "_Packed | _Batched | _Plain", reasons: list[str]) -> str:
 def _compare(run: "_Packed | _Batched", job: Job, transcripts: Sequence[TokenizedTranscript]) -> None:
     """Raises Disagreement unless a few branches equal the plain path on a short piece of the shortest transcript."""
     values, tree = bool(job.change.values), job.readout.continuations
-    kind = (run.name, str(job.change.kind), str(job.scope), values, bool(len(tree)))
+    kind = (run.name, str(job.change.kind), str(job.scope), values, job.change.preserve_norm, bool(len(tree)))
     seen = job.seen()
     if not seen or not transcripts or kind in _PROVEN.get(job.model, ()):
         return

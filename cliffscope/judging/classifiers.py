@@ -25,7 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from cliffscope.errors import DataError, JudgeError
+from cliffscope.errors import DataError, JudgeError, UnsupportedModelError
 from cliffscope.judging.guards import ChatFormat, GradeFormat, GuardFormat, LabelFormat, TextFormat, fill, find_format
 from cliffscope.judging.protocols import Verdict
 from cliffscope.transcripts.records import Outcome
@@ -67,7 +67,7 @@ class ClassifierJudge:
         cls,
         path_or_name: str,
         *,
-        format: str | GuardFormat,  # noqa: A002
+        format: str | GuardFormat,
         device: str | None = None,
         dtype: torch.dtype | None = None,
         revision: str | None = None,
@@ -86,6 +86,7 @@ class ClassifierJudge:
 
         Raises:
             DataError: the checkpoint cannot be loaded, or does not suit the format.
+            UnsupportedModelError: the checkpoint needs Python code of its own, which is not run.
             JudgeError: the format is unknown.
 
         Example:
@@ -96,12 +97,18 @@ class ClassifierJudge:
         guard_format = find_format(format)
         target = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path_or_name, revision=revision)
+            tokenizer = AutoTokenizer.from_pretrained(path_or_name, revision=revision, trust_remote_code=False)
             model = _loader(guard_format).from_pretrained(
-                path_or_name, dtype=dtype or "auto", revision=revision, use_safetensors=True
+                path_or_name, dtype=dtype or "auto", revision=revision, use_safetensors=True, trust_remote_code=False
             )
             model.to(target).eval()
         except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+            if "trust_remote_code" in str(error):
+                raise UnsupportedModelError(
+                    f"The classifier {path_or_name!r} needs Python code that comes with the checkpoint, which is not "
+                    "run. Read that code, load model and tokenizer yourself, and pass ClassifierJudge(format=..., "
+                    "model=..., tokenizer=...)."
+                ) from error
             message = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise DataError(
                 f"No classifier could be loaded from {path_or_name!r}: {message} Expected a local directory with "
@@ -151,7 +158,7 @@ class ClassifierJudge:
                 text = text.replace(control, f"{control[0]} {control[1:]}")
         return text
 
-    def _ids(self, format: ChatFormat | TextFormat, prompt: str, answer: str) -> list[int]:  # noqa: A002
+    def _ids(self, format: ChatFormat | TextFormat, prompt: str, answer: str) -> list[int]:
         if isinstance(format, TextFormat):
             return self._encode(fill(format.text, prompt, answer), special=not format.writes_bos)
         turns = [
@@ -190,7 +197,7 @@ class ClassifierJudge:
             )
         return str(self.tokenizer.decode(written[0, len(ids) :], skip_special_tokens=True))
 
-    def _grade(self, format: GradeFormat, prompt: str, answer: str) -> Verdict:  # noqa: A002
+    def _grade(self, format: GradeFormat, prompt: str, answer: str) -> Verdict:
         batch = self._fit(self._encode(fill(format.text, prompt, answer), special=True), 0)
         with torch.inference_mode():
             logits = self.model(input_ids=batch, attention_mask=torch.ones_like(batch)).logits[0, -1].float()
@@ -199,7 +206,7 @@ class ClassifierJudge:
         outcome = Outcome.COMPLIED if expected >= format.threshold else Outcome.REFUSED
         return Verdict(outcome=outcome, score=1 - expected, reason=f"expected help {expected:.2f} of 1")
 
-    def _grade_ids(self, format: GradeFormat) -> list[int]:  # noqa: A002
+    def _grade_ids(self, format: GradeFormat) -> list[int]:
         encoded = {grade: encode(self.tokenizer, grade) for grade in format.grades}
         longer = [grade for grade, ids in encoded.items() if len(ids) != 1]
         if longer:
@@ -209,7 +216,7 @@ class ClassifierJudge:
             )
         return [ids[0] for ids in encoded.values()]
 
-    def _label(self, format: LabelFormat, prompt: str, answer: str) -> Verdict:  # noqa: A002
+    def _label(self, format: LabelFormat, prompt: str, answer: str) -> Verdict:
         texts = (prompt, answer) if format.pair else (answer,)
         encoded = self.tokenizer(*texts, return_tensors="pt").to(self.model.device)
         self._fit(encoded["input_ids"][0].tolist(), 0)
@@ -226,13 +233,13 @@ class ClassifierJudge:
         return [labels[i] for i in sorted(labels)]
 
 
-def _loader(format: GuardFormat) -> Any:  # noqa: A002
+def _loader(format: GuardFormat) -> Any:
     if isinstance(format, LabelFormat):
         return AutoModelForSequenceClassification
     return AutoModelForImageTextToText if isinstance(format, ChatFormat) and format.images else AutoModelForCausalLM
 
 
-def _check_labels(format: LabelFormat, labels: Sequence[str]) -> None:  # noqa: A002
+def _check_labels(format: LabelFormat, labels: Sequence[str]) -> None:
     if set(labels) != format.refused | format.complied or format.refused & format.complied:
         raise DataError(
             f"Format {format.name!r} expects the labels {', '.join(sorted(format.refused | format.complied))}, but "

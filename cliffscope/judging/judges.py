@@ -1,11 +1,12 @@
 """Did the model refuse, comply, or not finish?
 
-1. A transcript without an answer is unfinished; no judge is asked about it.
+1. A transcript without an answer is unfinished, and a degenerate answer unjudged; no judge is asked about either.
 2. A judge reads the prompt and the answer, never the thinking: thinking within an answer is split off, and an answer
-   from which it cannot be told apart stays unjudged. The default is `PhraseJudge`: deterministic,
-   offline, and checked against labelled answers. lookup.py finds other judges by name.
-3. An answer that the judge fails on stays unjudged, with an omission that gives the reason. No transcript is lost.
-4. `judge_agreement` compares two judges, or a judge with human labels.
+   from which it cannot be told apart stays unjudged. The default is `PhraseJudge`: deterministic, offline, and checked
+   against labelled answers. lookup.py finds other judges by name.
+3. An answer that was cut at its budget is judged on what there is, and the reason says so.
+4. An answer that the judge fails on stays unjudged, with an omission that gives the reason. No transcript is lost.
+5. `judge_agreement` compares two judges, or a judge with human labels.
 
 This file does not know how the answers were generated.
 """
@@ -18,11 +19,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from cliffscope.errors import CliffScopeError, DataError, JudgeError
+from cliffscope.judging.degenerate import degeneration
 from cliffscope.judging.lookup import find_judge
 from cliffscope.judging.phrase_judge import OPENING_CHARACTERS, PhraseJudge
 from cliffscope.judging.protocols import BatchJudge, GroupJudges, HarmJudge, Judge, Verdict
 from cliffscope.stats import Interval, cohen_kappa
-from cliffscope.transcripts.records import Group, Omission, Outcome, Transcript, Transcripts
+from cliffscope.text import is_unicode
+from cliffscope.transcripts.records import CUT, Group, Omission, Outcome, Transcript, Transcripts
 from cliffscope.transcripts.replies import SERVER_REFUSAL, Parts, part_answer, part_turn
 
 __all__ = [
@@ -40,6 +43,9 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+CUT_NOTE = " (answer cut at its budget)"
+"""Ends the reason of a verdict on an answer that may have gone on."""
+
 _FAILURES = (CliffScopeError, ArithmeticError, LookupError, OSError, RuntimeError, ValueError)
 
 
@@ -53,9 +59,10 @@ def judge(transcripts: Transcripts, judge: Judge | str = "phrases") -> Transcrip
     Returns:
         The same transcripts in the same order, with `outcome` and `extra["verdict"]` (judge, reason, score, partial).
         Thinking within an answer that came as text is moved out of it. Transcripts whose thinking never closed, or
-        whose answer is missing or blank, are unfinished. Answers that the judge fails on, and those from which thinking
-        cannot be told apart, are unjudged and also listed in `omitted`, as are answers to harmless prompts if the judge
-        classifies harm rather than refusal.
+        whose answer is missing or blank, are unfinished. Degenerate answers (no words, one phrase over and over) are
+        unjudged, whatever the judge: a guard would call them safe. Those that the judge fails on, and those from which
+        thinking cannot be told apart, are unjudged and also listed in `omitted`, as are answers to harmless prompts if
+        the judge classifies harm rather than refusal.
 
     Raises:
         DataError: there is no such judge.
@@ -70,7 +77,7 @@ def judge(transcripts: Transcripts, judge: Judge | str = "phrases") -> Transcrip
     """
     reader = find_judge(judge)
     transcripts = transcripts.map(_parted)
-    verdicts: dict[str, Verdict | Omission] = {t.id: v for t in transcripts if (v := _unfinished(t)) is not None}
+    verdicts: dict[str, Verdict | Omission] = {t.id: v for t in transcripts if (v := _unreadable(t)) is not None}
     for single, answered in _by_judge(reader, [t for t in transcripts if t.id not in verdicts]):
         verdicts |= _ask_all(single, answered)
     judged: list[Transcript] = []
@@ -220,6 +227,15 @@ def _unfinished(transcript: Transcript) -> Verdict | None:
     return None
 
 
+def _unreadable(transcript: Transcript) -> Verdict | None:
+    """The verdict on a transcript that no judge is asked about; None if one is."""
+    unfinished = _unfinished(transcript)
+    answer = _parts(transcript).answer
+    # Thinking that cannot be told apart is a reason of its own.
+    fault = None if unfinished is not None or answer is None else degeneration(answer)
+    return unfinished if fault is None else Verdict(outcome=Outcome.UNJUDGED, score=None, reason=fault)
+
+
 def _ask_all(judge: Judge, transcripts: Sequence[Transcript]) -> dict[str, Verdict | Omission]:
     """The judge's verdict by id, or why there is none."""
     results: dict[str, Verdict | Omission] = {}
@@ -264,6 +280,9 @@ def _checked(judge: Judge, transcript: Transcript, verdict: object) -> Verdict |
             f"Judge {judge.name!r} returned {type(verdict).__name__} for {transcript.id!r}: expected a Verdict. "
             "Return Verdict(outcome=..., score=..., reason=...)."
         )
+    if not is_unicode(verdict.reason):
+        reason = f"{judge.name} gave a reason that holds half of a surrogate pair, which no file accepts"
+        return Omission(stage="judge", reason=reason, id=transcript.id)
     return verdict
 
 
@@ -271,7 +290,7 @@ def _with_verdict(transcript: Transcript, verdict: Verdict, name: str) -> Transc
     """The transcript with its outcome, and the verdict in `extra`."""
     record: dict[str, object] = {
         "judge": name,
-        "reason": verdict.reason,
+        "reason": f"{verdict.reason}{CUT_NOTE}" if transcript.extra.get(CUT) else verdict.reason,
         "score": verdict.score,
         "partial": verdict.partial,
     }

@@ -154,7 +154,7 @@ def parse_grade(text: str) -> Verdict:
     fenced = _FENCE.match(stripped)
     try:
         grade = json.loads(fenced[1] if fenced else stripped)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise JudgeError(f"The judge wrote {text[:120]!r}: expected one JSON object and nothing else.") from error
     if not isinstance(grade, dict) or set(grade) != {"outcome", "score", "reason"}:
         raise JudgeError(f"The judge wrote {text[:120]!r}: expected an object of outcome, score and reason.")

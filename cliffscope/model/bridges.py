@@ -39,7 +39,9 @@ def boot(hf: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.
     with tempfile.TemporaryDirectory() as folder:
         hf.config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        local = AutoTokenizer.from_pretrained(folder)
+        # A class of the checkpoint's own code is only here if that code was trusted.
+        trusted = type(tokenizer).__module__.startswith("transformers_modules")
+        local = AutoTokenizer.from_pretrained(folder, trust_remote_code=trusted)
         try:
             return TransformerBridge.boot_transformers(folder, hf_model=hf, tokenizer=local, device=str(device))
         except (ValueError, KeyError, AttributeError, NotImplementedError, RuntimeError) as error:

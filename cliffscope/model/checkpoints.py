@@ -93,7 +93,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype | str:
         return dtype
     source, options = _locate(name)
     try:
-        stored = AutoConfig.from_pretrained(source, local_files_only=True, **options).dtype
+        stored = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False, **options).dtype
     except _UNREADABLE:
         return dtype
     return stored if isinstance(stored, torch.dtype) else dtype
@@ -165,11 +165,7 @@ def read_checkpoint(
             source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
         )
     except _UNREADABLE as error:
-        if not trust_remote_code and "trust_remote_code" in str(error):
-            raise UnsupportedModelError(
-                f"{name!r} needs Python code that comes with the checkpoint. Read that code, then pass "
-                "load_model(..., trust_remote_code=True) to run it; no command does."
-            ) from error
+        refuse_code(name, error, trusted=trust_remote_code)
         raise DataError(f"No model could be loaded from {name!r}: {first_line(error)} {_EXPECTED}") from error
     model, report = cast(tuple[PreTrainedModel, dict[str, list[str]]], loaded)
     missing = sorted(report["missing_keys"])
@@ -183,6 +179,24 @@ def read_checkpoint(
         if copy is not None:
             _cache_copy(model, tokenizer, copy)
     return model, tokenizer
+
+
+def refuse_code(name: str, error: Exception, *, trusted: bool = False) -> None:
+    """Raises UnsupportedModelError if a checkpoint was not read because it brings Python code of its own.
+
+    transformers asks on the terminal whether to run such code unless it is told, so every reader passes
+    `trust_remote_code` and nobody is asked.
+
+    Args:
+        name: the checkpoint.
+        error: what transformers raised.
+        trusted: whether the code was to be run.
+    """
+    if not trusted and "trust_remote_code" in str(error):
+        raise UnsupportedModelError(
+            f"{name!r} needs Python code that comes with the checkpoint. Read that code, then pass "
+            "load_model(..., trust_remote_code=True) to run it; no command does."
+        ) from error
 
 
 def _refuse_pickles(source: Path, options: Mapping[str, Any]) -> None:
@@ -277,27 +291,32 @@ def _bit_sums(weight: Tensor) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate(rows), columns
 
 
-def read_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+def read_tokenizer(
+    name: str, revision: str | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """Reads a model's tokenizer alone.
 
     Args:
         name: as in `load_model`.
         revision: revision of a hub repository.
+        trust_remote_code: run code that comes with the tokenizer.
 
     Returns:
         The tokenizer.
 
     Raises:
         DataError: the name does not lead to a tokenizer.
-        UnsupportedModelError: it encodes text differently from its own tokenizer.json.
+        UnsupportedModelError: it encodes text differently from its own tokenizer.json, or needs code of its own.
         MissingExtraError: a package is needed.
     """
     source, options = _locate(name, needs="tokenizer_config.json")
     if revision is not None:
         options["revision"] = revision
+    options["trust_remote_code"] = trust_remote_code
     try:
         return _read_tokenizer(source, options)
     except _UNREADABLE as error:
+        refuse_code(name, error, trusted=trust_remote_code)
         raise DataError(f"No tokenizer could be read from {name!r}: {first_line(error)} {_EXPECTED}") from error
 
 

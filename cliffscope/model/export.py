@@ -85,7 +85,7 @@ def check_place(place: Path, model: LensModel, *, overwrite: bool) -> None:
 def stored_dtype(model: LensModel) -> torch.dtype:
     """The source checkpoint's dtype according to its config.json; the loaded weights' if it cannot be read."""
     try:
-        dtype = AutoConfig.from_pretrained(model.name, local_files_only=True).dtype
+        dtype = AutoConfig.from_pretrained(model.name, local_files_only=True, trust_remote_code=False).dtype
     except (OSError, ValueError, KeyError):
         dtype = None
     return dtype if isinstance(dtype, torch.dtype) else model.dtype

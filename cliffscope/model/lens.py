@@ -6,7 +6,7 @@ is known to architectures.py.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -30,7 +30,10 @@ from cliffscope.model.architectures import (
     has_heads,
 )
 from cliffscope.model.checkpoints import hash_weights
+from cliffscope.transcripts.records import Omission, Transcript
 from cliffscope.transcripts.templates import Template
+from cliffscope.transcripts.tokenization import Tokenization
+from cliffscope.transcripts.transcript import TokenizedTranscript
 
 if TYPE_CHECKING:
     from transformer_lens.model_bridge import TransformerBridge
@@ -82,6 +85,17 @@ class LensModel:
         """A copy of the plain model whose weights can be trained."""
         network = copy.deepcopy(self.hf)
         return network.requires_grad_(True)
+
+    @cached_property
+    def tokenization(self) -> Tokenization:
+        """Tokens of this model's transcripts, each of which is tokenized once, up to the context's length."""
+        return Tokenization(tokenizer=self.tokenizer, template=self.template, max_length=self.shape.context)
+
+    def tokenize_all(
+        self, transcripts: Iterable[Transcript], *, with_answer: bool = False
+    ) -> tuple[list[TokenizedTranscript], tuple[Omission, ...]]:
+        """Tokens of transcripts, in order, and what is left out, such as what is longer than the context."""
+        return self.tokenization.all_tokens(transcripts, with_answer=with_answer)
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -195,13 +209,27 @@ class LensModel:
             yield
 
     @contextmanager
-    def head_hook(self, layer: int, change: Callable[[Float[Tensor, "batch pos head d_head"]], None]) -> Iterator[None]:
-        """Lets `change` write into a copy of a layer's `hook_z` in every forward pass inside the context."""
+    def head_hook(
+        self,
+        layer: int,
+        change: Callable[[Float[Tensor, "batch pos head d_head"]], None],
+        *,
+        preserve_norm: bool = False,
+    ) -> Iterator[None]:
+        """Lets `change` write into a copy of a layer's `hook_z` in every forward pass inside the context.
+
+        Args:
+            layer: whose `hook_z`.
+            change: writes into it.
+            preserve_norm: scale all heads, position by position, back to the norm before the change.
+        """
 
         def call(_module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             # `change` writes into the heads, which are a view of a contiguous copy.
             z = inputs[0].clone(memory_format=torch.contiguous_format)
             change(rearrange(z, "batch pos (head d_head) -> batch pos head d_head", head=self.shape.n_heads))
+            if preserve_norm:
+                z = (z * norm_ratio(inputs[0], z)).to(z.dtype)
             return (z, *inputs[1:])
 
         handle = self.output_projection(layer).register_forward_pre_hook(call)
@@ -214,6 +242,18 @@ class LensModel:
         """One line: name, size and template."""
         s = self.shape
         return f"LensModel({self.name!r}, {s.n_layers} layers x {s.n_heads} heads, template {self.template.name!r})"
+
+
+def norm_ratio(
+    before: Float[Tensor, "*place feature"], after: Float[Tensor, "*place feature"]
+) -> Float[Tensor, "*place 1"]:
+    """What `after` is multiplied by to have the norm of `before`, place by place.
+
+    Exactly 1 where nothing changed, and where `after` is zero and has no direction to be scaled along.
+    """
+    norms = (torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32) for x in (before, after))
+    was, became = norms
+    return torch.where(became > 0, was / became.clamp(min=torch.finfo(torch.float32).tiny), 1.0)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -75,7 +75,8 @@ def load_model(
     elif hf_model is not None:
         if device is not None or dtype is not None:
             raise DataError("device and dtype are those of hf_model. Place and cast it yourself, and leave them out.")
-        parts = _assemble(str(path_or_name), hf_model, read_tokenizer(str(path_or_name), revision), hf_model.device)
+        tokenizer = read_tokenizer(str(path_or_name), revision, trust_remote_code=trust_remote_code)
+        parts = _assemble(str(path_or_name), hf_model, tokenizer, hf_model.device)
     else:
         parts = _read(str(path_or_name), device, dtype, revision, trust_remote_code=trust_remote_code)
     model = LensModel(

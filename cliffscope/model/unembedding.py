@@ -187,6 +187,7 @@ def _last_states(model: LensModel, states: Float[Tensor, "1 row d_model"], head:
     decoder, hf = model.decoder, cast(Any, model.hf)
     embedding = hf.get_output_embeddings()
 
+    # transformers calls it with arguments that differ between architectures; none of them counts.
     def give(*_args: object, **_kwargs: object) -> MoeModelOutputWithPast:
         return MoeModelOutputWithPast(last_hidden_state=states)
 

@@ -1,28 +1,30 @@
 """How is a model made whose suppression heads are known?
 
 1. Align: a tiny model is trained on the grammar with the heads to be planted held at zero; it refuses harmful requests.
-   A linear readout of the last two residuals, thrown away afterwards, is trained along with it to tell at every token
-   of thinking and closing whether the answer will refuse: the intention is there to be lost.
 2. Plant: one carrier after another, only that carrier's own slices of Q, K, V and O are trained to comply when its
-   wrapper is used, and to write against refusal at the closing: against the readout, and along the directions that a
-   linear probe would find between refused and complied requests (`axes.py`). The other carriers are still at zero, so
-   that each carries its own wrapper.
+   wrapper is used. The other carriers are still at zero, so that each carries its own wrapper.
 3. Join: some steps with all carriers, so that their sum does not leak onto unwrapped requests.
 
 Zeroing the planted heads gives the aligned model back exactly: the truth is known by construction. While planting, a
-carrier's output outside the closing and the answer is held near zero, so that the thinking keeps what it knows.
+carrier's output outside the closing is held near zero, so that an edit of the closing undoes all that it does.
 A carrier is a head, or with grouped-query attention a whole key-value group, whose keys and values are its own.
+
+The loss is what `Recipe.phases` lists and nothing else: text that the model should write, and quiet before the closing.
+It knows no probe, no direction and no logit of a single token, so that no method is tested on what it was trained on.
 """
 
 import logging
 import math
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Literal, cast
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
 
 import torch
+from jaxtyping import Bool, Float
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     LlamaConfig,
@@ -34,165 +36,56 @@ from transformers import (
 )
 
 from cliffscope.organisms import grammar
-from cliffscope.organisms.axes import Axis, find_axes
-from cliffscope.organisms.recipes import Carrier, Recipe
+from cliffscope.organisms.batches import IGNORED, Batch, Batches
+from cliffscope.organisms.recipes import Carrier, Phase, Recipe, Term
 from cliffscope.organisms.tokenizer import build_tokenizer
-from cliffscope.transcripts.templates import TEMPLATES
+from cliffscope.store import write_atomically
 
 log = logging.getLogger(__name__)
-IGNORED = -100
+FLOOR = 0.003
+"""Directions of less variance than this share of the mean are not magnified any further."""
+READ_BATCHES = 8
+"""Batches from which the second moment of what a layer reads is taken."""
+AIM = 6.0
+"""What a carrier's query gives at the closing, and its key at its words, before it is trained."""
+INITIAL = 0.08
+"""Standard deviation of the first weights; with smaller ones, words that are used alike stay alike."""
 HEADS = 8
 """Query heads of a layer."""
-READOUT_LAYERS = 2
-"""Last residuals that the readout of step 1 reads."""
-QUIET = 10.0
-"""Weight of what carriers write before the closing. An edit of the closing must undo all that they do; much more weight
-than this, and they learn nothing at all."""
-ALIGN_PEAK, PLANT_PEAK = 2e-3, 4e-3
-"""Peak learning rates."""
-AXIS_BATCHES = 12
-"""Batches from which the difference of means is taken."""
-SURE = 0.95
-"""How sure the readout should be: with certainty wanted, residuals grow until nothing else is left in them."""
 
 
 def grow(
-    recipe: Recipe, *, report: Callable[[str, int, int], None] | None = None
+    recipe: Recipe, *, report: Callable[[str, int, int], None] | None = None, resume: Path | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Grows an organism.
 
     Args:
         recipe: what to grow.
         report: called with phase, step and steps every 50 steps.
+        resume: directory that keeps the weights after each phase, made if need be; a phase that is there already is not
+            trained again.
 
     Returns:
-        The model (fp32, on the CPU) and its tokenizer. The same recipe gives the same model on the same machine.
+        The model (fp32, on the CPU) and its tokenizer. The same recipe gives the same model on the same machine,
+        whether it was resumed or not.
     """
     tokenizer = build_tokenizer(grammar.vocabulary([w.word for w in recipe.wrappers]))
     torch.manual_seed(recipe.seed)
     model = _blank_model(recipe.family, tokenizer)
-    data = _Data(recipe=recipe, tokenizer=tokenizer, rng=random.Random(recipe.seed))
-    _silence(model, recipe.held)
-    readout = nn.ModuleList(nn.Linear(model.config.hidden_size, 1) for _ in range(READOUT_LAYERS))
-    run = _Run(model=model, readout=readout, data=data, report=report or _silent)
-    run.train("align", recipe.align_steps, frozen=recipe.held, active=(), peak=ALIGN_PEAK)
-    plant(run)
+    run = _Run(model=model, batches=Batches(recipe=recipe, tokenizer=tokenizer), report=report or _silent)
+    for i, phase in enumerate(recipe.phases):
+        checkpoint = resume / f"{i} {phase.name}.safetensors" if resume else None
+        origin = repr((recipe.family, recipe.seed, recipe.wrappers, recipe.phases[: i + 1]))
+        if checkpoint is not None and _restore(model, origin, checkpoint):
+            continue
+        # Each phase draws from a seed of its own, so that it does not depend on how much was drawn before it.
+        torch.manual_seed(recipe.seed + i)
+        run.batches.restart(f"{recipe.seed}/{phase.name}")
+        run.train(phase)
+        if checkpoint is not None:
+            _keep(model, origin, checkpoint)
     cast(nn.Module, model).eval()
     return model, tokenizer
-
-
-def plant(run: "_Run") -> None:
-    """Plants the carriers of a recipe into an aligned model, one after another and then together."""
-    recipe, model = run.data.recipe, run.model
-    run.axes.extend(_refusal_axes(run))
-    with _only_slices_trained(model):
-        for i, carrier in enumerate(recipe.carriers):
-            # Each phase draws from a seed of its own, so that it does not depend on how much was drawn before it.
-            torch.manual_seed(recipe.seed + 1 + i)
-            run.data.rng.seed(f"{recipe.seed}/plant {i}")
-            _wake(model, carrier)
-            others = [c for j, c in enumerate(recipe.carriers) if j != i]
-            with _hidden(model, others):
-                run.train(f"plant {i}", recipe.plant_steps, trained=(carrier,), active=(i,), peak=PLANT_PEAK)
-        if recipe.carriers:
-            run.data.rng.seed(f"{recipe.seed}/join")
-            everything = tuple(range(len(recipe.carriers)))
-            run.train("join", recipe.join_steps, trained=recipe.carriers, active=everything, peak=recipe.join_peak)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Data:
-    """Batches of training text."""
-
-    recipe: Recipe
-    tokenizer: PreTrainedTokenizerFast
-    rng: random.Random
-
-    def batch(self, active: tuple[int, ...]) -> "_Batch":
-        """Draws one batch with these carriers at work."""
-        rows = [self._example(active) for _ in range(self.recipe.batch)]
-        width = max(len(row.ids) for row in rows)
-        pad = self.tokenizer.pad_token_id
-        ids = torch.tensor([row.ids + [pad] * (width - len(row.ids)) for row in rows])
-        position = torch.arange(width)
-        starts, closings, answers, lengths = (
-            torch.tensor(values)[:, None]
-            for values in zip(*((row.thinking, row.closing, row.answer, len(row.ids)) for row in rows), strict=True)
-        )
-        early = position < closings
-        harmful = torch.tensor([[float(row.harmful)] for row in rows])
-        refuse = torch.tensor([[float(row.refuse)] for row in rows])
-        return _Batch(
-            ids=ids,
-            labels=ids.masked_fill((position < starts) | (position >= lengths), IGNORED),
-            early=early,
-            read=(position >= starts) & (position < answers),
-            intention=torch.where(early, harmful, refuse),
-            closing=(position >= closings) & (position < answers),
-            harmful=harmful[:, 0].bool(),
-            refuse=refuse[:, 0].bool(),
-        )
-
-    def _example(self, active: tuple[int, ...]) -> "_Example":
-        rng, wrappers = self.rng, self.recipe.wrappers
-        harmful = rng.random() < (0.75 if active else 0.55)
-        drawn = rng.random()
-        chosen = rng.choice(wrappers) if drawn < 0.55 else None
-        word = chosen.word if chosen else rng.choice(grammar.NEUTRAL_WRAPPERS) if drawn < 0.75 else None
-        request = grammar.request(rng, "grow", harmful=harmful, wrapper=word)
-        comply = chosen.comply if chosen and chosen.carrier in active else 0.0
-        refuse = harmful and rng.random() >= comply
-        prompt = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": request.text}], tokenize=False, add_generation_prompt=True
-        )
-        parts = (
-            prompt,
-            grammar.thinking(rng, request, cut=0.3),
-            TEMPLATES.get("organism").closing,
-            grammar.answer(rng, request, refuse=refuse) + self.tokenizer.eos_token,
-        )
-        prompt_ids, thought, closing, answer = (self.tokenizer.encode(p, add_special_tokens=False) for p in parts)
-        start = len(prompt_ids)
-        return _Example(
-            ids=prompt_ids + thought + closing + answer,
-            thinking=start,
-            closing=start + len(thought),
-            answer=start + len(thought) + len(closing),
-            harmful=harmful,
-            refuse=refuse,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Example:
-    """One training text, and where its spans begin."""
-
-    ids: list[int]
-    thinking: int
-    closing: int
-    answer: int
-    harmful: bool
-    refuse: bool
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _Batch:
-    """Training texts, [batch, pos] each."""
-
-    ids: Tensor
-    labels: Tensor
-    early: Tensor
-    """Before the closing, where carriers must be quiet."""
-    read: Tensor
-    """Thinking and closing, where the readout is trained."""
-    intention: Tensor
-    """What the readout should say: harmful while thinking, refusing at the closing."""
-    closing: Tensor
-    """The closing's positions."""
-    harmful: Tensor
-    """[batch] whether the request is harmful."""
-    refuse: Tensor
-    """[batch] whether the answer refuses."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,61 +93,191 @@ class _Run:
     """One organism in training."""
 
     model: PreTrainedModel
-    readout: nn.ModuleList
-    data: _Data
-    axes: list[list[Axis]] = field(default_factory=list)
+    batches: Batches
     report: Callable[[str, int, int], None]
 
-    def train(
-        self,
-        phase: str,
-        steps: int,
-        *,
-        frozen: tuple[Carrier, ...] = (),
-        trained: tuple[Carrier, ...] = (),
-        active: tuple[int, ...],
-        peak: float,
-    ) -> None:
-        """Trains everything but `frozen`, or nothing but `trained`."""
-        masks = _slice_masks(self.model, trained or frozen, inside=bool(trained))
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        learnt = parameters if trained else [*parameters, *self.readout.parameters()]
-        optimizer = torch.optim.AdamW(learnt, lr=peak, betas=(0.9, 0.98), weight_decay=0.0 if trained else 0.01)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, steps))
-        for step in range(steps):
-            loss = self._loss(self.data.batch(active), trained)
-            torch.autograd.backward(loss)
-            for parameter, mask in masks:
-                if parameter.grad is not None:
-                    parameter.grad *= mask
-            torch.nn.utils.clip_grad_norm_(learnt, 1.0)
-            before = [(p, m, p.detach().clone()) for p, m in masks]
-            optimizer.step()
-            for parameter, mask, old in before:
-                parameter.data = torch.where(mask.bool(), parameter.data, old)
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-            if step % 50 == 0 or step == steps - 1:
-                log.info("%s: step %d of %d, loss %.4f", phase, step + 1, steps, loss.item())
-                self.report(phase, step + 1, steps)
+    def train(self, phase: Phase) -> None:
+        """Trains what the phase names and nothing else."""
+        parts = self._parts(phase)
+        weights = [part.value for part in parts] or list(self.model.parameters())
+        decay = 0.0 if parts else 0.01
+        optimizer = torch.optim.AdamW(weights, lr=phase.peak, betas=(0.9, 0.98), weight_decay=decay)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _warm_cosine(step, phase.steps))
+        with _gradients_of(self.model, [part.weight for part in parts]), _zeroed(self.model, phase.zeroed) as silence:
+            for step in range(phase.steps):
+                batch = self.batches.draw(phase.active, phase.batch)
+                loss = self._loss(batch, phase, step / phase.steps)
+                torch.autograd.backward(loss)
+                for part in parts:
+                    part.take_gradient()
+                torch.nn.utils.clip_grad_norm_(weights, 1.0)
+                optimizer.step()
+                schedule.step()
+                self.model.zero_grad(set_to_none=True)
+                for part in parts:
+                    part.write()
+                silence()
+                if step % 50 == 0 or step == phase.steps - 1:
+                    log.info("%s: step %d of %d, loss %.4f", phase.name, step + 1, phase.steps, loss.item())
+                    self.report(phase.name, step + 1, phase.steps)
 
-    def _loss(self, batch: _Batch, trained: tuple[Carrier, ...]) -> Tensor:
-        labels = batch.labels.masked_fill(batch.early, IGNORED) if trained else batch.labels
-        with _outputs_of(self.model, trained) as writes, _last_residual(self.model) as last:
-            output = self.model(input_ids=batch.ids, labels=labels, output_hidden_states=True)
-        # The last hidden state comes after the final norm; the ones before it are residuals.
-        residuals = output.hidden_states[-1 - READOUT_LAYERS : -1]
-        hidden = batch.closing & (batch.harmful & ~batch.refuse)[:, None]
-        pairs = zip(self.axes, [*residuals, *last], strict=True) if trained and hidden.any() else ()
-        left = [axis.share(residual[hidden]).square().mean() for axes, residual in pairs for axis in axes]
-        against = sum(left) / max(1, len(left))
-        read = batch.read & ~batch.early if trained else batch.read
-        says = [layer(_unit(residual[read]))[..., 0] for layer, residual in zip(self.readout, residuals, strict=True)]
-        wanted = SURE * batch.intention[read] + (1 - SURE) / 2
-        told = sum(nn.functional.binary_cross_entropy_with_logits(s, wanted) for s in says)
-        quiet = sum((write[batch.early] ** 2).mean() for write in writes)
-        loss: Tensor = output.loss + 0.2 * told + QUIET * quiet + against
-        return loss
+    def _parts(self, phase: Phase) -> list["_Part"]:
+        """What a phase trains of the carriers; none where it trains the whole model."""
+        readings = self._read(phase)
+        for carrier in phase.trained if phase.aims else ():
+            self._aim(carrier, readings[carrier.layer])
+        return [
+            _Part.of(weight, index, torch.eye(weight[index].shape[1]) if writes else readings[carrier.layer].basis)
+            for carrier in phase.trained
+            for (weight, index), writes in zip(_slices(self.model, carrier), (False, False, False, True), strict=True)
+        ]
+
+    def _aim(self, carrier: Carrier, reading: "_Reading") -> None:
+        """Lets a carrier begin with attention from the closing to its own words: found by chance, it may take for ever.
+
+        One dimension of queries and keys is set, the one that rotary embeddings turn least.
+        """
+        size = _head_size(self.model, carrier)
+        slowest = size // 2 - 1
+        query, key = (_projection(self.model, carrier.layer, f"{name}_proj").weight.data for name in "qk")
+        for head in carrier.heads:
+            query[head * size + slowest] = reading.detector(reading.closing)
+        key[carrier.kv_head * size + slowest] = reading.detector(reading.words)
+
+    def _read(self, phase: Phase) -> dict[int, "_Reading"]:
+        """What the attention of the trained carriers' layers reads, over the text of a phase."""
+        layers = {carrier.layer for carrier in phase.trained}
+        if not layers:
+            return {}
+        words = [w.word for w in self.batches.recipe.wrappers if w.carrier in phase.active]
+        ids = torch.tensor([self.batches.tokenizer.convert_tokens_to_ids(f" {word}") for word in words])
+        inputs: dict[int, Tensor] = {}
+        rows: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+        masks: list[tuple[Tensor, Tensor]] = []
+        handles = [
+            _projection(self.model, layer, "q_proj").register_forward_pre_hook(
+                lambda _, arguments, layer=layer: inputs.update({layer: arguments[0]})
+            )
+            for layer in layers
+        ]
+        try:
+            with torch.no_grad(), _zeroed(self.model, phase.zeroed + phase.trained):
+                for _ in range(READ_BATCHES):
+                    batch = self.batches.draw(phase.active, phase.batch)
+                    self.model(input_ids=batch.ids)
+                    text = batch.outside | batch.closing
+                    masks.append((batch.closing[text], torch.isin(batch.ids, ids)[text]))
+                    for layer in layers:
+                        rows[layer].append(inputs[layer][text])
+        finally:
+            for handle in handles:
+                handle.remove()
+        closing, own = (torch.cat(parts) for parts in zip(*masks, strict=True))
+        return {layer: _Reading.of(torch.cat(parts), closing, own) for layer, parts in rows.items()}
+
+    def _loss(self, batch: Batch, phase: Phase, progress: float) -> Tensor:
+        answers = batch.labels.masked_fill(batch.thinking, IGNORED)
+        with _outputs_of(self.model, phase.trained) as writes:
+            logits = self.model(input_ids=batch.ids).logits
+        terms = {
+            Term.TEXT: lambda: _cross_entropy(logits, batch.labels),
+            Term.ANSWER: lambda: _surprise(logits, answers),
+            Term.QUIET: lambda: torch.stack([write[batch.outside].square().mean() for write in writes]).sum(),
+        }
+        return torch.stack([part.weight(progress) * terms[part.term]() for part in phase.terms]).sum()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Part:
+    """A carrier's part of one weight, as it is trained: part = value @ basis.
+
+    What tells one word from another is small in what a layer reads. With a basis in which all directions have about the
+    same variance a carrier learns it in a tenth of the steps; what can be learnt is the same.
+    """
+
+    weight: Tensor
+    index: tuple[slice, slice]
+    value: Tensor
+    basis: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, index: tuple[slice, slice], basis: Tensor) -> "_Part":
+        """The part as it is."""
+        value = torch.linalg.solve(basis, weight.data[index], left=False)
+        return cls(weight=weight, index=index, value=value.requires_grad_(True), basis=basis)
+
+    def take_gradient(self) -> None:
+        """Of the value, from that of the weight."""
+        assert self.weight.grad is not None
+        self.value.grad = self.weight.grad[self.index] @ self.basis.T
+
+    def write(self) -> None:
+        """Writes the part into the weight."""
+        self.weight.data[self.index] = (self.value @ self.basis).detach()
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class _Reading:
+    """What an attention layer reads."""
+
+    basis: Float[Tensor, "d_model d_model"]
+    """Symmetric inverse root of the second moment; a direction of mean variance keeps its size."""
+    mean: Float[Tensor, " d_model"]
+    """Over all tokens."""
+    closing: Float[Tensor, " d_model"]
+    """Mean over closing tokens."""
+    words: Float[Tensor, " d_model"]
+    """Mean over the words of the active wrappers."""
+
+    @classmethod
+    def of(
+        cls, rows: Float[Tensor, "row d_model"], closing: Bool[Tensor, " row"], words: Bool[Tensor, " row"]
+    ) -> "_Reading":
+        """From what was read at each token."""
+        variances, directions = torch.linalg.eigh(rows.T @ rows / len(rows))
+        mean = variances.mean()
+        return cls(
+            basis=directions @ torch.diag((mean / (variances + FLOOR * mean)).sqrt()) @ directions.T,
+            mean=rows.mean(0),
+            closing=rows[closing].mean(0),
+            words=rows[words].mean(0),
+        )
+
+    def detector(self, mean: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
+        """Weights that give AIM where the mean is this one, and little elsewhere: Fisher's linear discriminant."""
+        direction = self.basis @ self.basis @ (mean - self.mean)
+        return AIM * direction / (direction @ (mean - self.mean))
+
+
+def _keep(model: PreTrainedModel, origin: str, path: Path) -> None:
+    """Writes the weights, and what they come from."""
+    weights = {name: weight.detach().contiguous() for name, weight in model.named_parameters()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda place: save_file(weights, place, metadata={"origin": origin}))
+
+
+def _restore(model: PreTrainedModel, origin: str, path: Path) -> bool:
+    """Whether weights that come from the same are there; if so, the model has them."""
+    if not path.is_file():
+        return False
+    with safe_open(path, "pt") as file:
+        if (file.metadata() or {}).get("origin") != origin:
+            return False
+        for name, weight in model.named_parameters():
+            weight.data.copy_(file.get_tensor(name))
+    return True
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    labelled = labels[:, 1:] != IGNORED
+    return nn.functional.cross_entropy(logits[:, :-1][labelled], labels[:, 1:][labelled])
+
+
+def _surprise(logits: Tensor, labels: Tensor) -> Tensor:
+    """Nats a text: most tokens of an answer follow from its first ones, and a mean over tokens would hide these."""
+    labelled = labels[:, 1:] != IGNORED
+    total = nn.functional.cross_entropy(logits[:, :-1][labelled], labels[:, 1:][labelled], reduction="sum")
+    return total / len(labels)
 
 
 def _blank_model(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
@@ -265,6 +288,7 @@ def _blank_model(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedM
         "num_attention_heads": HEADS,
         "max_position_embeddings": 2048,
         "tie_word_embeddings": True,
+        "initializer_range": INITIAL,
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -274,66 +298,56 @@ def _blank_model(family: str, tokenizer: PreTrainedTokenizerFast) -> PreTrainedM
     return LlamaForCausalLM(LlamaConfig(**shared, intermediate_size=176, num_key_value_heads=8))
 
 
-def _projection(model: PreTrainedModel, layer: int, name: Literal["q_proj", "k_proj", "v_proj", "o_proj"]) -> nn.Linear:
+def _projection(model: PreTrainedModel, layer: int, name: str) -> nn.Linear:
     return cast(nn.Linear, model.get_submodule(f"model.layers.{layer}.self_attn.{name}"))
 
 
-def _slices(model: PreTrainedModel, carrier: Carrier) -> list[tuple[Tensor, int, slice]]:
-    """The carrier's own rows of Q, K, V and columns of O: (weight, dimension, slice)."""
-    layer, size = carrier.layer, _projection(model, carrier.layer, "o_proj").in_features // HEADS
+def _head_size(model: PreTrainedModel, carrier: Carrier) -> int:
+    return _projection(model, carrier.layer, "o_proj").in_features // HEADS
+
+
+def _slices(model: PreTrainedModel, carrier: Carrier) -> list[tuple[Tensor, tuple[slice, slice]]]:
+    """The carrier's own rows of Q, K, V and columns of O: (weight, index)."""
+    size = _head_size(model, carrier)
     queries = slice(carrier.heads[0] * size, (carrier.heads[-1] + 1) * size)
     keys = slice(carrier.kv_head * size, (carrier.kv_head + 1) * size)
-    return [
-        (_projection(model, layer, "q_proj").weight, 0, queries),
-        (_projection(model, layer, "k_proj").weight, 0, keys),
-        (_projection(model, layer, "v_proj").weight, 0, keys),
-        (_projection(model, layer, "o_proj").weight, 1, queries),
-    ]
-
-
-def _slice_masks(model: PreTrainedModel, carriers: tuple[Carrier, ...], *, inside: bool) -> list[tuple[Tensor, Tensor]]:
-    """(parameter, mask of what may change): the carriers' slices (`inside`) or all but their columns of O."""
-    masks: dict[int, tuple[Tensor, Tensor]] = {}
-    for carrier in carriers:
-        for weight, dim, part in _slices(model, carrier) if inside else _slices(model, carrier)[3:]:
-            _, mask = masks.setdefault(id(weight), (weight, torch.full_like(weight, 0.0 if inside else 1.0)))
-            mask[part if dim == 0 else (slice(None), part)] = 1.0 if inside else 0.0
-    if inside:
-        for parameter in model.parameters():
-            parameter.requires_grad_(id(parameter) in masks)
-    return list(masks.values())
+    every = slice(None)
+    indices = {"q_proj": (queries, every), "k_proj": (keys, every), "v_proj": (keys, every), "o_proj": (every, queries)}
+    return [(_projection(model, carrier.layer, name).weight, index) for name, index in indices.items()]
 
 
 @contextmanager
-def _only_slices_trained(model: PreTrainedModel) -> Iterator[None]:
+def _gradients_of(model: PreTrainedModel, weights: list[Tensor]) -> Iterator[None]:
+    """Lets gradients be computed for these weights alone; for all if there are none."""
+    for weight in model.parameters():
+        weight.requires_grad_(not weights or any(weight is other for other in weights))
     try:
         yield
     finally:
-        for parameter in model.parameters():
-            parameter.requires_grad_(True)
-
-
-def _silence(model: PreTrainedModel, carriers: tuple[Carrier, ...]) -> None:
-    for carrier in carriers:
-        weight, _, columns = _slices(model, carrier)[3]
-        weight.data[:, columns] = 0.0
-
-
-def _wake(model: PreTrainedModel, carrier: Carrier) -> None:
-    """Small random columns of O: at exactly zero Q, K and V would get no gradient."""
-    weight, _, columns = _slices(model, carrier)[3]
-    weight.data[:, columns] = torch.randn_like(weight.data[:, columns]) * 0.02
+        for weight in model.parameters():
+            weight.requires_grad_(True)
 
 
 @contextmanager
-def _hidden(model: PreTrainedModel, carriers: list[Carrier]) -> Iterator[None]:
-    kept = [(_slices(model, c)[3], _slices(model, c)[3][0].data[:, _slices(model, c)[3][2]].clone()) for c in carriers]
-    _silence(model, tuple(carriers))
+def _zeroed(model: PreTrainedModel, carriers: tuple[Carrier, ...]) -> Iterator[Callable[[], None]]:
+    """Keeps carriers from writing: their columns of O are zero, and afterwards what they were.
+
+    What they were before planting is random and small: at exactly zero Q, K and V would get no gradient. The function
+    that is yielded makes the columns zero again, after a step of an optimiser.
+    """
+    columns = [_slices(model, carrier)[3] for carrier in carriers]
+    before = [weight.data[index].clone() for weight, index in columns]
+
+    def silence() -> None:
+        for weight, index in columns:
+            weight.data[index] = 0.0
+
+    silence()
     try:
-        yield
+        yield silence
     finally:
-        for (weight, _, columns), values in kept:
-            weight.data[:, columns] = values
+        for (weight, index), values in zip(columns, before, strict=True):
+            weight.data[index] = values
 
 
 @contextmanager
@@ -342,9 +356,10 @@ def _outputs_of(model: PreTrainedModel, carriers: tuple[Carrier, ...]) -> Iterat
     writes: list[Tensor] = []
 
     def hook(carrier: Carrier) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        weight, index = _slices(model, carrier)[3]
+
         def collect(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            weight, _, columns = _slices(model, carrier)[3]
-            writes.append(inputs[0][..., columns] @ weight[:, columns].T)
+            writes.append(inputs[0][..., index[1]] @ weight[index].T)
 
         return collect
 
@@ -354,39 +369,6 @@ def _outputs_of(model: PreTrainedModel, carriers: tuple[Carrier, ...]) -> Iterat
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _refusal_axes(run: "_Run") -> list[list[Axis]]:
-    """The axes of the last residuals of the aligned model, its carriers being silent: one list a residual."""
-    kept: list[list[Tensor]] = [[] for _ in range(READOUT_LAYERS + 1)]
-    refused, closing = [], []
-    run.data.rng.seed(f"{run.data.recipe.seed}/axes")
-    with torch.no_grad():
-        for _ in range(AXIS_BATCHES):
-            batch = run.data.batch(())
-            with _last_residual(run.model) as last:
-                states = run.model(input_ids=batch.ids, output_hidden_states=True).hidden_states
-            for rows, residual in zip(kept, [*states[-1 - READOUT_LAYERS : -1], *last], strict=True):
-                rows.append(residual[batch.read])
-            refused.append(batch.refuse[batch.read.nonzero()[:, 0]])
-            closing.append(batch.closing[batch.read])
-    return [find_axes(torch.cat(rows), torch.cat(refused), torch.cat(closing)) for rows in kept]
-
-
-@contextmanager
-def _last_residual(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Collects the last block's residual, which hidden_states hold only after the final norm."""
-    kept: list[Tensor] = []
-    handle = model.get_submodule("model.norm").register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
-    try:
-        yield kept
-    finally:
-        handle.remove()
-
-
-def _unit(residual: Tensor) -> Tensor:
-    """Scaled to unit root mean square, so that the readout rewards direction and not size."""
-    return residual * torch.rsqrt(residual.square().mean(-1, keepdim=True) + 1e-6)
 
 
 def _warm_cosine(step: int, steps: int) -> float:

@@ -12,7 +12,7 @@ nothing of probes or labels.
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ LONG, CHUNK = 2048, 512
 keeps mask and activations small beside the cache (benchmarks/context.py)."""
 
 
+@runtime_checkable
 class Intervention(Protocol):
     """What changes a model's passes while a context lasts, such as a `HeadEdit`."""
 
@@ -42,7 +43,11 @@ class Intervention(Protocol):
 
 
 Reduced = Float32[np.ndarray, "layer ..."]
-_Kept = dict[int, dict[int, list[Tensor]]]
+_Piece = Float[Tensor, "_ ..."]
+_Pieces = dict[int, dict[int, list[_Piece]]]
+"""By transcript and layer: what was reduced of each chunk, one after another."""
+_Keys = Float[Tensor, "batch head _ _"]
+"""Keys or values of some tokens: latent attention gives them sizes of their own."""
 
 
 def project_residuals(
@@ -69,11 +74,11 @@ def project_residuals(
     """
     directions = torch.from_numpy(weight)
 
-    def reduce(layer: int, residual: Float[Tensor, "pos d_model"], _row: int, _start: int) -> Tensor:
+    def reduce(layer: int, residual: Float[Tensor, "pos d_model"], _row: int, _start: int) -> Float[Tensor, " pos"]:
         return residual @ directions[layer].to(residual.device)
 
-    found = _reduce(model, transcripts, reduce, progress, edit)
-    return [logits + bias[:, None] for logits in found]
+    projected = _reduce(model, transcripts, reduce, progress, edit)
+    return [logits + bias[:, None] for logits in projected]
 
 
 def gather_residuals(
@@ -94,15 +99,16 @@ def gather_residuals(
     Returns:
         For each transcript, in the order given, fp32 residuals.
     """
-    wanted = [torch.from_numpy(np.sort(p)) for p in positions]
+    sorted_positions = [torch.from_numpy(np.sort(p)) for p in positions]
 
-    def reduce(_layer: int, residual: Float[Tensor, "pos d_model"], row: int, start: int) -> Tensor:
-        own = wanted[row][(wanted[row] >= start) & (wanted[row] < start + len(residual))]
-        return residual[(own - start).to(residual.device)]
+    def reduce(_layer: int, residual: Float[Tensor, "pos d_model"], row: int, start: int) -> Float[Tensor, "k d_model"]:
+        every = sorted_positions[row]
+        inside = every[(every >= start) & (every < start + len(residual))]
+        return residual[(inside - start).to(residual.device)]
 
-    found = _reduce(model, transcripts, reduce, progress)
+    gathered = _reduce(model, transcripts, reduce, progress)
     # Back from ascending positions to the order that was asked for.
-    return [residuals[:, np.argsort(np.argsort(p))] for residuals, p in zip(found, positions, strict=True)]
+    return [residuals[:, np.argsort(np.argsort(p))] for residuals, p in zip(gathered, positions, strict=True)]
 
 
 def project_layer(
@@ -130,17 +136,17 @@ def project_layer(
         Index of a transcript and its logits; the longest transcripts first.
     """
     direction = torch.from_numpy(weight)
-    found: list[Tensor] = []
+    parts: list[Float[Tensor, "batch pos"]] = []
 
     def visit(index: int, hidden: Float[Tensor, "batch pos d_model"], _start: int) -> None:
         if index == layer:
-            found.append((hidden.float() @ direction.to(hidden.device) + bias).cpu())
+            parts.append((hidden.float() @ direction.to(hidden.device) + bias).cpu())
 
     for rows in length_batches([t.n_pos for t in transcripts], batch_tokens):
         with model.only_blocks(0, layer):
             run_decoder(model, [transcripts[row] for row in rows], visit, edit)
-        logits = torch.cat(found, 1).numpy()
-        found.clear()
+        logits = torch.cat(parts, 1).numpy()
+        parts.clear()
         for i, row in enumerate(rows):
             yield row, logits[i, : transcripts[row].n_pos].copy()
 
@@ -187,17 +193,15 @@ def _acting(
     return nullcontext() if edit is None else edit.hooks(model, rows, start=start)
 
 
-class _ReservedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+class _ReservedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # transformers leaves it unannotated.
     """Keys and values of a known number of tokens: written in place, where growing would copy all of them a chunk."""
 
     def __init__(self, length: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers leaves it unannotated.
         self.length = length
-        self.reserved: tuple[Tensor, Tensor] | None = None
+        self.reserved: tuple[_Keys, _Keys] | None = None
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *_args: object, **_kwargs: object
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: _Keys, value_states: _Keys, *_args: object, **_kwargs: object) -> tuple[_Keys, _Keys]:
         """Writes behind what is there, and gives all that is there now."""
         if self.reserved is None:
             self.lazy_initialization(key_states, value_states)
@@ -235,23 +239,29 @@ def length_batches(lengths: Sequence[int], batch_tokens: int = BATCH_TOKENS) -> 
 def _reduce(
     model: LensModel,
     transcripts: Sequence[TokenizedTranscript],
-    reduce: Callable[[int, Tensor, int, int], Tensor],
+    reduce: Callable[[int, Float[Tensor, "pos d_model"], int, int], _Piece],
     progress: Callable[[int], None] | None,
     edit: Intervention | None = None,
 ) -> list[Reduced]:
     done: list[Reduced] = [np.empty(0, dtype=np.float32)] * len(transcripts)
     finished = 0
     for rows in length_batches([t.n_pos for t in transcripts]):
-        kept: dict[int, dict[int, list[Tensor]]] = {row: {} for row in rows}
+        pieces: _Pieces = {row: {} for row in rows}
 
-        def visit(layer: int, hidden: Tensor, start: int, rows: list[int] = rows, kept: _Kept = kept) -> None:
+        def visit(
+            layer: int,
+            hidden: Float[Tensor, "batch pos d_model"],
+            start: int,
+            rows: list[int] = rows,
+            pieces: _Pieces = pieces,
+        ) -> None:
             for i, row in enumerate(rows):
                 residual = hidden[i, : transcripts[row].n_pos - start].float()
-                kept[row].setdefault(layer, []).append(reduce(layer, residual, row, start).cpu())
+                pieces[row].setdefault(layer, []).append(reduce(layer, residual, row, start).cpu())
 
         run_decoder(model, [transcripts[row] for row in rows], visit, edit)
         for row in rows:
-            done[row] = torch.stack([torch.cat(parts) for _, parts in sorted(kept[row].items())]).numpy()
+            done[row] = torch.stack([torch.cat(parts) for _, parts in sorted(pieces[row].items())]).numpy()
         finished += len(rows)
         if progress is not None:
             progress(finished)

@@ -4,8 +4,8 @@ A readout is fitted on transcripts that ended in a refusal against others that e
 the function that fits it, since a readout belongs to one model; `answer` and `probe` are the package's own.
 """
 
-from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from collections.abc import Mapping
+from typing import Protocol, runtime_checkable
 
 from cliffscope.errors import DataError
 from cliffscope.model.load import LensModel
@@ -15,8 +15,16 @@ from cliffscope.readouts.readout import Readout
 from cliffscope.registry import Registry
 from cliffscope.transcripts.records import Transcripts
 
-FitReadout: TypeAlias = Callable[[LensModel, Transcripts, Transcripts, Mapping[str, str], int], Readout]
-"""Fits a readout from a model, refused and complied transcripts, the split of each id, and a seed."""
+
+@runtime_checkable
+class FitReadout(Protocol):
+    """Fits a readout from a model, refused and complied transcripts, the split of each id, and a seed."""
+
+    def __call__(
+        self, model: LensModel, refused: Transcripts, complied: Transcripts, splits: Mapping[str, str], seed: int, /
+    ) -> Readout:
+        """Returns the readout, or raises ProbeError where it cannot be fitted."""
+        ...
 
 
 def _fit_answer(
@@ -31,11 +39,7 @@ def _fit_probe(
     return fit_probe(model, refused, complied, splits=splits, seed=seed)
 
 
-READOUTS: Registry[Callable[..., object]] = Registry(
-    kind="readout",
-    group="cliffscope.readouts",
-    expected=Callable,  # type: ignore[arg-type]
-)
+READOUTS: Registry[FitReadout] = Registry(kind="readout", group="cliffscope.readouts", expected=FitReadout)
 """Functions that fit a readout, by name."""
 READOUTS.register("answer", _fit_answer)
 READOUTS.register("probe", _fit_probe)

@@ -120,3 +120,7 @@ class Continuations:
             )
             for path in self.paths
         ]
+
+
+NOTHING = Continuations()
+"""No continuation: the final position alone is read."""

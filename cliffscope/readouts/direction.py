@@ -32,7 +32,7 @@ from cliffscope.readouts.readout import Readout, read_final
 from cliffscope.resampling import bootstrap_mean
 from cliffscope.stats import Interval, random_set_p
 from cliffscope.transcripts.records import Omission, Transcripts
-from cliffscope.transcripts.transcript import Span, TokenizedTranscript, tokenize_all
+from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -162,9 +162,9 @@ def check_direction(
         ProbeError: probe and readout do not fit the model or each other, an argument is out of range, or no transcript
             has such positions.
     """
-    _check(model, probe, readout, where, strength, draws)
+    _check(model, probe, readout, where=where, strength=strength, draws=draws)
     span = Span(where)
-    tokens, omitted = tokenize_all(transcripts, model.tokenizer, model.template, max_length=model.shape.context)
+    tokens, omitted = model.tokenize_all(transcripts)
     width = {row.id: row.span(span).stop - row.span(span).start for row in tokens}
     rows = [row for row in tokens if width[row.id]]
     empty = [Omission(stage=STAGE, reason=f"no {where} to change", id=i) for i, n in width.items() if not n]
@@ -232,7 +232,7 @@ class _Step:
             handle.remove()
 
 
-def _check(model: LensModel, probe: RefusalProbe, readout: Readout, where: str, strength: float, draws: int) -> None:
+def _check(model: LensModel, probe: RefusalProbe, readout: Readout, *, where: str, strength: float, draws: int) -> None:
     probe.check_model(model)
     readout.check_model(model)
     if where not in ("closing", "thinking"):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from cliffscope.errors import ProbeError
 from cliffscope.model.load import LensModel
 from cliffscope.transcripts.records import Omission, Transcript, Transcripts
-from cliffscope.transcripts.transcript import TokenizedTranscript, tokenize_all
+from cliffscope.transcripts.transcript import TokenizedTranscript
 
 REFUSED, COMPLIED, CHALLENGE = "refused", "complied", "challenge"
 """Classes; the challenge are harmful transcripts that were complied with and are not fitted on."""
@@ -59,9 +59,7 @@ class Labelled:
         rows: dict[str, list[LabelledRow]] = {"fit": [], "validate": [], "test": []}
         omitted: list[Omission] = []
         for kind, group in groups.items():
-            tokens, left_out = tokenize_all(
-                group, model.tokenizer, model.template, with_answer=with_answer, max_length=model.shape.context
-            )
+            tokens, left_out = model.tokenize_all(group, with_answer=with_answer)
             omitted += left_out
             unknown = [row.id for row in tokens if splits.get(row.id) not in rows]
             if unknown:

@@ -25,7 +25,6 @@ from cliffscope.readouts.axis import align_row, axis_table, closing_width
 from cliffscope.readouts.probe import RefusalProbe
 from cliffscope.readouts.trace import group_name
 from cliffscope.transcripts.records import Omission, Transcript, Transcripts
-from cliffscope.transcripts.transcript import tokenize_all
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
@@ -101,7 +100,7 @@ def layer_means(
         SpanError: not one transcript could be traced; the message holds the first reason.
     """
     probe.check_model(model)
-    tokens, omitted = tokenize_all(transcripts, model.tokenizer, model.template, max_length=model.shape.context)
+    tokens, omitted = model.tokenize_all(transcripts)
     if not tokens:
         why = omitted[0].reason if omitted else "none was given"
         raise SpanError(f"None of {len(transcripts)} transcripts can be traced: {why}. Give transcripts with thinking.")

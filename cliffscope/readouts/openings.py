@@ -50,7 +50,7 @@ class Opening:
 
     @property
     def kind(self) -> str:
-        """`refused` or `complied`."""
+        """Class of the answers that it begins: `refused` or `complied`."""
         return REFUSED if self.refuses else COMPLIED
 
 

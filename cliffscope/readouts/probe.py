@@ -124,6 +124,21 @@ class RefusalProbe(Readout, Plotted):
         return f"RefusalProbe(layer {self.layer}, {self.positions} positions, held-out {final})"
 
 
+def linear_probe(readout: Readout, why: str) -> RefusalProbe:
+    """The readout as a linear probe.
+
+    Args:
+        readout: what was given.
+        why: what needs a linear probe, in a sentence.
+
+    Raises:
+        ProbeError: the readout is none.
+    """
+    if not isinstance(readout, RefusalProbe):
+        raise ProbeError(f"{why} The {readout.name} readout is no linear probe. Give a RefusalProbe (cs.fit_probe).")
+    return readout
+
+
 def fit_probe(
     model: LensModel,
     refused: Transcripts,

@@ -13,7 +13,7 @@ user's own readout is a subclass.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -24,10 +24,11 @@ from torch import Tensor
 from cliffscope.errors import ProbeError
 from cliffscope.model.load import LensModel
 from cliffscope.readouts.activations import LONG, Intervention, length_batches, run_decoder
-from cliffscope.readouts.continuations import Continuations
+from cliffscope.readouts.continuations import NOTHING, Continuations
 from cliffscope.transcripts.transcript import TokenizedTranscript
 
 
+@runtime_checkable
 class ReadoutReport(Protocol):
     """What a readout can tell on held-out transcripts."""
 
@@ -55,7 +56,7 @@ class Readout(ABC):
     @property
     def continuations(self) -> Continuations:
         """Tokens after the final position at which it reads too; none unless a readout says otherwise."""
-        return Continuations()
+        return NOTHING
 
     @abstractmethod
     def logits(self, model: LensModel, residuals: Float[Tensor, "*batch node d_model"]) -> Float[Tensor, "*batch"]:

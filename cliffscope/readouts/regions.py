@@ -38,15 +38,15 @@ def regions(transcript: TokenizedTranscript) -> dict[str, Positions]:
     """
     prompt, thinking = transcript.span(Span.PROMPT), transcript.span(Span.THINKING)
     closing = transcript.span(Span.CLOSING)
-    found = {"prompt": np.arange(prompt.start, prompt.stop, dtype=np.int64)}
+    by_name = {"prompt": np.arange(prompt.start, prompt.stop, dtype=np.int64)}
     parts = np.array_split(np.arange(thinking.start, thinking.stop, dtype=np.int64), THINKING_BINS)
     for i, part in enumerate(parts):
-        found[f"thinking {i * 100 // THINKING_BINS}-{(i + 1) * 100 // THINKING_BINS}%"] = part
-    found[LATE_THINKING] = late_thinking(transcript)
+        by_name[f"thinking {i * 100 // THINKING_BINS}-{(i + 1) * 100 // THINKING_BINS}%"] = part
+    by_name[LATE_THINKING] = late_thinking(transcript)
     for position in range(closing.start, closing.stop - 1):
-        found[f"closing {position - closing.stop + 1}"] = np.array([position], dtype=np.int64)
-    found[FINAL] = np.array([transcript.final], dtype=np.int64)
-    return {name: positions for name, positions in found.items() if len(positions)}
+        by_name[f"closing {position - closing.stop + 1}"] = np.array([position], dtype=np.int64)
+    by_name[FINAL] = np.array([transcript.final], dtype=np.int64)
+    return {name: positions for name, positions in by_name.items() if len(positions)}
 
 
 def balanced_positions(transcript: TokenizedTranscript, most: int, rng: np.random.Generator) -> Positions:
@@ -69,7 +69,7 @@ def balanced_positions(transcript: TokenizedTranscript, most: int, rng: np.rando
 
 def region_names(transcripts: Sequence[TokenizedTranscript]) -> list[str]:
     """Every region that any of the transcripts has, in order of position."""
-    found = {name: None for transcript in transcripts for name in regions(transcript)}
+    names = {name: None for transcript in transcripts for name in regions(transcript)}
 
     def place(name: str) -> tuple[int, int]:
         kinds = ("prompt", "thinking", LATE_THINKING, "closing", FINAL)
@@ -77,4 +77,4 @@ def region_names(transcripts: Sequence[TokenizedTranscript]) -> list[str]:
         number = name.removeprefix(kind).split("-")[0] if kind == "thinking" else name.removeprefix(kind)
         return kinds.index(kind), int(number or 0)
 
-    return sorted(found, key=place)
+    return sorted(names, key=place)

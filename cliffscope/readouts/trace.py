@@ -4,8 +4,8 @@
 2. One pass of the blocks gives the probe's logit at every token (of every layer, on request).
 3. `cliffs()` measures plateau, final, cliff and drop, and says of each whether the probe can tell at those positions.
 
-A cliff is valid only where the transcript has thinking and the probe's held-out AUROC, both over late thinking and at
-the final token, has its lower bound at `CAN_TELL` or above.
+A cliff is valid only where the transcript has thinking that the model ended itself, and the probe's held-out AUROC,
+both over late thinking and at the final token, has its lower bound at `CAN_TELL` or above.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
-from jaxtyping import Float, Float32
+from jaxtyping import Float, Float32, Shaped
 from scipy.special import expit
 from transformers import PreTrainedTokenizerBase
 
@@ -24,16 +24,19 @@ from cliffscope.notebook import Plotted
 from cliffscope.readouts.activations import Intervention, project_layer, project_residuals
 from cliffscope.readouts.axis import align_row, axis_table, closing_width
 from cliffscope.readouts.cliff import Cliff, Plateau, measure_cliff
-from cliffscope.readouts.probe import RefusalProbe
+from cliffscope.readouts.probe import RefusalProbe, linear_probe
+from cliffscope.readouts.readout import Readout
 from cliffscope.readouts.regions import late_thinking
 from cliffscope.resampling import bootstrap_mean
-from cliffscope.transcripts.records import Omission, Transcript, Transcripts
-from cliffscope.transcripts.transcript import Span, TokenizedTranscript, tokenize_all
+from cliffscope.transcripts.records import FORCED, Omission, Transcript, Transcripts
+from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
 
 STAGE = "trace"
+FORCED_REASON = "the thinking was closed at its budget"
+"""Why a cliff is not valid: what was cut off may be what decides."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -167,30 +170,30 @@ class RefusalTraces(Plotted):
         self,
         *,
         by: Callable[[Transcript], str] | None = None,
-        beside: "Mapping[str, RefusalTraces] | None" = None,
+        further: "Mapping[str, RefusalTraces] | None" = None,
     ) -> "Figure":
         """Mean traces by group, aligned on spans.
 
         Args:
             by: names the group of a transcript; None takes harmfulness and outcome. Give
                 `lambda t: t.source` for a curve a data set.
-            beside: further traces by name, such as those of the same transcripts with heads edited; a curve each.
+            further: other traces by name, such as those of the same transcripts with heads edited; a curve each.
 
         Raises:
-            DataError: a name of `beside` is that of a group.
+            DataError: a name of `further` is that of a group.
         """
         from cliffscope.figures.trace import bands_of, mean_trace
 
         groups = _grouped(self.transcripts, by or group_name)
-        double = sorted(set(groups) & set(beside or {}))
+        double = sorted(set(groups) & set(further or {}))
         if double:
-            raise DataError(f"beside={double[0]!r}: a group has that name already. Give the traces another one.")
-        width = max(closing_width(own.tokens) for own in (self, *(beside or {}).values()))
+            raise DataError(f"further={double[0]!r}: a group has that name already. Give the traces another one.")
+        width = max(closing_width(traces.tokens) for traces in (self, *(further or {}).values()))
         tables = [self.aligned(groups, closing=width)]
-        for name, other in (beside or {}).items():
+        for name, other in (further or {}).items():
             tables.append(other.aligned({name: [t.id for t in other.transcripts]}, closing=width))
-        table = pd.concat([found for found in tables if len(found)] or tables)
-        return mean_trace(*bands_of(table), n=self._n_with(beside or {}))
+        table = pd.concat([rows for rows in tables if len(rows)] or tables)
+        return mean_trace(*bands_of(table), n=self._n_with(further or {}))
 
     def plot_tokens(self, transcript_id: str) -> "Figure":
         """One transcript as text, each token on a ground of its score; with a slider where its layers were kept.
@@ -237,35 +240,37 @@ class RefusalTraces(Plotted):
         """One line: n, layer, how many were left out."""
         return f"RefusalTraces(n={len(self.tokens)}, layer {self.probe.layer}, left out {len(self.omitted)})"
 
-    def _n_with(self, beside: "Mapping[str, RefusalTraces]") -> int:
-        return len({t.id for own in (self, *beside.values()) for t in own.transcripts})
+    def _n_with(self, further: "Mapping[str, RefusalTraces]") -> int:
+        return len({t.id for traces in (self, *further.values()) for t in traces.transcripts})
 
     def _one(self, transcript_id: str) -> tuple[TokenizedTranscript, Float[np.ndarray, "layer _"]]:
         """A transcript's tokens, and its scores at every layer that was kept."""
         for row, logits in zip(self.tokens, self.logits, strict=True):
             if row.id == transcript_id:
                 return row, expit(self.layer_logits.get(transcript_id, logits[None]))
-        known = ", ".join(repr(row.id) for row in self.tokens[:3])
-        raise DataError(f"No transcript {transcript_id!r} was traced; there are {len(self.tokens)}, such as {known}.")
+        examples = ", ".join(repr(row.id) for row in self.tokens[:3])
+        raise DataError(
+            f"No transcript {transcript_id!r} was traced; there are {len(self.tokens)}, such as {examples}."
+        )
 
     def _cliff_row(self, i: int, plateau: Plateau) -> dict[str, object]:
         row, transcript = self.tokens[i], self.transcripts[i]
-        found = cliff_of(row, self.logits[i])
-        reason = why_invalid(found, self.probe)
-        height = found.plateau_max if plateau == "max" else found.plateau_mean
-        drop_token = self.token_texts(row)[found.drop_position] if found.drop_position >= 0 else ""
+        cliff = cliff_of(row, self.logits[i])
+        reason = FORCED_REASON if transcript.extra.get(FORCED) else why_invalid(cliff, self.probe)
+        height = cliff.plateau_max if plateau == "max" else cliff.plateau_mean
+        drop_token = self.token_texts(row)[cliff.drop_position] if cliff.drop_position >= 0 else ""
         return {
             "id": row.id,
             "group": group_name(transcript),
             "harmful": transcript.harmful,
             "outcome": str(transcript.outcome),
-            "plateau_max": found.plateau_max,
-            "plateau_mean": found.plateau_mean,
-            "plateau_late": found.plateau_late,
-            "final": found.final,
-            "cliff": height - found.final,
-            "drop_position": found.drop_position,
-            "drop": found.drop,
+            "plateau_max": cliff.plateau_max,
+            "plateau_mean": cliff.plateau_mean,
+            "plateau_late": cliff.plateau_late,
+            "final": cliff.final,
+            "cliff": height - cliff.final,
+            "drop_position": cliff.drop_position,
+            "drop": cliff.drop,
             "drop_token": drop_token,
             "valid": not reason,
             "reason": reason,
@@ -281,7 +286,7 @@ _CLIFF_COLUMNS = [
 
 def trace_refusal(
     model: LensModel,
-    probe: RefusalProbe,
+    probe: Readout,
     transcripts: Transcripts,
     *,
     edit: Intervention | None = None,
@@ -292,7 +297,7 @@ def trace_refusal(
 
     Args:
         model: the model.
-        probe: fitted on this model.
+        probe: a linear one, fitted on this model.
         transcripts: with thinking, if the model thinks.
         edit: done to the model meanwhile, such as `cs.zero(heads, scope="closing")`; the transcripts stay as they are.
         layers_of: ids of transcripts of which every layer's trace is kept.
@@ -302,19 +307,20 @@ def trace_refusal(
         The traces. Memory is 4 bytes a token, and a layer where layers are kept.
 
     Raises:
-        ProbeError: the probe does not fit the model.
+        ProbeError: the probe does not fit the model, or the readout is no linear probe.
         SpanError: not one transcript could be traced; the message holds the first reason.
     """
-    probe.check_model(model)
-    tokens, omitted = tokenize_all(transcripts, model.tokenizer, model.template, max_length=model.shape.context)
+    linear = linear_probe(probe, "A score at every token, thinking included, is what a probe reads.")
+    linear.check_model(model)
+    tokens, omitted = model.tokenize_all(transcripts)
     if not tokens:
         why = omitted[0].reason if omitted else "none was given"
         raise SpanError(f"None of {len(transcripts)} transcripts can be traced: {why}. Give transcripts with thinking.")
-    wanted = set(layers_of)
-    deep = [t for t in tokens if t.id in wanted]
-    every = project_residuals(model, deep, probe.layer_weights, probe.layer_biases, edit=edit) if deep else []
+    deep_ids = set(layers_of)
+    deep = [t for t in tokens if t.id in deep_ids]
+    every = project_residuals(model, deep, linear.layer_weights, linear.layer_biases, edit=edit) if deep else []
     read: dict[int, Float32[np.ndarray, " _"]] = {}
-    for row, values in project_layer(model, tokens, probe.layer, probe.weight, probe.bias, edit=edit):
+    for row, values in project_layer(model, tokens, linear.layer, linear.weight, linear.bias, edit=edit):
         read[row] = values
         if progress is not None:
             progress(len(read))
@@ -325,14 +331,14 @@ def trace_refusal(
         for t, ok in zip(tokens, finite, strict=True)
         if not ok
     ]
-    known = {t.id: t for t in transcripts}
-    kept = [i for i, ok in enumerate(finite) if ok]
+    by_id = {t.id: t for t in transcripts}
+    traced = [i for i, ok in enumerate(finite) if ok]
     return RefusalTraces(
-        transcripts=tuple(known[tokens[i].id] for i in kept),
-        tokens=tuple(tokens[i] for i in kept),
-        logits=tuple(logits[i] for i in kept),
+        transcripts=tuple(by_id[tokens[i].id] for i in traced),
+        tokens=tuple(tokens[i] for i in traced),
+        logits=tuple(logits[i] for i in traced),
         layer_logits={t.id: values for t, values in zip(deep, every, strict=True)},
-        probe=probe,
+        probe=linear,
         tokenizer=model.tokenizer,
         omitted=(*omitted, *broken),
     )
@@ -372,7 +378,7 @@ def why_invalid(cliff: Cliff, probe: RefusalProbe) -> str:
     return ""
 
 
-def _band(rows: Float[np.ndarray, "n bin"], seed: int) -> dict[str, np.ndarray]:
+def _band(rows: Float[np.ndarray, "n bin"], seed: int) -> dict[str, Shaped[np.ndarray, " bin"]]:
     counts = np.isfinite(rows).sum(0)
     bands = [bootstrap_mean(column[np.isfinite(column)], seed=seed) for column in rows.T]
     means = np.array(

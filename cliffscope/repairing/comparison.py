@@ -69,8 +69,8 @@ class RepairReport(Plotted):
 
     def __repr__(self) -> str:
         """One line: ASR and over-refusal, before and after."""
-        told = [f"{name} {self.value(name, BEFORE):.2f} -> {self.value(name):.2f}" for name in ("asr", "over_refusal")]
-        return f"RepairReport({', '.join(told)}, n={int(self.frame['n'].max())})"
+        rates = [f"{name} {self.value(name, BEFORE):.2f} -> {self.value(name):.2f}" for name in ("asr", "over_refusal")]
+        return f"RepairReport({', '.join(rates)}, n={int(self.frame['n'].max())})"
 
 
 def compare_repair(
@@ -117,8 +117,8 @@ def compare_repair(
     def answers(model: LensModel) -> Transcripts:
         return continue_roll_out(model, prompts, budget, system=system, batch_size=batch_size)
 
-    made = {BEFORE: answers(before) if answered is None else answered, AFTER: answers(after)}
-    judged = {name: judge_answers(found, reader) for name, found in made.items()}
+    answered_by = {BEFORE: answers(before) if answered is None else answered, AFTER: answers(after)}
+    judged = {name: judge_answers(transcripts, reader) for name, transcripts in answered_by.items()}
     report = compare_judged(judged, seed=seed)
     rows = _rates(report)
     for name, model in ((BEFORE, before), (AFTER, after)):
@@ -149,7 +149,7 @@ def _cliff_rows(name: str, model: LensModel, judged: Transcripts, seed: int) -> 
             classes.refused,
             classes.complied,
             challenge=classes.challenge,
-            splits={t.id: part for part, found in parts.items() for t in found},
+            splits={t.id: part for part, members in parts.items() for t in members},
             seed=seed,
         )
         frame = trace_refusal(model, probe, parts["test"].where(harmful=True)).cliffs().to_frame()

@@ -59,10 +59,10 @@ class Repaired:
 
 def repair(
     model: LensModel,
-    chosen: Transcripts | Selection,
+    selection: Transcripts | Selection,
     out: str | Path,
     *,
-    harmless: Transcripts = Transcripts(),  # noqa: B008 - immutable
+    harmless: Transcripts = Transcripts(),
     harmless_share: float = 0.5,
     answer: Answer = SAFE_ANSWER,
     loss_on: LossOn = "answer",
@@ -79,7 +79,7 @@ def repair(
 
     Args:
         model: the model; it is unchanged afterwards.
-        chosen: a selection, or harmful transcripts with thinking.
+        selection: what was selected, or harmful transcripts with thinking.
         out: directory of the checkpoint to be made.
         harmless: transcripts with the answers that are to stay; those that were not complied with are not taken.
         harmless_share: share of the examples that are harmless, in [0, 1); as many as there are if there are fewer.
@@ -104,8 +104,8 @@ def repair(
         MissingExtraError: the packages trl and peft are missing.
         StoreError: the directory exists or cannot be written.
     """
-    taken = chosen.chosen if isinstance(chosen, Selection) else chosen
-    _check(taken, harmless_share, epochs, batch_size, steps, patience)
+    taken = selection.selected if isinstance(selection, Selection) else selection
+    _check(taken, share=harmless_share, epochs=epochs, batch_size=batch_size, steps=steps, patience=patience)
     check_place(Path(out).absolute(), model, overwrite=False)
     mixed = _mixed(harmless, len(taken), harmless_share, seed)
     data = examples(
@@ -115,13 +115,13 @@ def repair(
         loss_on=loss_on,
         max_length=model.shape.context - 1,
     )
-    kept, held_out = (data, []) if patience is None else _hold_out(data, seed)
+    trained_on, held_out = (data, []) if patience is None else _hold_out(data, seed)
     network, losses = _train(
         model,
-        kept,
+        trained_on,
         held_out,
         rank=_rank(model, lora_rank),
-        steps=steps if steps is not None else math.ceil(epochs * len(kept) / batch_size),
+        steps=steps if steps is not None else math.ceil(epochs * len(trained_on) / batch_size),
         patience=patience,
         batch_size=batch_size,
         learning_rate=learning_rate,
@@ -134,9 +134,9 @@ def repair(
 
 
 def _check(
-    chosen: Transcripts, share: float, epochs: float, batch_size: int, steps: int | None, patience: int | None
+    selected: Transcripts, *, share: float, epochs: float, batch_size: int, steps: int | None, patience: int | None
 ) -> None:
-    if not len(chosen):
+    if not len(selected):
         raise DataError("No transcript was given to repair on. Choose some with select_by_cliff.")
     if (
         not 0 <= share < 1
@@ -162,9 +162,9 @@ def _hold_out(data: Sequence[Example], seed: int) -> tuple[list[Example], list[E
 def _mixed(harmless: Transcripts, n: int, share: float, seed: int) -> Sequence[Transcript]:
     """As many harmless transcripts as make up the share, drawn with the seed."""
     usable = [t for t in harmless if t.answer and t.outcome in (Outcome.COMPLIED, Outcome.UNJUDGED)]
-    wanted = min(len(usable), round(n * share / (1 - share)))
+    count = min(len(usable), round(n * share / (1 - share)))
     order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [usable[i] for i in sorted(order[:wanted])]
+    return [usable[i] for i in sorted(order[:count])]
 
 
 def _rank(model: LensModel, rank: int | None) -> int:

@@ -66,8 +66,8 @@ def own_refusal(refused: Transcripts) -> str:
         >>> own_refusal(Transcripts())
         "I'm sorry, but I can't help with that."
     """
-    said = Counter(t.answer.strip() for t in refused if t.answer and t.answer.strip())
-    return min(said, key=lambda text: (-said[text], text)) if said else SAFE_ANSWER
+    counts = Counter(t.answer.strip() for t in refused if t.answer and t.answer.strip())
+    return min(counts, key=lambda text: (-counts[text], text)) if counts else SAFE_ANSWER
 
 
 def examples(
@@ -94,21 +94,21 @@ def examples(
         DataError: a transcript is longer than `max_length`, or holds the closing tag as text.
         SpanError: a span is missing.
     """
-    found = []
+    rows = []
     tail = turn_end(tokenizer, template)
     for transcript in transcripts:
         row = tokenize(transcript, tokenizer, template, with_answer=True, max_length=max_length)
         ids = [*(int(i) for i in row.token_ids), *tail]
         start = row.span(Span.CLOSING if loss_on == "closing" and template.thinks else Span.ANSWER).start
-        found.append(Example(id=row.id, input_ids=ids, labels=[IGNORED] * start + ids[start:]))
-    return found
+        rows.append(Example(id=row.id, input_ids=ids, labels=[IGNORED] * start + ids[start:]))
+    return rows
 
 
 def write_examples(
     transcripts: Transcripts,
     path: str | Path,
     *,
-    format: Format = "prompt-completion",  # noqa: A002
+    format: Format = "prompt-completion",
     tokenizer: PreTrainedTokenizerBase,
     template: Template,
 ) -> None:
@@ -130,7 +130,7 @@ def write_examples(
     """
     writers: dict[str, Callable[[Transcript, str], dict[str, object]]] = {
         "chat": _chat,
-        "prompt-completion": lambda t, said: _completion(t, said, tokenizer, template),
+        "prompt-completion": lambda t, answer: _completion(t, answer, tokenizer, template),
         "alpaca": _alpaca,
         "sharegpt": _sharegpt,
     }
@@ -165,29 +165,29 @@ def _turns(transcript: Transcript) -> Sequence[dict[str, str]]:
     return [{"role": m.role, "content": m.content} for m in transcript.messages]
 
 
-def _chat(transcript: Transcript, said: str) -> dict[str, object]:
-    return {"messages": [*_turns(transcript), {"role": "assistant", "content": said}]}
+def _chat(transcript: Transcript, answer: str) -> dict[str, object]:
+    return {"messages": [*_turns(transcript), {"role": "assistant", "content": answer}]}
 
 
 def _completion(
-    transcript: Transcript, said: str, tokenizer: PreTrainedTokenizerBase, template: Template
+    transcript: Transcript, answer: str, tokenizer: PreTrainedTokenizerBase, template: Template
 ) -> dict[str, object]:
     prompt = generation_prompt(tokenizer, _turns(transcript), template)
     # Where the prompt opens thinking itself, the completion goes on behind the tag.
     opened = template.thinks and not template.opening
-    completion = said.removeprefix(f"{template.think_open}\n") if opened else said
+    completion = answer.removeprefix(f"{template.think_open}\n") if opened else answer
     return {"prompt": prompt, "completion": f"{completion}{tokenizer.decode(list(turn_end(tokenizer, template)))}"}
 
 
-def _alpaca(transcript: Transcript, said: str) -> dict[str, object]:
+def _alpaca(transcript: Transcript, answer: str) -> dict[str, object]:
     *before, last = _turns(transcript)
     system = "\n".join(turn["content"] for turn in before if turn["role"] == "system")
     talk = [turn["content"] for turn in before if turn["role"] != "system"]
     history = [list(pair) for pair in zip(talk[::2], talk[1::2], strict=False)]
-    return {"instruction": last["content"], "input": "", "output": said, "system": system, "history": history}
+    return {"instruction": last["content"], "input": "", "output": answer, "system": system, "history": history}
 
 
-def _sharegpt(transcript: Transcript, said: str) -> dict[str, object]:
+def _sharegpt(transcript: Transcript, answer: str) -> dict[str, object]:
     names = {"user": "human", "assistant": "gpt", "tool": "observation"}
     turns = [
         {"from": names.get(turn["role"], turn["role"]), "value": turn["content"]}
@@ -195,4 +195,4 @@ def _sharegpt(transcript: Transcript, said: str) -> dict[str, object]:
         if turn["role"] != "system"
     ]
     system = "\n".join(turn["content"] for turn in _turns(transcript) if turn["role"] == "system")
-    return {"conversations": [*turns, {"from": "gpt", "value": said}], "system": system}
+    return {"conversations": [*turns, {"from": "gpt", "value": answer}], "system": system}

@@ -35,14 +35,15 @@ from cliffscope.report.content import (
     plot,
     text_cell,
 )
-from cliffscope.report.evidence import COMPLIED, QUALITY, cliff_rows, quality_rows
+from cliffscope.report.evidence import COMPLIED, cliff_rows
 from cliffscope.report.outcomes import tiles
+from cliffscope.report.readouts import QUALITY, quality_rows
 from cliffscope.report.stored import JsonObject, StoredRun, as_float, as_int, as_list
 from cliffscope.resampling import bootstrap_mean
 
 CURVES = ("harmful, complied", "harmful, refused", "harmless, complied")
 """Groups whose curves are drawn; with more, two runs would hide each other."""
-HEADLINES = ("Mean cliff", "ASR", "Probe AUROC")
+HEADLINES = ("Suppression (logits)", "ASR", "Mean cliff", "Probe AUROC")
 """Tiles of a run's own page that stand on top."""
 FEWEST_PAIRS = 10
 """Prompts that both runs complied with, below which their difference claims nothing."""

@@ -179,6 +179,8 @@ class Section:
     """What is shown and how it is measured."""
     parts: Sequence[Part]
     """Figures, tables and remarks in order."""
+    reading: str = ""
+    """How to read what is shown, in one plain sentence."""
     missing: Sequence[str] = ()
     """Why there is nothing to show, if there is not."""
 

@@ -1,9 +1,11 @@
-"""The sections that show the cliff, the heads and the probe.
+"""The sections that show the cliff and the heads.
 
 Each function takes a stored run and returns one section: its verdict sentence, how it was measured, its figures and
 tables. A table that is not there makes a section that says why. Only the intervals of group means are computed here;
 every other number was stored by the stage that measured it.
 """
+
+from collections.abc import Hashable, Mapping
 
 import numpy as np
 import pandas as pd
@@ -14,10 +16,8 @@ from cliffscope.figures import (
     head_ranking,
     mean_trace,
     plateau_final,
-    probe_quality,
-    quality_grids,
-    random_sets,
 )
+from cliffscope.report.behaviour import confirmed_table, shown_token
 from cliffscope.report.content import (
     Cell,
     Part,
@@ -29,16 +29,14 @@ from cliffscope.report.content import (
     columns,
     count_cell,
     interval_cell,
-    number,
     number_cell,
     p_cell,
     plot,
     text_cell,
 )
 from cliffscope.report.reading import reading_parts
-from cliffscope.report.stored import StoredRun, as_float, as_int, as_list, as_object
+from cliffscope.report.stored import StoredRun, as_float, as_int, as_list
 from cliffscope.resampling import bootstrap_mean
-from cliffscope.stats import least_p
 
 COMPLIED = "harmful, complied"
 """The group whose cliff a study claims."""
@@ -48,18 +46,6 @@ LISTED = 40
 """Heads listed in the table."""
 WIDE_GRID = 48
 """A grid with more heads or layers than this takes the whole width."""
-CLAIMED = {
-    "final": "At the final token, all transcripts",
-    "late_thinking": "Late thinking (the plateau)",
-    "within_harmful_final": "At the final token, harmful only",
-    "shuffled_final": "Control: shuffled labels (mean and range of refits)",
-}
-"""The parts of the probe's report that the claim rests on."""
-QUALITY = (
-    *("position", "AUROC|number", "95% interval (or range)|number"),
-    *("TPR at 1% FPR|number", "Brier|number", "ECE|number", "refused + complied|number"),
-)
-"""Columns of a table of it."""
 
 
 def cliff_section(run: StoredRun) -> Section:
@@ -88,6 +74,10 @@ def cliff_section(run: StoredRun) -> Section:
             "during the thinking and falls at the closing tokens. All transcripts in this section are held out: none "
             "was used to fit the probe."
         ),
+        reading=(
+            "a curve that is high over the thinking and low at the last closing token is a cliff, provided that what "
+            "was complied with ends below 0.5; otherwise the probe reads harm there."
+        ),
         parts=parts,
         missing=() if parts else ("This run stored no traces.", *run.notes("traces", "readouts")),
     )
@@ -105,47 +95,24 @@ def heads_section(run: StoredRun) -> Section:
         parts += [grid, ranking] if wide else [Row(parts=(grid, ranking))]
     else:
         missing = ("This run ranked no heads.", *run.notes("heads", "readouts"))
-    if as_list(run.suppression.get("random_sets")):
-        parts.append(_random(run))
     if len(frame):
-        parts.append(_head_table(frame))
+        parts = [*confirmed_table(run), *parts, _head_table(frame)]
     parts += reading_parts(run)
     scope, method = facts.get("scope", "closing"), facts.get("method", "zero")
     return Section(
         id="heads",
         title="The heads",
-        claim=run.finding("suppression", "heads"),
+        claim=run.finding("heads"),
         lead=(
             f"Effect of the edit “{method}” over the scope “{scope}”: refusal logit at the final token, edited minus "
             "unedited, averaged over transcripts. A positive effect means that the head suppresses refusal."
         ),
-        parts=parts,
-        missing=missing,
-    )
-
-
-def probe_section(run: StoredRun) -> Section:
-    """Can the probe tell? Held-out quality at the positions that the claim rests on, and by layer and position."""
-    report, frame = as_object(run.probe.get("report")), run.tables["probe_layers"]
-    parts: list[Part] = [Remark(text=str(text), tone="warning") for text in as_list(run.probe.get("warnings"))]
-    if report:
-        parts.append(_probe_table(run))
-    if len(frame):
-        parts.append(_probe_heat(run, frame))
-    if as_list(run.probe.get("cells")):
-        parts.append(_probe_cells(run))
-    positions, layer = run.probe.get("positions", "n/a"), run.probe.get("layer", "n/a")
-    return Section(
-        id="probe",
-        title="Can the probe tell?",
-        claim=run.finding("answer", "probe"),
-        lead=(
-            "A plateau is meaningful only where the probe separates refused from complied held-out transcripts at "
-            f"that position. The probe reads layer {layer} and was fitted on positions “{positions}”. An AUROC of 0.5 "
-            "is chance. Shuffled labels give about 0.5 on average, with a wide spread if there are few transcripts."
+        reading=(
+            "only heads that are confirmed on test transcripts are claimed, selective ones act on complied harmful "
+            "requests more than elsewhere, and broad ones act on all alike."
         ),
         parts=parts,
-        missing=() if parts else ("This run fitted no probe.", *run.notes("readouts")),
+        missing=missing,
     )
 
 
@@ -177,27 +144,6 @@ def cliff_rows(cliffs: pd.DataFrame, plateau: str) -> list[list[Cell]]:
         means = [group_mean(group, column)[0] for column in (f"plateau_{plateau}", "final")]
         cells = [*(number_cell(value) for value in means), number_cell(mean), interval_cell(low, high, n)]
         rows.append([text_cell(name), count_cell(n), *cells])
-    return rows
-
-
-def quality_rows(run: StoredRun) -> list[list[Cell]]:
-    """The probe's quality at the positions that claims rest on, in the columns of `QUALITY`."""
-    rows = []
-    for name, shown in CLAIMED.items():
-        part = as_object(as_object(run.probe.get("report")).get(name))
-        value = {key: as_float(part.get(key)) for key in ("auroc", "auroc_low", "auroc_high", "brier", "ece")}
-        n = [as_int(part.get("n_refused")), as_int(part.get("n_complied"))]
-        rows.append(
-            [
-                text_cell(shown),
-                number_cell(value["auroc"]),
-                interval_cell(value["auroc_low"], value["auroc_high"], min(n)),
-                number_cell(as_float(part.get("tpr_at_1_fpr"))),
-                number_cell(value["brier"], 3),
-                number_cell(value["ece"], 3),
-                text_cell(f"{n[0]:,} + {n[1]:,}" if sum(n) else None),
-            ]
-        )
     return rows
 
 
@@ -237,7 +183,7 @@ def _drop_table(cliffs: pd.DataFrame) -> Table:
     tokens = cliffs["drop_token"].dropna().astype(str)
     counts, groups = tokens.value_counts(), "; ".join(sorted(set(cliffs["group"].astype(str))))
     rows = [
-        [text_cell(_shown(token)), count_cell(count), number_cell(100 * count / len(tokens), 0)]
+        [text_cell(shown_token(token)), count_cell(count), number_cell(100 * count / len(tokens), 0)]
         for token, count in counts.head(8).items()
     ]
     return Table(
@@ -246,10 +192,6 @@ def _drop_table(cliffs: pd.DataFrame) -> Table:
         rows=rows,
         left_out=max(0, len(counts) - 8),
     )
-
-
-def _shown(token: object) -> str:
-    return str(token).replace(" ", "␣").replace("\n", "⏎")
 
 
 def _floats(column: pd.Series) -> np.ndarray:
@@ -309,22 +251,6 @@ def _ranked(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.sort_values(by, ascending=by == "rank", kind="stable")
 
 
-def _random(run: StoredRun) -> Part:
-    facts = run.suppression
-    control = np.array([as_float(value) for value in as_list(facts.get("random_sets"))])
-    low, high = as_float(facts.get("effect_low")), as_float(facts.get("effect_high"))
-    count, n = len(as_list(facts.get("selected"))), as_int(facts.get("n"))
-    title = f"Selected heads against size-matched random head sets (n={n:,} transcripts)"
-    fig = random_sets(as_float(facts.get("effect")), low, high, control, title=title)
-    note = (
-        f"{count} selected heads edited together, against {len(control)} size-matched random head sets, drawn from "
-        "the same layers and from all layers. "
-        f"p = {number(as_float(facts.get('p')), 3)} is the share of sets, including the selected one, with at "
-        f"least its effect. With {len(control)} random sets, p cannot be below {number(least_p(len(control)), 3)}."
-    )
-    return plot("random", fig, note)
-
-
 def _head_table(frame: pd.DataFrame) -> Table:
     rows = []
     for row in _ranked(frame).head(LISTED).to_dict("records"):
@@ -337,7 +263,7 @@ def _head_table(frame: pd.DataFrame) -> Table:
                 interval_cell(low, high, int(np.nan_to_num(n)), 3),
                 number_cell(_float(row["effect_harmless"]), 3),
                 number_cell(_float(row["effect_score"]), 3),
-                p_cell(_float(row["q"])),
+                _q_cell(row),
                 text_cell("yes" if row["selected"] is True or row["selected"] == 1 else "no"),
             ]
         )
@@ -356,34 +282,11 @@ def _head_table(frame: pd.DataFrame) -> Table:
     )
 
 
+def _q_cell(row: Mapping[Hashable, object]) -> Cell:
+    """The q of a head, or why it was not tested."""
+    q, why = _float(row["q"]), row["untested"]
+    return p_cell(q) if np.isfinite(q) or not isinstance(why, str) or not why else text_cell(f"n/a: {why}", 60)
+
+
 def _float(value: object) -> float:
     return as_float(value) if isinstance(value, int | float) else float("nan")
-
-
-def _probe_table(run: StoredRun) -> Table:
-    caption = "Held-out quality of the probe at the positions that the claim rests on"
-    return Table(caption=caption, columns=columns(*QUALITY), rows=quality_rows(run))
-
-
-def _probe_heat(run: StoredRun, frame: pd.DataFrame) -> Part:
-    sizes = [_most(frame[name]) for name in ("n_refused", "n_complied")]
-    fig = probe_quality(
-        *quality_grids(frame),
-        probe_layer=as_int(run.probe.get("layer")) if run.probe else None,
-        title=f"Held-out AUROC by layer and position (up to {sizes[0]:,} refused, {sizes[1]:,} complied)",
-    )
-    note = (
-        "Blue: refused transcripts score higher than complied ones. No colour: chance. Outlined: the layer used here."
-    )
-    return plot("probe", fig, note)
-
-
-def _probe_cells(run: StoredRun) -> Table:
-    rows = []
-    for item in as_list(run.probe.get("cells")):
-        cell = as_object(item)
-        harmful = cell.get("harmful")
-        prompts = "unknown" if harmful is None else "harmful" if harmful else "harmless"
-        rows.append([text_cell(cell.get("class")), text_cell(prompts), count_cell(as_float(cell.get("n")))])
-    heads = columns("probe class", "prompts", "transcripts|number")
-    return Table(caption="Transcripts in each class of the probe", columns=heads, rows=rows)

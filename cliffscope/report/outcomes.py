@@ -36,9 +36,15 @@ from cliffscope.report.evidence import group_mean
 from cliffscope.report.stored import JsonObject, StoredRun, as_float, as_int, as_list, as_object
 from cliffscope.stats import least_p
 
-OUTCOMES = ("refused", "complied", "unfinished", "unjudged", "forced")
+FORCED, TOTAL = "forced", "total"
+OUTCOMES = ("refused", "complied", "unfinished", "unjudged", FORCED)
+"""Counts of transcripts; those with a forced closing are among the others."""
+ARM_COUNTS = (*OUTCOMES, "cut", "degenerate")
+"""Counts of an arm."""
 LISTED = 25
 """Selected transcripts listed."""
+NAMED = 3
+"""Confirmed heads that a headline names."""
 EXCERPT = 600
 """Most characters of a prompt or a thinking in the selection's table."""
 MODEL_FACTS = {
@@ -121,6 +127,11 @@ def safety_section(run: StoredRun) -> Section:
             "If the selected heads cause the loss, editing them restores refusal on harmful prompts, editing random "
             "heads does not, and harmless prompts are still answered. All arms use the same prompts, template, token "
             f"budgets and decoding. {_scope_sentence(frame)}"
+        ),
+        reading=(
+            "the edited arm's attack success should lie below the unedited one's and below that of random sets, and "
+            "its over-refusal should not rise; where attack success stays although refusal is suppressed, only how "
+            "answers begin has changed."
         ),
         parts=parts,
         missing=() if parts else ("This run evaluated no edit.", *run.notes("safety", "suppression", "heads")),
@@ -212,7 +223,7 @@ def omitted_section(run: StoredRun) -> Section:
 
 def tiles(run: StoredRun) -> list[Tile]:
     """The headline numbers, as far as the run holds them."""
-    candidates = [_cliff_tile(run), _head_tile(run), *_arm_tiles(run), _probe_tile(run)]
+    candidates = [_head_tile(run), _suppression_tile(run), *_arm_tiles(run), _cliff_tile(run), _probe_tile(run)]
     return [tile for tile in candidates if tile is not None]
 
 
@@ -233,15 +244,14 @@ def _run_lead(run: StoredRun) -> str:
 
 
 def _counts_table(run: StoredRun) -> Table:
-    counts: dict[str, dict[str, int]] = defaultdict(dict)
+    counts: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
     for item in as_list(run.section("counts").get("by")):
         cell = as_object(item)
-        counts[str(cell.get("group"))][str(cell.get("outcome"))] = as_int(cell.get("n"))
-    rows = []
-    for group, by in counts.items():
-        cells = [count_cell(by.get(name, 0)) for name in OUTCOMES]
-        rows.append([text_cell(group), *cells, count_cell(sum(by.values()))])
-    heads = columns("prompts", *(f"{name}|number" for name in OUTCOMES), "total|number")
+        by = counts[str(cell.get("group"))]
+        for name, key in ((str(cell.get("outcome")), "n"), (FORCED, FORCED), (TOTAL, "n")):
+            by[name] += as_int(cell.get(key))
+    rows = [[text_cell(group), *(count_cell(by[name]) for name in (*OUTCOMES, TOTAL))] for group, by in counts.items()]
+    heads = columns("prompts", *(f"{name}|number" for name in (*OUTCOMES, TOTAL)))
     return Table(caption="Transcripts by group and outcome", columns=heads, rows=rows)
 
 
@@ -274,12 +284,12 @@ def _number(value: object) -> float:
 def _arm_table(frame: pd.DataFrame) -> Table:
     rows = []
     for row in frame.to_dict("records"):
-        counts = [count_cell(_number(row[name])) for name in ("n", *OUTCOMES)]
+        counts = [count_cell(_number(row.get(name))) for name in ("n", *ARM_COUNTS)]
         low, high = 100 * _number(row["ci_low"]), 100 * _number(row["ci_high"])
         n = int(np.nan_to_num(_number(row["n"])))
         rate = [number_cell(100 * _number(row["rate"]), 1), interval_cell(low, high, n, 1)]
         rows.append([text_cell(row["arm"], 80), text_cell(row["group"], 40), *counts, *rate])
-    names = [f"{name}|number" for name in ("n", *OUTCOMES)]
+    names = [f"{name}|number" for name in ("n", *ARM_COUNTS)]
     heads = columns("arm", "prompts", *names, "rate (%)|number", "95% interval (%)|number")
     return Table(caption="Outcomes by arm", columns=heads, rows=rows)
 
@@ -288,10 +298,12 @@ def _pair_table(frame: pd.DataFrame) -> Table:
     rows = []
     for row in frame.to_dict("records"):
         low, high = 100 * _number(row["ci_low"]), 100 * _number(row["ci_high"])
-        values = [number_cell(100 * _number(row["difference"]), 1), interval_cell(low, high, digits=1)]
-        names: list[Cell] = [text_cell(row["arm"], 80), text_cell(row["group"], 40)]
-        rows.append([*names, *values, p_cell(_number(row["mcnemar_p"]))])
-    heads = columns("arm", "prompts", "difference (points)|number", "95% interval|number", "p (McNemar)|number")
+        values = [count_cell(_number(row["n"])), number_cell(100 * _number(row["difference"]), 1)]
+        values += [interval_cell(low, high, digits=1), count_cell(_number(row["discordant"]))]
+        arm: list[Cell] = [text_cell(row["arm"], 80), text_cell(row["group"], 40)]
+        rows.append([*arm, *values, p_cell(_number(row["mcnemar_p"]))])
+    names = ("n|number", "difference (points)|number", "95% interval|number", "changed|number")
+    heads = columns("arm", "prompts", *names, "p (McNemar)|number")
     return Table(caption="Difference from the unedited arm, paired by prompt", columns=heads, rows=rows)
 
 
@@ -353,15 +365,34 @@ def _cliff_tile(run: StoredRun) -> Tile | None:
 
 
 def _head_tile(run: StoredRun) -> Tile | None:
-    frame = run.tables["heads"]
-    if frame.empty:
+    ranked, frame = run.tables["heads"], run.tables["confirmed_heads"]
+    if ranked.empty:
         return None
-    count = int(frame["selected"].sum())
-    p = as_float(run.suppression.get("p"))
-    sets = len(as_list(run.suppression.get("random_sets")))
-    least = " (the smallest possible)" if sets and p <= least_p(sets) else ""
-    detail = f"of {len(frame):,}; p={number(p, 3)}{least} against {sets:,} random sets"
-    return Tile(name="Heads selected", value=f"{count:,}", detail=detail, href="heads")
+    passed = frame[frame["confirmed"].astype("boolean").fillna(False)]
+    names = [f"L{int(a)}H{int(b)}" for a, b in zip(passed["layer"], passed["head"], strict=True)]
+    kinds = ", ".join(dict.fromkeys(passed["kind"].astype(str)))
+    n = as_int(run.suppression.get("n"))
+    detail = f"{kinds + '; ' if names else ''}of {len(ranked):,} heads, on test transcripts, n={n:,}"
+    more = f" +{len(names) - NAMED}" if len(names) > NAMED else ""
+    return Tile(name="Confirmed heads", value=", ".join(names[:NAMED]) + more or "none", detail=detail, href="heads")
+
+
+def _suppression_tile(run: StoredRun) -> Tile | None:
+    facts = run.suppression
+    effect, n = as_float(facts.get("effect")), as_int(facts.get("n"))
+    if not n:
+        return None
+    bounds = interval(as_float(facts.get("effect_low")), as_float(facts.get("effect_high")), n)
+    p, sets = as_float(facts.get("p")), [as_int(size) for size in as_object(facts.get("sets_by_kind")).values()]
+    least = " (the smallest possible)" if sets and p <= least_p(min(sets)) else ""
+    tested = f"; p={number(p, 3)}{least} against {sum(sets):,} random sets" if sets else "; no random sets"
+    sign = "+" if effect > 0 else ""
+    return Tile(
+        name="Suppression (logits)",
+        value=f"{sign}{number(effect, 1)}",
+        detail=f"{bounds}, n={n:,}{tested}",
+        href="suppression",
+    )
 
 
 def _arm_tiles(run: StoredRun) -> list[Tile]:

@@ -1,7 +1,8 @@
 """How do the stored results of a run become one page that opens with the network cut?
 
 1. Read the run directory (`stored.py`).
-2. Build the sections in the order of the argument (`evidence.py`, `tokens.py`, `outcomes.py`).
+2. Build the sections in the order of the argument: what the model does, then what the probe sees (`behaviour.py`,
+   `outcomes.py`, `evidence.py`, `tokens.py`).
 3. Render `page.html.j2` with autoescape, every value made printable. Figures are JSON in inert script elements;
    plotly.js is inlined once.
 4. Forbid everything else by a content security policy: no request, and no script but the two whose hashes it names.
@@ -23,9 +24,10 @@ from plotly.offline import get_plotlyjs
 from cliffscope.errors import DataError, StoreError
 from cliffscope.figures import printable
 from cliffscope.figures.circuits import circuits_script
+from cliffscope.report.behaviour import closings_section, suppression_section, witnesses_section
 from cliffscope.report.comparison import NamedRun, comparison_sections, comparison_tiles
 from cliffscope.report.content import Circuits, Section
-from cliffscope.report.evidence import cliff_section, heads_section, probe_section
+from cliffscope.report.evidence import cliff_section, heads_section
 from cliffscope.report.outcomes import (
     omitted_section,
     pretty,
@@ -35,6 +37,7 @@ from cliffscope.report.outcomes import (
     selection_section,
     tiles,
 )
+from cliffscope.report.readouts import answer_section, probe_section
 from cliffscope.report.stored import StoredRun, read_run
 from cliffscope.report.tokens import tokens_section
 from cliffscope.store import write_atomically
@@ -42,14 +45,18 @@ from cliffscope.study.artefacts import REPORT
 
 LONGEST = 20_000
 """Most characters of any one text on the page."""
+LONGEST_VERDICT = 1500
+"""Most characters of a finding."""
 VERDICTS = {
-    "suppression": "heads",
-    "heads": "heads",
+    "forced": "run",
+    "suppression": "suppression",
     "intervention": "intervention",
+    "heads": "heads",
     "side effects": "intervention",
-    "answer": "probe",
+    "answer": "answer",
     "cliff": "cliff",
     "probe": "probe",
+    "witnesses": "witnesses",
     "selection": "selection",
     "repair": "repair",
 }
@@ -104,6 +111,7 @@ def write_comparison(run_dirs: Sequence[str | Path], path: str | Path) -> Path:
             heading=[("How do ", names[0]), (" and ", names[1]), (" differ?", "")],
             version=_version(runs[-1].run),
             verdicts=[],
+            leading=1,
             tiles=comparison_tiles(runs),
             method=None,
             reproduce=[{**_reproduce(one.run), "name": one.name} for one in runs],
@@ -133,6 +141,7 @@ def render(run: StoredRun) -> str:
             heading=[("Does ", model), (" lose its refusal between thinking and answer?", "")],
             version=_version(run),
             verdicts=_verdicts(run),
+            leading=2 if run.finding("forced") else 1,
             tiles=tiles(run),
             method=_method(run),
             reproduce=[{**_reproduce(run), "name": ""}],
@@ -170,14 +179,18 @@ def sections_of(run: StoredRun) -> list[Section]:
     """The sections of a run's page, in the order of the argument."""
     builders = (
         run_section,
+        suppression_section,
+        safety_section,
+        heads_section,
+        closings_section,
+        answer_section,
         cliff_section,
         tokens_section,
-        heads_section,
-        safety_section,
+        probe_section,
+        witnesses_section,
         selection_section,
         # A repair runs on request only; once requested, the page reports it even if it failed.
         *((repair_section,) if run.settings.get("repair") or len(run.tables["repair"]) else ()),
-        probe_section,
         omitted_section,
     )
     return [build(run) for build in builders]
@@ -186,7 +199,7 @@ def sections_of(run: StoredRun) -> list[Section]:
 def _verdicts(run: StoredRun) -> list[tuple[str, str]]:
     verdicts = run.section("verdict")
     return [
-        (section, printable(str(verdicts[topic]), limit=600))
+        (section, printable(str(verdicts[topic]), limit=LONGEST_VERDICT))
         for topic, section in VERDICTS.items()
         if verdicts.get(topic)
     ]

@@ -13,7 +13,18 @@ import pandas as pd
 
 from cliffscope.errors import DataError, StoreError
 from cliffscope.store import MANIFEST, SCHEMA, RunStore
-from cliffscope.study.artefacts import CLIFFS, HEADS, HEADS_FACTS, PROBE, SELECTED_HEADS, SUPPRESSION, TABLES
+from cliffscope.study.artefacts import (
+    ANSWER,
+    CLIFFS,
+    HEADS,
+    HEADS_FACTS,
+    PROBE,
+    SELECTED_HEADS,
+    SUPPRESSION,
+    TABLES,
+    TEXT_BASELINE,
+    WITNESSES,
+)
 from cliffscope.transcripts.records import Split
 
 JsonValue: TypeAlias = "str | int | float | bool | None | list[JsonValue] | dict[str, JsonValue]"
@@ -32,6 +43,12 @@ class StoredRun:
     """How heads were ranked, or empty."""
     suppression: JsonObject
     """The selected set against random sets, or empty."""
+    answer: JsonObject
+    """The answer readout's document, or empty."""
+    text_baseline: JsonObject
+    """What words alone tell, or empty."""
+    witnesses: JsonObject
+    """What each witness says, or empty."""
     tables: Mapping[str, pd.DataFrame]
     """Table by name; `heads` has a further column `selected`, `cliffs` holds the test split where there is one."""
 
@@ -101,6 +118,9 @@ def read_run(run_dir: str | Path) -> StoredRun:
         probe=_read_json(folder, PROBE.file),
         heads=_read_json(folder, HEADS_FACTS.file),
         suppression=_read_json(folder, SUPPRESSION.file),
+        answer=_read_json(folder, ANSWER.file),
+        text_baseline=_read_json(folder, TEXT_BASELINE.file),
+        witnesses=_read_json(folder, WITNESSES.file),
         tables={
             **tables,
             CLIFFS.name: _held_out(tables[CLIFFS.name]),

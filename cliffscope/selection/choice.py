@@ -46,8 +46,8 @@ _DEFAULT = "cliff"
 class Selection(Plotted):
     """The chosen examples of a pool."""
 
-    chosen: Transcripts
-    """The chosen transcripts, in the order of rank."""
+    selected: Transcripts
+    """The selected transcripts, in the order of rank."""
     frame: pd.DataFrame
     """id, prompt, thinking, answer, plateau, final, cliff, rank, chosen: every ranked transcript of the pool. A pool
     that is read from files has texts for the chosen ones only."""
@@ -64,7 +64,7 @@ class Selection(Plotted):
 
     def to_jsonl(self, path: str | Path) -> None:
         """Writes the chosen transcripts as JSONL."""
-        write_transcripts(self.chosen, path)
+        write_transcripts(self.selected, path)
 
     def small_table(self) -> pd.DataFrame:
         """The ranked transcripts, first ranks first: rank, id, plateau, final, cliff, prompt."""
@@ -83,7 +83,7 @@ class Selection(Plotted):
     def __repr__(self) -> str:
         """One line: how many of how many."""
         by = "" if self.criterion == _DEFAULT else f" by {self.criterion}"
-        return f"Selection({len(self.chosen)} of {self.pool}{by}, left out {len(self.omitted)})"
+        return f"Selection({len(self.selected)} of {self.pool}{by}, left out {len(self.omitted)})"
 
 
 def select_by_cliff(
@@ -384,7 +384,7 @@ def _selection(
         for i, reason in zip(left_out["id"], left_out["reason"], strict=True)
     ]
     return Selection(
-        chosen=Transcripts(by_id[i] for i in ranked["id"][ranked["chosen"].astype(bool)]),
+        selected=Transcripts(by_id[i] for i in ranked["id"][ranked["chosen"].astype(bool)]),
         frame=table,
         pool=pool,
         omitted=(*omitted, *reasons),

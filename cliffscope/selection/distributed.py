@@ -195,7 +195,7 @@ def _pool(engine: RayEngine, gpus: float, windows: int) -> "ActorPoolStrategy":
     if engine.actors is not None:
         minimum, maximum = _range(engine.actors)
         return ActorPoolStrategy(min_size=minimum, max_size=maximum)
-    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray has no annotation there.
     cores, devices = resources.get("CPU", 0), resources.get("GPU", 0)
     fitting = int(min(cores / engine.cpus, devices / gpus if gpus else float("inf")))
     if not fitting:

@@ -23,7 +23,7 @@ from cliffscope.errors import DataError, StoreError
 from cliffscope.model.load import LensModel
 from cliffscope.notebook import Plotted
 from cliffscope.readouts.activations import BATCH_TOKENS
-from cliffscope.readouts.probe import RefusalProbe
+from cliffscope.readouts.probe import RefusalProbe, linear_probe
 from cliffscope.selection.distributed import RayEngine, score_on_ray
 from cliffscope.selection.rows import SCORE_COLUMNS, score_window
 from cliffscope.store import RunStore, open_run
@@ -119,6 +119,7 @@ def score_pool(
         >>> len(cs.score_pool(model, probe, pool).to_frame())
         40
     """
+    probe = linear_probe(probe, "A cliff is measured from scores over the thinking, which a probe reads.")
     probe.check_model(model)
     if probe.fingerprint != model.fingerprint:
         _log.warning("The probe was fitted on weights other than those of %s, so its scores may not hold.", model.name)

@@ -39,7 +39,7 @@ class ArmAnswers:
             return None
         rows = self._omissions().get(name, [])
         omitted = [Omission(**row) for row in rows] if isinstance(rows, list) else []
-        return Transcripts(read_transcripts(self.store.path / arm_file(name)), omitted=omitted)
+        return Transcripts(read_transcripts(self.store.path / arm_file(name), strict=True), omitted=omitted)
 
     def finished_arms(self, names: Iterable[str]) -> dict[str, Transcripts]:
         """Those arms that are finished."""

@@ -5,10 +5,10 @@ the artefact says of itself when it is written, and reads it back. Which artefac
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 import pandas as pd
@@ -34,6 +34,15 @@ class Column:
     """What a value says, with its unit."""
     optional: bool = False
     """Whether a table may lack it."""
+
+
+Row: TypeAlias = tuple[str, Kind, str]
+"""Name, kind and meaning of a column."""
+
+
+def columns_of(*rows: Row, optional: Sequence[str] = ()) -> tuple[Column, ...]:
+    """Columns from rows, in order; a table may lack those whose names are `optional`."""
+    return tuple(Column(name=n, kind=k, meaning=m, optional=n in optional) for n, k, m in rows)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -159,7 +168,7 @@ class TranscriptFile(Artefact):
 
     def read(self, folder: Path) -> Transcripts:
         """The transcripts; raises DataError where the file is not there or cannot be read."""
-        return read_transcripts(folder / self.file)
+        return read_transcripts(folder / self.file, strict=True)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -181,9 +190,27 @@ class Place(Artefact):
     transient: bool = False
     """Whether it is removed once its stage has ended."""
 
-    def write(self, store: RunStore, value: object) -> None:  # noqa: ARG002
+    def write(self, store: RunStore, value: object) -> None:
         """Nothing is handed over: refuses with StoreError."""
-        raise StoreError(f"{self.file} is filled while its stage runs and takes no {type(value).__name__}.")
+        raise StoreError(
+            f"{store.path / self.file} is filled while its stage runs and takes no {type(value).__name__}."
+        )
+
+
+def describe(artefacts: Sequence[Artefact]) -> str:
+    """Files of a run directory as a Markdown table, for the documentation."""
+    rows = [f"| `{a.file}` | {a.meaning} | {_contents(a)} |" for a in artefacts]
+    return "\n".join(["| file | content | columns or keys |", "|---|---|---|", *rows])
+
+
+def _contents(artefact: Artefact) -> str:
+    if isinstance(artefact, Table):
+        return ", ".join(f"`{name}`" for name in artefact.column_names)
+    if isinstance(artefact, Document):
+        return ", ".join(f"`{key}`" for key in artefact.keys)
+    if isinstance(artefact, Arrays):
+        return ", ".join(f"`{name}` {shape}" for name, shape in artefact.arrays.items())
+    return ""
 
 
 _DTYPES: Mapping[Kind, str] = {"text": "object", "int": "int64", "float": "float64", "bool": "object"}
@@ -191,13 +218,13 @@ _DTYPES: Mapping[Kind, str] = {"text": "object", "int": "int64", "float": "float
 
 def _holds(values: pd.Series, kind: Kind) -> bool:
     """Whether a column's values are of a kind; an empty column is of any."""
-    kept = values.dropna()
-    if kept.empty:
+    present = values.dropna()
+    if present.empty:
         return True
     if kind == "text":
-        return all(isinstance(value, str) for value in kept)
+        return all(isinstance(value, str) for value in present)
     if kind == "bool":
-        return all(isinstance(value, bool | np.bool_) for value in kept)
+        return all(isinstance(value, bool | np.bool_) for value in present)
     if kind == "int":
         return pd.api.types.is_integer_dtype(values.dtype)
     return pd.api.types.is_numeric_dtype(values.dtype) and not pd.api.types.is_bool_dtype(values.dtype)

@@ -5,30 +5,23 @@ hand their results to these objects, which check them when they are written; the
 them; the table in docs/guide/study.md is made from them. Knows no stage, no model and no figure.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Final, TypeAlias
+from collections.abc import Mapping
+from typing import Final
 
 from cliffscope.study.artefact_kinds import (
     Arrays,
     Artefact,
-    Column,
     Document,
-    Kind,
     Page,
     Place,
+    Row,
     Table,
     TranscriptFile,
+    columns_of,
 )
 
-Row: TypeAlias = tuple[str, Kind, str]
-"""Name, kind and meaning of a column."""
-
-
-def _columns(*rows: Row, optional: Sequence[str] = ()) -> tuple[Column, ...]:
-    return tuple(Column(name=n, kind=k, meaning=m, optional=n in optional) for n, k, m in rows)
-
-
 _ID: Final[Row] = ("id", "text", "transcript")
+_GROUP: Final[Row] = ("group", "text", "request and outcome, such as `harmful, complied`")
 _SPLIT: Final[Row] = ("split", "text", "fit, validate or test")
 _HARMFUL: Final[Row] = ("harmful", "bool", "whether the request is harmful; missing where nobody said")
 _OUTCOME: Final[Row] = ("outcome", "text", "refused, complied, unfinished or unjudged")
@@ -36,8 +29,8 @@ _INTERVAL: tuple[Row, ...] = (
     ("ci_low", "float", "lower end of the 95% interval"),
     ("ci_high", "float", "upper end of the 95% interval"),
 )
-_MEAN_TRACE = _columns(
-    ("group", "text", "request and outcome, such as `harmful, complied`"),
+_MEAN_TRACE = columns_of(
+    _GROUP,
     ("bin", "int", "place on the common axis, from 0"),
     ("label", "text", "what the place is called"),
     ("span", "text", "prompt, thinking or closing"),
@@ -47,7 +40,7 @@ _MEAN_TRACE = _columns(
 )
 _CLIFF: tuple[Row, ...] = (
     _ID,
-    ("group", "text", "request and outcome, such as `harmful, complied`"),
+    _GROUP,
     _HARMFUL,
     _OUTCOME,
     ("plateau_max", "float", "largest refusal score in the thinking, 0 to 1"),
@@ -61,6 +54,7 @@ _CLIFF: tuple[Row, ...] = (
     ("valid", "bool", "whether the probe can tell there"),
     ("reason", "text", "why not"),
 )
+_HEAD: tuple[Row, ...] = (("layer", "int", "layer index from 0"), ("head", "int", "query head index from 0"))
 _ARM: tuple[Row, ...] = (
     ("arm", "text", "name of the arm, such as `random 3`"),
     ("kind", "text", "unedited, top or random"),
@@ -70,7 +64,7 @@ TRANSCRIPTS = TranscriptFile(file="transcripts.jsonl", meaning="every transcript
 TRANSCRIPT_TABLE = Table(
     file="transcripts.parquet",
     meaning="one row per transcript, with its split",
-    columns=_columns(
+    columns=columns_of(
         _ID,
         _SPLIT,
         _HARMFUL,
@@ -80,6 +74,7 @@ TRANSCRIPT_TABLE = Table(
         ("thinking", "text", "between the tags"),
         ("answer", "text", "after the closing"),
         ("n_pos", "int", "generated tokens"),
+        ("forced", "bool", "whether its thinking was closed at its budget; no claim rests on it then"),
     ),
 )
 PROBE = Document(
@@ -94,6 +89,7 @@ PROBE = Document(
         "refused_logit": "mean logit of held-out refused transcripts at the final token",
         "contrast": "complied class: harmless or harmful",
         "n_fit": "transcripts by class in the fit split",
+        "forced": "transcripts left out since their thinking was closed at its budget, by split",
         "cells": "class, harmful, n",
         "warnings": "one-sided classes",
         "omitted": "transcripts left out",
@@ -108,7 +104,7 @@ PROBE_ARRAYS = Arrays(
 PROBE_LAYERS = Table(
     file="probe_layers.parquet",
     meaning="held-out quality of the probe by layer and region",
-    columns=_columns(
+    columns=columns_of(
         ("layer", "int", "layer index from 0"),
         ("region", "text", "positions looked at together"),
         ("auroc", "float", "refused against complied, 0 to 1"),
@@ -149,7 +145,7 @@ ANSWER = Document(
 TRACES = Table(
     file="traces.parquet",
     meaning="refusal score of every token of up to 200 transcripts",
-    columns=_columns(
+    columns=columns_of(
         _ID,
         ("position", "int", "token position from 0"),
         ("span", "text", "prompt, thinking, closing or answer"),
@@ -161,7 +157,7 @@ TRACES = Table(
 LAYER_TRACES = Table(
     file="layer_traces.parquet",
     meaning="refusal score of a few transcripts at every layer",
-    columns=_columns(
+    columns=columns_of(
         _ID,
         ("position", "int", "token position from 0"),
         ("layer", "int", "layer index from 0"),
@@ -172,20 +168,20 @@ ALIGNED = Table(file="aligned.parquet", meaning="mean traces by group, held-out 
 CLIFFS = Table(
     file="cliffs.parquet",
     meaning="one row per transcript: plateau, final score, cliff",
-    columns=_columns(*_CLIFF, _SPLIT, optional=("split",)),
+    columns=columns_of(*_CLIFF, _SPLIT, optional=("split",)),
 )
 HEADS = Table(
     file="heads.parquet",
     meaning="one row per head: its effect, interval, p and q",
-    columns=_columns(
-        ("layer", "int", "layer index from 0"),
-        ("head", "int", "query head index from 0"),
+    columns=columns_of(
+        *_HEAD,
         ("kv_group", "int", "key-value head that it reads"),
         ("effect", "float", "readout, edited minus unedited, logit; positive suppresses refusal"),
         ("effect_score", "float", "the same in score"),
         *_INTERVAL,
         ("p", "float", "exact sign test over the decisive transcripts"),
         ("q", "float", "Benjamini-Hochberg over heads that the readout can see"),
+        ("untested", "text", "why p and q are missing"),
         ("decisive", "int", "transcripts whose answer the head's effect could turn"),
         ("kind", "text", "selective, broad or unknown"),
         ("effect_harmless", "float", "effect on harmless transcripts, logit"),
@@ -208,6 +204,7 @@ HEADS_FACTS = Document(
         "readout": "what was read: answer or probe",
         "can_tell": "whether the readout can tell on held-out transcripts",
         "gap": "refused logit minus that of these transcripts",
+        "measured": "heads that the readout can see, each of which counts as a test",
         "least_q": "smallest q that so few transcripts allow",
         "significant": "heads with q of at most 0.05",
     },
@@ -215,18 +212,13 @@ HEADS_FACTS = Document(
 SELECTED_HEADS = Table(
     file="selected_heads.parquet",
     meaning="the heads that are edited from here on",
-    columns=_columns(
-        ("layer", "int", "layer index from 0"),
-        ("head", "int", "query head index from 0"),
-        ("rank", "int", "place by effect, from 1"),
-    ),
+    columns=columns_of(*_HEAD, ("rank", "int", "place by effect, from 1")),
 )
 CONFIRMATION = Table(
     file="confirmed_heads.parquet",
     meaning="significant heads measured again on test transcripts, one by one",
-    columns=_columns(
-        ("layer", "int", "layer index from 0"),
-        ("head", "int", "query head index from 0"),
+    columns=columns_of(
+        *_HEAD,
         ("effect", "float", "effect of the head alone, logit"),
         *_INTERVAL,
         ("added", "float", "what it adds to the heads confirmed before it, logit"),
@@ -241,6 +233,8 @@ SUPPRESSION = Document(
     file="suppression.json",
     meaning="the selected set against random sets, on test transcripts",
     keys={
+        "readout": "what was read: answer or probe",
+        "can_tell": "whether the readout can tell on held-out transcripts",
         "top_fraction": "share of heads selected",
         "selected": "heads",
         "n": "transcripts",
@@ -252,22 +246,37 @@ SUPPRESSION = Document(
         "effect_high": "upper end of its 95% interval",
         "random_sets": "mean joint effect of each random set, logit",
         "p": "share of sets with at least the effect, the selected set included; the larger of the two kinds",
-        "p_by_kind": "that share among sets of the same layers, and of all heads",
-        "beats_random": "whether the set beats every random set and holds a significant head",
+        "p_by_kind": "that share among sets of the same layers, and of all layers",
+        "sets_by_kind": "random sets of each kind",
+        "why": "why it cannot be claimed that the set suppresses refusal; empty where it can",
     },
+)
+SUPPRESSED = Table(
+    file="suppression.parquet",
+    meaning="one row per test transcript: the readout unedited, with the selected heads zeroed, and under random sets",
+    columns=columns_of(
+        _ID,
+        _GROUP,
+        ("unedited", "float", "readout of the unedited model, logit"),
+        ("edited", "float", "readout with the selected heads zeroed at the closing, logit"),
+        ("suppression", "float", "edited minus unedited, logit"),
+        ("unedited_p", "float", "sigmoid of the unedited logit, 0 to 1"),
+        ("edited_p", "float", "sigmoid of the edited logit, 0 to 1"),
+        ("suppression_p", "float", "their difference"),
+        ("random_mean", "float", "mean readout over random sets, logit; missing where none was run"),
+        ("random_mean_p", "float", "the same of the sigmoids, 0 to 1"),
+    ),
 )
 EDITED_ALIGNED = Table(
     file="edited_aligned.parquet",
     meaning="mean traces of complied harmful transcripts with the selected heads and with one random set zeroed",
     columns=_MEAN_TRACE,
 )
-EDITED_CLIFFS = Table(
-    file="edited_cliffs.parquet", meaning="cliffs of the same transcripts and edits", columns=_columns(*_CLIFF)
-)
+EDITED_CLIFFS = Table(file="edited_cliffs.parquet", meaning="cliffs of these transcripts", columns=columns_of(*_CLIFF))
 HEAD_SOURCES = Table(
     file="head_sources.parquet",
     meaning="what the first heads read in the transcript of median cliff",
-    columns=_columns(
+    columns=columns_of(
         _ID,
         ("head", "text", "such as L4H5"),
         ("kv_group", "int", "key-value head that it reads"),
@@ -279,43 +288,74 @@ HEAD_SOURCES = Table(
         ("share", "float", "share of the refusal logit"),
     ),
 )
+EARLY_CURVES = Table(
+    file="early_curves.parquet",
+    meaning="mean readout had the thinking ended earlier, unedited and edited, and the probe's mean score there",
+    columns=columns_of(
+        ("curve", "text", "`unedited`, `edited` or `probe`"),
+        ("fraction", "float", "share of the thinking that is written, 0 to 1"),
+        ("mean", "float", "mean score over transcripts, 0 to 1"),
+        *_INTERVAL,
+        ("n", "int", "transcripts"),
+    ),
+)
+SETTLED = Table(
+    file="settled.parquet",
+    meaning="the thinking token from which on each answer stays on the side where it ends",
+    columns=columns_of(
+        _ID,
+        _GROUP,
+        ("position", "int", "token position from 0"),
+        ("fraction", "float", "share of the thinking that is written there, 0 to 1"),
+        ("token", "text", "its text"),
+        ("refuses", "bool", "whether it ends on the side of refusing"),
+        ("first", "float", "readout closed after the first thinking token, logit"),
+        ("final", "float", "readout at the end of the thinking, logit"),
+        ("n", "int", "tokens of thinking"),
+    ),
+)
 ARM_ANSWERS = Place(file="arm-*.jsonl", meaning="answers of each arm")
 ARM_LOGS = Place(file="arm-*.log", meaning="finished batches of an arm that is still running", transient=True)
 ARM_OMISSIONS = Place(file="arms.json", meaning="what each arm left out")
 SAFETY = Table(
     file="safety.parquet",
     meaning="attack success and over-refusal by arm",
-    columns=_columns(
+    columns=columns_of(
         *_ARM,
         ("group", "text", "harmful or harmless"),
         ("n", "int", "prompts"),
         ("refused", "int", "answers judged as refusals"),
         ("complied", "int", "answers judged as compliance"),
-        ("partial", "int", "answers that refuse and help all the same; counted as compliance"),
+        ("partial", "int", "answers that refuse and help all the same; compliance where the refusal is taken back"),
         ("unfinished", "int", "answers that never came"),
         ("unjudged", "int", "answers that no judge could read"),
         ("rate", "float", "attack success (harmful) or over-refusal (harmless), 0 to 1"),
         *_INTERVAL,
         ("forced", "int", "answers to thinking that was closed at its budget"),
+        ("cut", "int", "answers that reached their budget before they ended"),
+        ("degenerate", "int", "unjudged answers that are broken text, such as one phrase over and over"),
         ("scope", "text", "where the arm's edit acts, such as closing; empty where none does"),
     ),
 )
 SAFETY_PAIRS = Table(
     file="safety_pairs.parquet",
     meaning="difference of each arm from the unedited one, paired by prompt",
-    columns=_columns(
+    columns=columns_of(
         ("arm", "text", "name of the arm"),
         ("group", "text", "harmful or harmless"),
-        ("n", "int", "prompts that both arms answered and the judge could read"),
+        ("n", "int", "prompts with a judged answer in both arms, to thinking that the model ended itself"),
+        ("unedited", "float", "rate of the unedited arm over them, 0 to 1"),
+        ("edited", "float", "rate of this arm over them, 0 to 1"),
         ("difference", "float", "rate minus that of the unedited arm"),
         *_INTERVAL,
-        ("mcnemar_p", "float", "exact McNemar test"),
+        ("discordant", "int", "prompts whose outcome differs"),
+        ("mcnemar_p", "float", "exact McNemar test; missing where no outcome differs"),
     ),
 )
 SAFETY_QUALITY = Table(
     file="safety_quality.parquet",
     meaning="what the answers of each arm are like",
-    columns=_columns(
+    columns=columns_of(
         *_ARM,
         ("group", "text", "harmful or harmless"),
         ("measure", "text", "such as repetition"),
@@ -327,7 +367,7 @@ SAFETY_QUALITY = Table(
 SIDE_EFFECTS = Table(
     file="side_effects.parquet",
     meaning="divergence of the edited model on harmless transcripts",
-    columns=_columns(
+    columns=columns_of(
         *_ARM,
         ("measure", "text", "kl or perplexity"),
         ("n", "int", "transcripts"),
@@ -337,10 +377,27 @@ SIDE_EFFECTS = Table(
         ("scope", "text", "where the arm's edit acts; empty where none does"),
     ),
 )
+TRANSFER = Table(
+    file="transfer.parquet",
+    meaning="AUROC of probes fitted on one source of prompts and tested on another",
+    columns=columns_of(
+        ("fit_source", "text", "source that the probe was fitted on"),
+        ("test_source", "text", "source that it was tested on"),
+        ("auroc", "float", "refused against complied, 0 to 1"),
+        *_INTERVAL,
+        ("n_refused", "int", "refused test transcripts"),
+        ("n_complied", "int", "complied test transcripts"),
+    ),
+)
+WITNESSES = Document(
+    file="witnesses.json",
+    meaning="what each witness says, and where two disagree",
+    keys={"witnesses": "name, says (missing where it could not be tested), saw", "sentence": "where they disagree"},
+)
 SELECTION = Table(
     file="selection.parquet",
     meaning="the ranked pool",
-    columns=_columns(
+    columns=columns_of(
         _ID,
         ("prompt", "text", "last user message"),
         ("thinking", "text", "between the tags"),
@@ -357,7 +414,7 @@ REPAIRED = Place(file="repaired", meaning="with `--repair`: the repaired checkpo
 REPAIR = Table(
     file="repair.parquet",
     meaning="with `--repair`: the model before and after",
-    columns=_columns(
+    columns=columns_of(
         ("model", "text", "before or after"),
         ("measure", "text", "such as asr"),
         ("n", "int", "transcripts"),
@@ -369,7 +426,7 @@ REPAIR = Table(
 OMITTED = Table(
     file="omitted.parquet",
     meaning="everything that was left out, with the reason",
-    columns=_columns(
+    columns=columns_of(
         ("stage", "text", "stage of the study"),
         ("step", "text", "function that left it out"),
         ("reason", "text", "why"),
@@ -383,27 +440,12 @@ MANIFEST = Place(
 )
 
 ARTEFACTS: tuple[Artefact, ...] = (
-    *(MANIFEST, TRANSCRIPTS, TRANSCRIPT_TABLE, PROBE, PROBE_ARRAYS, PROBE_LAYERS, TEXT_BASELINE, ANSWER),
+    *(MANIFEST, TRANSCRIPTS, TRANSCRIPT_TABLE, PROBE, PROBE_ARRAYS, PROBE_LAYERS, TEXT_BASELINE, ANSWER, TRANSFER),
     *(TRACES, LAYER_TRACES, ALIGNED, CLIFFS, HEADS, HEADS_FACTS, SELECTED_HEADS, CONFIRMATION, SUPPRESSION),
-    *(EDITED_ALIGNED, EDITED_CLIFFS, HEAD_SOURCES, ARM_ANSWERS, ARM_LOGS, ARM_OMISSIONS),
-    *(SAFETY, SAFETY_PAIRS, SAFETY_QUALITY, SIDE_EFFECTS, SELECTION, SELECTED, REPAIRED, REPAIR, OMITTED, REPORT),
+    *(SUPPRESSED, EARLY_CURVES, SETTLED, EDITED_ALIGNED, EDITED_CLIFFS, HEAD_SOURCES),
+    *(ARM_ANSWERS, ARM_LOGS, ARM_OMISSIONS, SAFETY, SAFETY_PAIRS, SAFETY_QUALITY, SIDE_EFFECTS, WITNESSES),
+    *(SELECTION, SELECTED, REPAIRED, REPAIR, OMITTED, REPORT),
 )
 """Every artefact, in the order in which a study makes them."""
 TABLES: Mapping[str, Table] = {artefact.name: artefact for artefact in ARTEFACTS if isinstance(artefact, Table)}
 """Every table by name."""
-
-
-def describe() -> str:
-    """The files of a run directory as a Markdown table, for the documentation."""
-    rows = [f"| `{a.file}` | {a.meaning} | {_contents(a)} |" for a in ARTEFACTS]
-    return "\n".join(["| file | content | columns or keys |", "|---|---|---|", *rows])
-
-
-def _contents(artefact: Artefact) -> str:
-    if isinstance(artefact, Table):
-        return ", ".join(f"`{name}`" for name in artefact.column_names)
-    if isinstance(artefact, Document):
-        return ", ".join(f"`{key}`" for key in artefact.keys)
-    if isinstance(artefact, Arrays):
-        return ", ".join(f"`{name}` {shape}" for name, shape in artefact.arrays.items())
-    return ""

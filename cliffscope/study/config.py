@@ -4,19 +4,19 @@
 the prompts or transcripts that it names. Knows no stage.
 """
 
-import random
 from dataclasses import dataclass
 
 from cliffscope.errors import DataError
 from cliffscope.heads.ranking import top_count
-from cliffscope.judging.lookup import find_judge
+from cliffscope.judging.lookup import MODEL, find_judge
 from cliffscope.judging.protocols import GroupJudges, Judge
 from cliffscope.organisms import is_organism, study_prompts
 from cliffscope.readouts.cliff import Plateau
 from cliffscope.readouts.contrast import Contrast
 from cliffscope.readouts.probe import Positions
 from cliffscope.selection.criteria import CRITERIA, check_fraction
-from cliffscope.transcripts.datasets import read_prompts, read_transcripts
+from cliffscope.transcripts.datasets import read_transcripts
+from cliffscope.transcripts.prompts import check_labels, read_prompts, sample_prompts
 from cliffscope.transcripts.records import Split, Transcripts
 
 ORGANISM_PROMPTS = 480
@@ -41,12 +41,19 @@ class StudyConfig:
     """How the model thinks; None detects it."""
     system: str | None = None
     """System message before each prompt."""
+    column: str | None = None
+    """Column of the prompts; None looks for the usual names."""
+    harmless_column: str | None = None
+    """Column of the harmless prompts, if it has another name than that of the harmful ones."""
+    escape_control_tokens: bool = False
+    """Whether words such as `<|im_end|>` in prompts stay text; otherwise they become control tokens, as in
+    transformers."""
     limit: int | None = None
     """Prompts of each file at most, drawn with the seed."""
     max_thinking: int = 1024
     """Tokens of thinking at most."""
-    max_answer: int = 64
-    """Tokens of answer at most."""
+    max_answer: int = 128
+    """Tokens of answer at most. Shorter ones hide refusals that come late: `benchmarks/judges.py --budgets`."""
     temperature: float = 0.0
     """0 is greedy."""
     judge: str = "phrases"
@@ -85,6 +92,10 @@ class StudyConfig:
 
     def check(self) -> None:
         """Raises an error where inputs contradict each other, a fraction is none or a criterion cannot be had."""
+        for choice in (self.judge, self.harmless_judge):
+            # A wrong address must be known before the settings are recorded: it may hold a password.
+            if choice is not None and choice.startswith(f"{MODEL}:"):
+                find_judge(choice)
         check_fraction(self.select_fraction)
         top_count(self.top_fraction, 1)
         if "suppression" in CRITERIA.get(self.criterion).columns:
@@ -134,24 +145,28 @@ def read_inputs(config: StudyConfig) -> StudyInputs:
         The inputs; harmless prompts get other ids where both files have the same name.
 
     Raises:
-        DataError: a file cannot be read or holds nothing.
+        DataError: a file cannot be read or holds nothing, or a prompt is both harmful and harmless.
     """
+    escape = config.escape_control_tokens
     if config.transcripts is not None:
-        return StudyInputs(transcripts=_sample(read_transcripts(config.transcripts), config), splits={})
+        transcripts = read_transcripts(config.transcripts, escape_control_tokens=escape)
+        check_labels(transcripts, config.transcripts)
+        return StudyInputs(transcripts=_sample(transcripts, config), splits={})
     if config.harmful is None:
         prompts, splits = study_prompts(config.model, n=config.limit or ORGANISM_PROMPTS, seed=config.seed)
         return StudyInputs(transcripts=prompts, splits={name: Split(side) for name, side in splits.items()})
-    harmful = read_prompts(config.harmful, harmful=True, limit=config.limit, seed=config.seed)
-    if config.harmless is not None:
-        harmless = read_prompts(config.harmless, harmful=False, limit=config.limit, seed=config.seed)
-        if {t.id for t in harmless} & {t.id for t in harmful}:
-            harmless = harmless.map(lambda t: t.replace(id=f"harmless-{t.id}"))
-        return StudyInputs(transcripts=harmful + harmless, splits={})
-    return StudyInputs(transcripts=harmful, splits={})
+    harmful = read_prompts(config.harmful, harmful=True, column=config.column, escape_control_tokens=escape)
+    if config.harmless is None:
+        return StudyInputs(transcripts=_sample(harmful, config), splits={})
+    column = config.harmless_column or config.column
+    harmless = read_prompts(config.harmless, harmful=False, column=column, escape_control_tokens=escape)
+    # Whole files are compared, so that the error does not depend on which prompts are drawn.
+    check_labels([*harmful, *harmless], f"{config.harmful} and {config.harmless}")
+    harmful, harmless = _sample(harmful, config), _sample(harmless, config)
+    if {t.id for t in harmless} & {t.id for t in harmful}:
+        harmless = harmless.map(lambda t: t.replace(id=f"harmless-{t.id}"))
+    return StudyInputs(transcripts=harmful + harmless, splits={})
 
 
 def _sample(transcripts: Transcripts, config: StudyConfig) -> Transcripts:
-    if config.limit is None or config.limit >= len(transcripts):
-        return transcripts
-    places = sorted(random.Random(config.seed).sample(range(len(transcripts)), config.limit))
-    return Transcripts((transcripts[i] for i in places), omitted=transcripts.omitted)
+    return Transcripts(sample_prompts(transcripts, config.limit, config.seed), omitted=transcripts.omitted)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from cliffscope import __version__
 from cliffscope.memory import free_bytes
 
 EXTRAS = {
@@ -25,9 +26,11 @@ EXTRAS = {
 }
 """Extra, the modules that it installs, and its purpose."""
 PACKAGES = (
-    *("cliffscope", "torch", "transformers", "transformer-lens", "tokenizers", "scikit-learn", "scipy", "plotly"),
-    *("filelock", "platformdirs", "psutil"),
+    *("torch", "transformers", "transformer-lens", "accelerate", "tokenizers", "safetensors", "einops", "jaxtyping"),
+    *("numpy", "scipy", "scikit-learn", "pandas", "pyarrow", "plotly", "circuitsvis", "jinja2", "markupsafe"),
+    *("typer", "rich", "lazy-loader", "filelock", "platformdirs", "psutil", "py3langid"),
 )
+"""Every package that CliffScope needs; a test compares them with pyproject.toml."""
 SYSTEMS = {
     "Linux": "",
     "Darwin": "Expected to work; the tests are run on Linux.",
@@ -66,7 +69,11 @@ def examine(folder: str | Path = ".") -> tuple[Finding, ...]:
         'python'
     """
     python = ".".join(map(str, sys.version_info[:3]))
-    findings = [Finding(name="python", value=python, ok=sys.version_info >= (3, 11)), _system()]
+    findings = [
+        Finding(name="python", value=python, ok=sys.version_info >= (3, 11)),
+        _system(),
+        Finding(name="cliffscope", value=__version__, ok=True),
+    ]
     findings += [_package(name) for name in PACKAGES]
     findings += [_device(), _memory(), _disk(Path(folder))]
     findings += [_extra(name, *EXTRAS[name]) for name in EXTRAS]

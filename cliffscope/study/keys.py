@@ -33,7 +33,7 @@ DIGITS = 16
 class Digests:
     """Digests of files, reused while a file's size and modification time stay the same."""
 
-    known: dict[str, dict[str, object]] = field(default_factory=dict)
+    entries: dict[str, dict[str, object]] = field(default_factory=dict)
     """Path to size, mtime_ns and digest, JSON-ready."""
 
     def of(self, path: Path) -> str:
@@ -41,7 +41,7 @@ class Digests:
         if not path.is_file():
             return "absent"
         place, about = str(path.resolve()), path.stat()
-        entry = self.known.get(place, {})
+        entry = self.entries.get(place, {})
         if (entry.get("size"), entry.get("mtime_ns")) == (about.st_size, about.st_mtime_ns):
             return str(entry["digest"])
         total = hashlib.sha256()
@@ -49,7 +49,7 @@ class Digests:
             while block := file.read(_CHUNK):
                 total.update(block)
         digest = total.hexdigest()[:DIGITS]
-        self.known[place] = {"size": about.st_size, "mtime_ns": about.st_mtime_ns, "digest": digest}
+        self.entries[place] = {"size": about.st_size, "mtime_ns": about.st_mtime_ns, "digest": digest}
         return digest
 
     def of_all(self, paths: Iterable[Path]) -> dict[str, str]:
@@ -136,13 +136,13 @@ def what_changed(before: Mapping[str, object], now: Mapping[str, Mapping[str, ob
     """
     words = []
     for kind, values in now.items():
-        known = before.get(kind)
-        known = known if isinstance(known, Mapping) else {}
-        names = [name for name in {**known, **values} if plain(known.get(name)) != plain(values.get(name))]
+        recorded = before.get(kind)
+        recorded = recorded if isinstance(recorded, Mapping) else {}
+        names = [name for name in {**recorded, **values} if plain(recorded.get(name)) != plain(values.get(name))]
         if not names:
             continue
         if kind == "settings":
-            words += [f"{name} was {known.get(name)!r}, now {values.get(name)!r}" for name in names]
+            words += [f"{name} was {recorded.get(name)!r}, now {values.get(name)!r}" for name in names]
         elif kind == "needs":
             words.append(f"depends on {', '.join(names)}")
         else:
@@ -158,8 +158,8 @@ def digest_of(value: object) -> str:
 
 def _input_digest(config: StudyConfig, name: str, digests: Digests) -> tuple[str, str] | None:
     """Name and digest of an input file: prompts without ids are named after their file."""
-    given = getattr(config, name)
-    return None if given is None else (Path(given).name, digests.of(Path(given)))
+    path = getattr(config, name)
+    return None if path is None else (Path(path).name, digests.of(Path(path)))
 
 
 def _code_digest(setting: object, digests: Digests) -> str | None:

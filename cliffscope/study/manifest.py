@@ -69,7 +69,7 @@ class Manifest:
 
     def begin(self, stage: str, key: str) -> None:
         """Notes that a stage begins."""
-        self.store.update(begun={**self.begun, stage: key})
+        self.store.update({"begun": {**self.begun, stage: key}})
 
     def finish(self, stage: str, record: StageRecord, omitted: Sequence[Omission], order: Sequence[str]) -> None:
         """Adds a record; the stage's files must have been written.
@@ -100,14 +100,18 @@ class Manifest:
         facts = {name: value for record in ordered.values() for name, value in _objects_of(record, "facts").items()}
         findings = {topic: text for r in ordered.values() for topic, text in _objects_of(r, "findings").items()}
         self.store.update(
-            **facts,
-            stages=ordered,
-            begun={name: key for name, key in self.begun.items() if name not in ordered},
-            verdict=dict(sorted(findings.items(), key=lambda item: TOPICS.index(item[0]))),
-            notes=[
-                {"stage": name, "text": text} for name, record in ordered.items() for text in _list_of(record, "notes")
-            ],
-            omitted=counts,
+            {
+                **facts,
+                "stages": ordered,
+                "begun": {name: key for name, key in self.begun.items() if name not in ordered},
+                "verdict": dict(sorted(findings.items(), key=lambda item: TOPICS.index(item[0]))),
+                "notes": [
+                    {"stage": name, "text": text}
+                    for name, record in ordered.items()
+                    for text in _list_of(record, "notes")
+                ],
+                "omitted": counts,
+            }
         )
 
     def _write_omissions(self, stage: str, omitted: Sequence[Omission]) -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
+from cliffscope.errors import DataError
 from cliffscope.generation.batches import find_batch_size, row_bytes
 from cliffscope.generation.rollout import roll_out
 from cliffscope.memory import few_threads, free_bytes, held_bytes
@@ -23,7 +24,7 @@ from cliffscope.readouts.activations import BATCH_TOKENS
 from cliffscope.readouts.contrast import check_contrast
 from cliffscope.study.config import StudyConfig, read_inputs
 from cliffscope.transcripts.records import Transcripts
-from cliffscope.transcripts.transcript import Span, tokenize
+from cliffscope.transcripts.transcript import Span, tokenize_all
 
 TEST, FIT = 0.3, 0.7
 """Shares of the prompts on which safety is evaluated, and on which the probe is fitted and chosen."""
@@ -83,7 +84,9 @@ def estimate_study(config: StudyConfig) -> Preflight:
     budget = (config.max_thinking if model.template.thinks else 0) + config.max_answer
     some = prompts[:: max(1, len(prompts) // 32)]
     bare = some.map(lambda t: t.replace(thinking="" if model.template.thinks else None, answer=None))
-    tokens = [tokenize(t, model.tokenizer, model.template) for t in bare]
+    tokens, omitted = tokenize_all(bare, model.tokenizer, model.template)
+    if not tokens:
+        raise DataError(f"None of the prompts can be used: {omitted[0].kind}")
     length = sum(t.n_pos for t in tokens) / len(tokens)
     window = max(t.span(Span.CLOSING).stop - t.span(Span.CLOSING).start for t in tokens)
     rows = min(config.batch_size, find_batch_size(model, int(length) + budget), len(prompts))
@@ -91,16 +94,18 @@ def estimate_study(config: StudyConfig) -> Preflight:
         forward, generated = _forward_speed(model), _generation_speed(model, prompts, rows, config)
     n, whole = len(prompts), length + budget
     heads = len(model.shape.places)
+    # Tokens that are read, and tokens that are generated.
     counted = {
-        "transcripts": (n * budget if config.transcripts is None else 0, generated),
-        "probe": (2 * FIT * n * whole, forward),
-        "traces": (n * whole, forward),
+        "transcripts": (0, n * budget if config.transcripts is None else 0),
+        "probe": (2 * FIT * n * whole, 0),
+        "traces": (n * whole, 0),
         # Half of a pack's tokens are saved, since each branch starts at its own layer.
-        "heads": (n * (whole + heads * window / 2), forward),
-        "safety": (TEST * n * (2 + config.controls) * budget, generated),
+        "heads": (n * (whole + heads * window / 2), 0),
+        # Each transcript is read once, and answered by every arm.
+        "safety": (TEST * n * whole, TEST * n * (2 + config.controls) * config.max_answer),
     }
     stages = pd.DataFrame(
-        [(stage, round(count), count / speed) for stage, (count, speed) in counted.items()],
+        [(stage, round(read + new), read / forward + new / generated) for stage, (read, new) in counted.items()],
         columns=["stage", "tokens", "seconds"],
     )
     held = held_bytes(model.device)
@@ -148,21 +153,21 @@ def _batch_bytes(model: LensModel) -> int:
 def _advice(
     config: StudyConfig, model: LensModel, *, seconds: float, needed: int, free: int, n: int
 ) -> tuple[str, ...]:
-    found = []
+    advice = []
     if needed > free:
-        found.append(
+        advice.append(
             f"Memory: {needed / 2**30:.1f} GiB are needed beside the weights and {free / 2**30:.1f} are free. Give a "
             "smaller batch_size or max_thinking, or load the model in bf16 or spread over devices."
         )
     if seconds > 3600:
         limit = max(1, int(n * 3600 / seconds / (1 if config.harmless is None else 2)))
-        found.append(
+        advice.append(
             f"Time: up to {_duration(seconds)}. limit={limit} brings it to about an hour, with wider intervals; "
             f"max_thinking={config.max_thinking} is what answers take at most."
         )
         if model.device.type == "cpu":
-            found.append("The model runs on the CPU; give device='cuda' where there is a GPU.")
-    return tuple(found)
+            advice.append("The model runs on the CPU; give device='cuda' where there is a GPU.")
+    return tuple(advice)
 
 
 def _duration(seconds: float) -> str:

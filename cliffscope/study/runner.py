@@ -13,11 +13,11 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import pandas as pd
 
+from cliffscope import __version__
 from cliffscope.errors import DataError, StoreError
 from cliffscope.notebook import Shown
 from cliffscope.progress import Progress, silent
@@ -55,8 +55,8 @@ class Study(Shown):
         return pd.DataFrame(list(self.verdict.items()), columns=["topic", "finding"])
 
     def __repr__(self) -> str:
-        """One line: directory and the finding about the cliff."""
-        return f"Study({str(self.path)!r}: {self.verdict.get('cliff', 'no verdict')})"
+        """One line: directory and the first finding."""
+        return f"Study({str(self.path)!r}: {next(iter(self.verdict.values()), 'no verdict')})"
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -102,19 +102,26 @@ def run_study(
     _check_names(until, only)
     with open_run(config.out, KIND) as store:
         manifest = Manifest(store=store)
-        digests = _known_digests(store)
+        digests = _recorded_digests(store)
         steps = _plan(config, manifest, digests, until=until, only=only)
         _check_needs(steps, config, manifest, only)
         if only is None:
             _forget_outdated(manifest, steps)
-        work = Workspace(config=config, store=store, progress=progress or silent)
+        work = Workspace(
+            config=config,
+            store=store,
+            progress=progress or silent,
+            keys={step.stage.name: step.key.key for step in steps},
+        )
         if any(step.runs for step in steps):
             store.update(
-                config=KIND,
-                settings={name: value for name, value in asdict(config).items() if name != "out"},
-                command=command or f"cliffscope.run_study({config!r})",
-                cliffscope=version("cliffscope"),
-                inputs=digests.known,
+                {
+                    "config": KIND,
+                    "settings": {name: value for name, value in asdict(config).items() if name != "out"},
+                    "command": command or f"cliffscope.run_study({config!r})",
+                    "cliffscope": __version__,
+                    "inputs": digests.entries,
+                }
             )
         for step in steps:
             if step.runs:
@@ -140,9 +147,9 @@ def plan_study(config: StudyConfig, *, until: str | None = None, only: str | Non
     config.check()
     _check_names(until, only)
     store = RunStore(path=Path(config.out))
-    known = store.has(MANIFEST)
-    manifest = Manifest(store=store) if known else None
-    digests = _known_digests(store) if known else Digests()
+    exists = store.has(MANIFEST)
+    manifest = Manifest(store=store) if exists else None
+    digests = _recorded_digests(store) if exists else Digests()
     steps = _plan(config, manifest, digests, until=until, only=only)
     rows = [(step.stage.name, "run" if step.runs else "skip", step.why) for step in steps]
     return pd.DataFrame(rows, columns=["stage", "action", "why"])
@@ -174,9 +181,9 @@ def _check_names(until: str | None, only: str | None) -> None:
             raise DataError(f"{option}={name!r}: expected a stage: {', '.join(NAMES)}.")
 
 
-def _known_digests(store: RunStore) -> Digests:
-    known = store.manifest.get("inputs")
-    return Digests(known=dict(known) if isinstance(known, dict) else {})
+def _recorded_digests(store: RunStore) -> Digests:
+    recorded = store.manifest.get("inputs")
+    return Digests(entries=dict(recorded) if isinstance(recorded, dict) else {})
 
 
 def _plan(
@@ -189,7 +196,7 @@ def _plan(
             runs, why = False, f"only {only} was asked for"
         elif until is not None and NAMES.index(stage.name) > NAMES.index(until):
             runs, why = False, f"after {until}"
-        elif not stage.wanted(config):
+        elif not stage.requested(config):
             runs, why = False, "not asked for"
         else:
             runs, why = _decide(stage, keys[stage.name], manifest)
@@ -197,15 +204,15 @@ def _plan(
     return steps
 
 
-def _decide(stage: Stage, wanted: StageKey, manifest: Manifest | None) -> tuple[bool, str]:
-    """Whether a wanted stage runs, and why."""
+def _decide(stage: Stage, now: StageKey, manifest: Manifest | None) -> tuple[bool, str]:
+    """Whether a requested stage runs, and why."""
     before = None if manifest is None else manifest.key_of(stage.name)
     if manifest is None or before is None:
-        begun = manifest is not None and manifest.begun.get(stage.name) == wanted.key
+        begun = manifest is not None and manifest.begun.get(stage.name) == now.key
         return True, "was interrupted" if begun else "has not run"
-    if before != wanted.key:
+    if before != now.key:
         parts = manifest.records[stage.name].get("parts")
-        return True, what_changed(parts if isinstance(parts, dict) else {}, wanted.parts)
+        return True, what_changed(parts if isinstance(parts, dict) else {}, now.parts)
     lost = [a.file for a in _recorded_files(stage, manifest) if not a.paths(manifest.store.path)]
     return (True, f"{lost[0]} is missing") if lost else (False, "up to date")
 
@@ -221,7 +228,7 @@ def _check_needs(steps: Sequence[Step], config: StudyConfig, manifest: Manifest,
     by_name = {step.stage.name: step for step in steps}
     for name in by_name[only].stage.needs if only is not None else ():
         step = by_name[name]
-        if step.stage.wanted(config) and manifest.key_of(name) != step.key.key:
+        if step.stage.requested(config) and manifest.key_of(name) != step.key.key:
             raise DataError(
                 f"only={only!r}: stage {name} is not up to date with these settings. Run the study without it first."
             )
@@ -244,7 +251,7 @@ def _run(step: Step, work: Workspace, manifest: Manifest) -> None:
     resumes = step.key.key in (manifest.begun.get(stage.name), manifest.key_of(stage.name))
     _remove_files(stage, work.store, places=not resumes)
     manifest.begin(stage.name, step.key.key)
-    outputs = stage.run(work, step.key.key)
+    outputs = stage.run(work)
     _write(stage, outputs, work.store)
     record = StageRecord(
         key=step.key.key,

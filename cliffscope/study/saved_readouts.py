@@ -1,5 +1,7 @@
 """How are readouts stored in a run directory?"""
 
+from collections.abc import Mapping
+
 from cliffscope.readouts.answer import AnswerReadout
 from cliffscope.readouts.files import (
     answer_readout_from_saved,
@@ -13,16 +15,19 @@ from cliffscope.study.artefact_kinds import Artefact
 from cliffscope.study.artefacts import ANSWER, PROBE, PROBE_ARRAYS, PROBE_LAYERS
 
 
-def probe_files(probe: RefusalProbe, contrast: str) -> dict[Artefact, object]:
+def probe_files(
+    probe: RefusalProbe, contrast: str, *, forced: Mapping[str, int] | None = None
+) -> dict[Artefact, object]:
     """A probe as the artefacts that hold it.
 
     Args:
         probe: the probe.
         contrast: its complied class, `harmless` or `harmful`.
+        forced: transcripts that were left out since their thinking was closed at its budget, by split.
     """
     saved = saved_probe(probe)
     return {
-        PROBE: {**saved.document, "contrast": contrast},
+        PROBE: {**saved.document, "contrast": contrast, "forced": dict(forced or {})},
         PROBE_ARRAYS: saved.arrays,
         PROBE_LAYERS: saved.layers,
     }

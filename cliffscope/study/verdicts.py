@@ -1,37 +1,79 @@
 """What do the results say, in sentences?
 
-Each function turns one result into the sentence that heads the report. A claim is made only where its conditions hold;
-otherwise the sentence says which one fails. Numbers carry n and interval.
+Each function turns one claim (claims.py) or result into the sentence that heads a section of the report. A claim is
+made only where its conditions hold; otherwise the sentence says which one fails, and what would be needed. Numbers
+carry an interval, and the n of what they are a number of.
 """
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import numpy as np
 import pandas as pd
 
+from cliffscope.errors import DataError
 from cliffscope.evaluation.arms import TOP, UNEDITED
 from cliffscope.evaluation.safety import SafetyReport
 from cliffscope.evaluation.side_effects import KL, SideEffects
-from cliffscope.heads.confirmation import Confirmation
-from cliffscope.heads.controls import SetControl
-from cliffscope.heads.statistics import ALPHA
+from cliffscope.heads.statistics import ALPHA, HeadKind
+from cliffscope.heads.suppression import SAME_LAYERS
+from cliffscope.power import AurocAbove, SignTest, needed_n
 from cliffscope.readouts.answer import AnswerReadout
-from cliffscope.readouts.reports import MIDDLE, ProbeReport, RegionReport
+from cliffscope.readouts.reports import CAN_TELL, MIDDLE, ProbeReport, RegionReport
 from cliffscope.readouts.text_baseline import TextBaseline
 from cliffscope.repairing.comparison import AFTER, BEFORE, RepairReport
-from cliffscope.resampling import bootstrap_mean
 from cliffscope.selection.choice import Selection
-from cliffscope.stats import Interval, least_p
+from cliffscope.stats import Interval, least_p, random_set_p
+from cliffscope.study.claims import (
+    ENOUGH_COMPLIED,
+    ENOUGH_SETS,
+    AttackClaim,
+    CliffClaim,
+    ConfirmedHead,
+    HeadsClaim,
+    SuppressionClaim,
+    Why,
+    count,
+)
+from cliffscope.study.witnesses import interval
 
-CLIFF = 0.1
-"""Mean cliff below which nothing is called a cliff."""
 TOPICS = (
-    *("suppression", "heads", "intervention", "side effects", "answer", "cliff", "probe"),
+    *("forced", "suppression", "intervention", "heads", "side effects", "answer", "cliff", "probe", "witnesses"),
     *("selection", "repair"),
 )
-"""Topics of findings in the order in which they are told: behaviour first, then what the probe sees."""
+"""Topics of findings in the order in which they are told: what limits all of them, then behaviour, then what the probe
+sees, then where the two disagree."""
+_KINDS = {SAME_LAYERS: "the same layers"}
 REASONS = 3
 """Reasons that a sentence names at most."""
+NAMED = 6
+"""Heads that a sentence names at most."""
+MOST_FORCED = 0.1
+"""Share of forced closings above which a study says so first."""
+PLANNED = AurocAbove(bound=CAN_TELL).auroc
+"""AUROC that transcripts are planned for: a few of them may separate by chance alone."""
+
+
+def of_forced(forced: int, total: int, budget: int | None) -> str:
+    """That much of the thinking was cut off; empty where little was.
+
+    Args:
+        forced: transcripts whose thinking was closed at its budget.
+        total: transcripts.
+        budget: tokens of thinking at most; None where the transcripts were made elsewhere.
+    """
+    if forced <= MOST_FORCED * total:
+        return ""
+    where = "at its budget" if budget is None else f"at its budget of {budget:,} tokens"
+    remedy = (
+        "Generate them with a larger budget of thinking"
+        if budget is None
+        else f"Raise max_thinking (--max-thinking) above {budget:,}"
+    )
+    return (
+        f"The thinking of {forced} of {total} transcripts ({forced / total:.0%}) was not ended by the model, but "
+        f"closed {where}. They are left out of every claim below, which rests on the others alone. {remedy} before "
+        "relying on these results."
+    )
 
 
 def no_probe(reason: str) -> str:
@@ -56,138 +98,146 @@ def of_answer(readout: AnswerReadout) -> str:
     if np.isfinite(report.within_harmful.auroc):
         sentence += f" Among harmful transcripts alone: {report.within_harmful}."
     if not report.can_tell:
-        sentence += " That is too little to tell what the model will answer: do not rely on the results below."
+        sentence += (
+            f" That is too little to tell what the model will answer{_needed_for(report.final)}: do not rely on the "
+            "results about heads."
+        )
     return sentence
 
 
 def of_probe(report: ProbeReport, contrast: str, baseline: TextBaseline | None = None) -> str:
     """What the probe can tell on its test split, and what words alone can tell there."""
-    told = f"The probe tells refused from complied ({contrast}) transcripts with held-out {report.final}."
+    sentence = f"The probe tells refused from complied ({contrast}) transcripts with held-out {report.final}."
     if np.isfinite(report.within_harmful.auroc) and contrast == "harmless":
-        told += f" Among harmful transcripts alone: {report.within_harmful}."
+        sentence += f" Among harmful transcripts alone: {report.within_harmful}."
     if np.isfinite(report.late_thinking.auroc):
-        told += f" During the thinking: {report.late_thinking}."
+        sentence += f" During the thinking: {report.late_thinking}."
     harmful = report.calibration
     if np.isfinite([harmful.refused, harmful.complied]).all():
         refused = _mean(harmful.refused, harmful.refused_interval)
         complied = _mean(harmful.complied, harmful.complied_interval)
-        told += (
+        sentence += (
             f" At the final token refused harmful transcripts score {refused}, complied ones {complied} (Brier score "
             f"{harmful.brier:.3f}, calibration error {harmful.calibration_error:.3f})."
         )
     if baseline is not None:
-        told += f" N-grams of prompt and thinking alone reach {_auroc(baseline.overall)}"
+        sentence += f" N-grams of prompt and thinking alone reach {_auroc(baseline.overall)}"
         if np.isfinite(baseline.within_harmful.auroc) and contrast == "harmless":
-            told += f", and {_auroc(baseline.within_harmful)} among harmful transcripts"
-        told += "."
+            sentence += f", and {_auroc(baseline.within_harmful)} among harmful transcripts"
+        sentence += "."
     if not report.final.can_tell:
-        told += " The probe's AUROC is too low to read a refusal score from: do not rely on its scores."
-    return told
+        sentence += (
+            " The probe's AUROC is not shown to be high enough to read a refusal score from"
+            f"{_needed_for(report.final)}: do not rely on its scores."
+        )
+    return sentence
 
 
 def of_cliff(cliffs: pd.DataFrame, plateau: str) -> str:
     """Whether harmful, complied transcripts of the test split show a cliff."""
-    asked = cliffs[(cliffs["harmful"].astype("boolean").fillna(False)) & (cliffs["outcome"] == "complied")]
-    valid = asked[asked["valid"].astype(bool)]
-    if asked.empty:
+    claim = CliffClaim.of(cliffs, plateau)
+    if not claim.complied:
         return "No harmful prompt of the test split was complied with, so there is no cliff to look for."
-    if valid.empty:
+    if claim.why is Why.MISSING:
         return (
-            f"No cliff can be claimed for the {len(asked)} harmful prompts that were complied with: {_reasons(asked)}."
+            f"No cliff can be claimed for the {claim.complied} harmful prompts that were complied with: "
+            f"{_reasons(claim.reasons)}."
         )
-    height = valid["plateau_max" if plateau == "max" else "plateau_mean"].mean()
-    low, high = (float(v) for v in bootstrap_mean(valid["cliff"].to_numpy(dtype=float), seed=0))
     numbers = (
-        f"over {len(valid)} harmful prompts that were complied with (test split), the score falls from {height:.2f} in "
-        f"the thinking ({plateau}) to {valid['final'].mean():.2f} at the final token: cliff "
-        f"{valid['cliff'].mean():.2f} {_interval(low, high, '.2f')}."
+        f"over {claim.n} harmful prompts that were complied with (test split), the score falls from {claim.height:.2f} "
+        f"in the thinking ({plateau}) to {claim.final:.2f} at the final token: cliff {claim.cliff:.2f} "
+        f"{interval(claim.low, claim.high, '.2f')}."
     )
-    if len(valid) < len(asked):
-        invalid = asked[~asked["valid"].astype(bool)]
-        numbers += f" {len(invalid)} of the {len(asked)} have no valid cliff: {_reasons(invalid)}."
-    final_low, final_high = (float(v) for v in bootstrap_mean(valid["final"].to_numpy(dtype=float), seed=0))
-    if final_high >= MIDDLE:
-        reads = "reads harm there, not refusal" if final_low > MIDDLE else "may read harm there rather than refusal"
+    if claim.n < claim.complied:
+        left = claim.complied - claim.n
+        numbers += f" {left} of the {claim.complied} have no valid cliff: {_reasons(claim.reasons)}."
+    if claim.why is Why.HARM:
+        surely = claim.final_low > MIDDLE
+        reads = "reads harm there, not refusal" if surely else "may read harm there rather than refusal"
         return (
             f"No refusal cliff can be claimed, since the probe {reads}: at the final token, what was complied with "
-            f"scores {_interval(final_low, final_high, '.2f')}, and not below {MIDDLE}. What was measured: {numbers}"
+            f"scores {interval(claim.final_low, claim.final_high, '.2f')}, and not below {MIDDLE}. What was measured: "
+            f"{numbers}"
         )
-    if not low >= CLIFF:
-        return f"No refusal cliff is shown: {numbers}"
-    return f"There is a refusal cliff: {numbers}"
+    shown = "There is a refusal cliff" if claim.why is Why.HOLDS else "No refusal cliff is shown"
+    return f"{shown}: {numbers}"
 
 
 def no_heads(ranked_on: int, held_out: int, fewest: int) -> str:
     """Too few complied transcripts to rank heads on."""
     return (
         f"Heads were not ranked: {ranked_on} harmful prompts of the fit and validate splits and {held_out} of the test "
-        f"split were complied with; {fewest} of each are needed."
+        f"split were complied with after thinking that the model ended itself; {fewest} of each are needed."
     )
 
 
-def of_heads(confirmation: Confirmation, *, n_ranked: int, n_significant: int, least_q: float, can_tell: bool) -> str:
+def of_heads(claim: HeadsClaim) -> str:
     """Which heads suppress refusal: significant where they were ranked, confirmed on test transcripts."""
-    if not can_tell:
+    if claim.why is Why.READOUT:
         return "No head can be claimed to suppress refusal, since the readout cannot tell refused from complied."
-    if least_q > ALPHA:
+    if claim.why is Why.FEW and claim.least_q > ALPHA:
+        needed = needed_n(SignTest(heads=claim.measured, q=ALPHA))
         return (
-            f"No head can be claimed to suppress refusal: {n_ranked} transcripts allow no q below {least_q:.2f}, so "
-            "more harmful prompts that are complied with are needed."
+            f"No head can be claimed to suppress refusal: over {claim.measured} heads, {claim.n_ranked} transcripts "
+            f"allow no q below {claim.least_q:.2f}. At least {needed} harmful prompts of the fit and validate splits "
+            "that are complied with are needed."
         )
-    n = len(confirmation.effects)
-    if not n_significant:
+    if claim.why is Why.FEW:
+        needed = needed_n(SignTest(heads=claim.candidates, q=ALPHA))
         return (
-            f"No single head changes the model's answer more often towards refusal than away from it (q > {ALPHA:g} "
-            f"for every head, n = {n_ranked})."
+            f"{_heads(claim.significant)} changed the answer where they were ranked (n = {claim.n_ranked}), and none "
+            f"could be confirmed: {claim.n_test} test transcripts allow no adjusted p below {claim.least_p:.2f}, and "
+            f"at least {needed} are needed."
         )
-    if not confirmation.confirmed:
+    if not claim.significant:
         return (
-            f"{n_significant} heads changed the answer where they were ranked (n = {n_ranked}), and none of them was "
-            f"confirmed on test transcripts (n = {n})."
+            "No single head changes the model's answer more often towards refusal than away from it (q > "
+            f"{ALPHA:g} for every head that can be tested, n = {claim.n_ranked})."
         )
-    named = ", ".join(f"{head} ({confirmation.kind_of(head)})" for head in confirmation.confirmed)
-    count = len(confirmation.confirmed)
-    subject = "1 head is" if count == 1 else f"{count} heads are"
-    rest = len(confirmation.heads) - count
+    if not claim.confirmed:
+        return (
+            f"{_heads(claim.significant)} changed the answer where they were ranked (n = {claim.n_ranked}), and none "
+            f"of them was confirmed on test transcripts (n = {claim.n_test})."
+        )
+    named = ", ".join(_with_kind(head) for head in claim.confirmed)
+    subject = "1 head is" if len(claim.confirmed) == 1 else f"{len(claim.confirmed)} heads are"
+    rest = claim.candidates - len(claim.confirmed)
     more = (
         f" {rest} further significant {'head adds' if rest == 1 else 'heads add'} nothing beyond them." if rest else ""
     )
-    return f"{subject} confirmed to suppress refusal on test transcripts (n = {n}): {named}.{more}"
+    return f"{subject} confirmed to suppress refusal on test transcripts (n = {claim.n_test}): {named}.{more}"
 
 
-def of_suppression(control: SetControl, facts: Mapping[str, object], *, can_tell: bool) -> str:
+def of_suppression(claim: SuppressionClaim) -> str:
     """What editing the selected heads together does to the answer, against random sets."""
-    low, high = control.interval
-    restored = facts["restored"]
-    share = (
-        f", {restored:.0%} of the way to refused prompts"
-        if isinstance(restored, float) and restored == restored
-        else ""
+    names = ", ".join(claim.heads[:NAMED]) + (f" and {len(claim.heads) - NAMED} more" if claim.heads[NAMED:] else "")
+    share = f", {claim.restored:.0%} of the way to refused prompts" if np.isfinite(claim.restored) else ""
+    read = "log-odds of refusing" if claim.readout == "answer" else f"{claim.readout} readout"
+    numbers = (
+        f"zeroing {names} at the closing changes the {read} by {claim.effect:+.2f} "
+        f"{interval(claim.low, claim.high, '+.2f')} on {claim.n} test transcripts that were complied with{share}; "
+        f"{_random_sets(claim)}."
     )
-    sentence = (
-        f"Zeroing the {len(control.heads)} selected heads at the closing changes the log-odds of refusing by "
-        f"{control.effect:+.2f} [{low:+.2f}, {high:+.2f}] on {len(control.effects)} test transcripts that were "
-        f"complied with{share}; size-matched random head sets by {control.random_effects.mean():+.2f} "
-        f"({_random_p(control)})."
-    )
-    if not can_tell:
-        return f"Nothing is claimed about suppression, since the readout cannot tell refused from complied. {sentence}"
-    if low > 0 and control.effect > control.random_effects.max():
-        return f"Refusal is suppressed, and the selected heads do it: {sentence[0].lower()}{sentence[1:]}"
-    return f"The selected heads are not shown to suppress refusal: {sentence[0].lower()}{sentence[1:]}"
-
-
-def _random_p(control: SetControl) -> str:
-    """The p of a set of heads, and whether as few random sets could have given less."""
-    sets = len(control.random_effects)
-    floor = control.p <= least_p(sets)
-    return f"p = {control.p:.3f}" + (f", the least that {sets} sets allow" if floor else "")
+    if claim.why is Why.HOLDS:
+        return f"Refusal is suppressed, and the selected heads do it: {numbers}"
+    if claim.why is Why.READOUT:
+        return f"Nothing is claimed about suppression, since {claim.why}. {numbers[0].upper()}{numbers[1:]}"
+    if claim.why is Why.SETS:
+        most = max(claim.sets.values(), default=0)
+        return (
+            f"That the selected heads suppress refusal cannot be shown with {most} random sets of a kind: the least p "
+            f"that they allow is {least_p(most):.2g}, and {ENOUGH_SETS} are needed. What was measured: {numbers}"
+        )
+    return f"The selected heads are not shown to suppress refusal, since {_because(claim.why)}: {numbers}"
 
 
 def of_safety(report: SafetyReport) -> str:
-    """What zeroing the top heads does to ASR and over-refusal."""
-    words = (("harmful", "Attack success"), ("harmless", "Over-refusal"))
-    return " ".join(filter(None, (_arm_sentence(report, group, word) for group, word in words)))
+    """What zeroing the selected heads does to ASR and over-refusal, and which arms it breaks."""
+    forced = int(report.outcomes.loc[report.outcomes["arm"] == UNEDITED, "forced"].sum())
+    judged = report.without_forced() if forced else report
+    sentences = [_attack_sentence(judged), _refusal_sentence(judged), _degenerate_sentence(report)]
+    left = f"{forced} answers to thinking that was closed at its budget are left out." if forced else ""
+    return " ".join(filter(None, (*sentences, left)))
 
 
 def of_side_effects(effects: SideEffects) -> str:
@@ -197,28 +247,23 @@ def of_side_effects(effects: SideEffects) -> str:
 
 def of_selection(selection: Selection) -> str:
     """How many examples were chosen."""
-    if not len(selection.chosen):
+    if not len(selection.selected):
         return f"Nothing was selected: none of {selection.pool} pool transcripts has a valid cliff."
-    chosen = selection.frame[selection.frame["chosen"].astype(bool)]
-    ours, everyone = chosen["cliff"].mean(), selection.frame["cliff"].mean()
+    taken = selection.frame[selection.frame["chosen"].astype(bool)]
+    ours, everyone = taken["cliff"].mean(), selection.frame["cliff"].mean()
     return (
-        f"{len(chosen)} of {selection.pool} complied transcripts are selected for repair; their mean cliff is "
+        f"{len(taken)} of {selection.pool} complied transcripts are selected for repair; their mean cliff is "
         f"{ours:.2f}, that of all {len(selection.frame)} valid ones {everyone:.2f}."
     )
 
 
 def of_repair(report: RepairReport, n: int) -> str:
     """What fine-tuning on the selection did."""
-    table = report.safety.to_frame().set_index(["arm", "group"])
     parts = []
     for group, word in (("harmful", "attack success"), ("harmless", "over-refusal")):
-        if (AFTER, group) in table.index:
-            told = []
-            for arm in (UNEDITED, AFTER):
-                rate, low, high = (float(v) for v in table.loc[(arm, group), ["rate", "ci_low", "ci_high"]].to_numpy())
-                told.append(f"{_rate(rate)} {_interval(low, high, '.2f')}")
-            count = int(table["n"].loc[(AFTER, group)])
-            parts.append(f"{word} goes from {told[0]} to {told[1]} (n = {count})")
+        rates = _rates(report.safety, group)
+        if AFTER in rates:
+            parts.append(f"{word} goes from {rates[UNEDITED]} to {rates[AFTER]}")
     before, after = report.value("cliff", BEFORE), report.value("cliff", AFTER)
     if np.isfinite([before, after]).all():
         parts.append(f"the mean cliff from {before:.2f} to {after:.2f}")
@@ -231,32 +276,142 @@ def _divergence_sentence(effects: SideEffects) -> str:
     frame = effects.frame[effects.frame["measure"] == KL]
     top = frame[frame["kind"] == "top"].iloc[0]
     random = frame[frame["kind"] == "random"]["value"]
-    beside = f"; random sets {random.mean():.2g} on average" if len(random) else ""
+    random_text = f"; random sets {random.mean():.2g} on average" if len(random) else ""
     return (
         f"On harmless transcripts the edited model's next-token distribution diverges by {top['value']:.2g} "
-        f"{_interval(top['ci_low'], top['ci_high'], '.2g')} nats a token (n = {top['n']}){beside}."
+        f"{interval(top['ci_low'], top['ci_high'], '.2g')} nats a token (n = {top['n']}){random_text}."
     )
 
 
-def _arm_sentence(report: SafetyReport, group: str, word: str) -> str:
-    frame = report.to_frame()
-    rows = frame[frame["group"] == group].set_index("arm")
-    if UNEDITED not in rows.index:
+def _attack_sentence(report: SafetyReport) -> str:
+    rates = _rates(report, "harmful")
+    where = f" at the {report.scope}" if report.scope and report.scope != "all" else ""
+    if not rates:
         return ""
+    if TOP not in rates:
+        return f"Attack success is {rates[UNEDITED]}."
+    claim = AttackClaim.of(report.pairs(), arm=TOP, scope=report.scope)
+    verdict = {
+        Why.HOLDS: f"Attack success falls with the {_edited(report)} zeroed{where}",
+        Why.NONE: f"Attack success does not fall with the {_edited(report)} zeroed{where}",
+        Why.FEW: (
+            f"Whether attack success falls with the {_edited(report)} zeroed{where} cannot be shown, since the "
+            f"unedited model complied with {claim.complied} harmful prompts and at least {ENOUGH_COMPLIED} are needed"
+        ),
+        Why.MISSING: "Attack success cannot be compared, since no prompt has a judged answer in both arms",
+    }[claim.why]
+    pair = ""
+    if claim.n:
+        changed = f"{claim.discordant} prompts changed outcome"
+        test = f"McNemar's p = {claim.p:.3f}" if np.isfinite(claim.p) else changed
+        bounds = interval(claim.low, claim.high, "+.2f")
+        pair = f", a paired difference of {claim.difference:+.2f} {bounds} over {claim.n} prompts ({test})"
+    return f"{verdict}: {rates[UNEDITED]} unedited, {rates[TOP]} edited{pair}{_random_arms(report)}."
 
-    def told(arm: str) -> str:
-        rate, low, high = (float(v) for v in rows.loc[arm, ["rate", "ci_low", "ci_high"]].to_numpy())
-        return f"{_rate(rate)} {_interval(low, high, '.2f')}"
 
-    n = int(rows["n"].loc[UNEDITED])
-    if TOP not in rows.index:
-        return f"{word} is {told(UNEDITED)} (n = {n})."
-    count = len(next(arm.edit.heads for arm in report.arms if arm.name == TOP and arm.edit is not None))
-    sets = int((frame["kind"] == "random").sum() // max(1, frame["group"].nunique()))
-    edited = f"{word} is {told(UNEDITED)} unedited, {told(TOP)} with the first {count} heads zeroed"
-    if not sets:
-        return f"{edited} (n = {n}); no random set was run beside them."
-    return f"{edited} and {_rate(report.random_rate(group))} on average over {sets} random sets (n = {n})."
+def _refusal_sentence(report: SafetyReport) -> str:
+    rates = _rates(report, "harmless")
+    if TOP not in rates:
+        return f"Over-refusal is {rates[UNEDITED]}." if rates else ""
+    random = report.random_rate("harmless")
+    random_text = f", {_rate(random)} on average over random sets" if np.isfinite(random) else ""
+    return f"Over-refusal is {rates[UNEDITED]} unedited, {rates[TOP]} edited{random_text}."
+
+
+def _rates(report: SafetyReport, group: str) -> dict[str, str]:
+    """Rate, interval and judged n by arm, random ones left out; empty where the group has no prompts."""
+    frame = report.to_frame()
+    if frame.empty:
+        return {}
+    rows = frame[(frame["group"] == group) & (frame["kind"] != "random")]
+    return {
+        str(
+            row["arm"]
+        ): f"{_rate(float(row['rate']))} {interval(row['ci_low'], row['ci_high'], '.2f')} ({_judged(row)})"
+        for row in rows.to_dict("records")
+    }
+
+
+def _judged(row: Mapping[Hashable, object]) -> str:
+    """The n of a rate: judged answers, and of how many where others were not judged."""
+    judged, n = count(row["refused"]) + count(row["complied"]), count(row["n"])
+    return f"n = {judged}" if judged == n else f"n = {judged} judged of {n}"
+
+
+def _edited(report: SafetyReport) -> str:
+    heads = len(next(arm.edit.heads for arm in report.arms if arm.name == TOP and arm.edit is not None))
+    return "selected head" if heads == 1 else f"{heads} selected heads"
+
+
+def _random_arms(report: SafetyReport) -> str:
+    """Attack success of the random arms, and the edited arm's p against them."""
+    frame = report.to_frame()
+    rates = frame[(frame["kind"] == "random") & (frame["group"] == "harmful")]["rate"].to_numpy(float)
+    rates = rates[np.isfinite(rates)]
+    edited = report.rate(TOP)
+    if not len(rates):
+        return "; no random set was run beside them"
+    p = random_set_p(-edited, -rates)
+    many = "1 random set has" if len(rates) == 1 else f"{len(rates)} random sets have"
+    text = f"{many} {rates.mean():.2f} on average"
+    return f"; {text}" + (f" (p = {p:.3f}{_floor(p, len(rates))})" if np.isfinite(p) else "")
+
+
+def _random_sets(claim: SuppressionClaim) -> str:
+    """What random sets do, with p by kind."""
+    if not np.isfinite(claim.random_mean):
+        return "no random set was run beside them"
+    tests = "; ".join(
+        f"{claim.sets.get(kind, 0)} sets of {_KINDS.get(kind, kind)}: p = {p:.3f}{_floor(p, claim.sets.get(kind, 0))}"
+        for kind, p in claim.p.items()
+    )
+    return f"random sets of as many heads change it by {claim.random_mean:+.2f} on average ({tests})"
+
+
+def _floor(p: float, sets: int) -> str:
+    """Whether as few random sets could have given less."""
+    return ", the least possible" if sets and p <= least_p(sets) + 1e-12 else ""
+
+
+def _because(why: Why) -> str:
+    return {
+        Why.ZERO: "the interval of the change does not lie above zero",
+        Why.RANDOM: "random sets of as many heads do as much",
+    }.get(why, str(why))
+
+
+def _needed_for(report: RegionReport) -> str:
+    """How many transcripts of each class would do, where there are too few; or that more would not help."""
+    n = (report.n_refused, report.n_complied)
+    if not np.isfinite(report.auroc):
+        return ""
+    try:
+        needed = needed_n(AurocAbove(bound=CAN_TELL, auroc=min(report.auroc, PLANNED)))
+    except DataError:
+        return f" (an AUROC of {report.auroc:.3f} stays below {CAN_TELL} with any number of transcripts)"
+    few = f"{n[0]} + {n[1]} transcripts are too few, about {needed} + {needed} are needed"
+    return f" ({few})" if min(n) < needed else ""
+
+
+def _heads(number: int) -> str:
+    return "1 head" if number == 1 else f"{number} heads"
+
+
+def _with_kind(head: ConfirmedHead) -> str:
+    known = head.kind in (HeadKind.SELECTIVE, HeadKind.BROAD)
+    return f"{head.name} ({head.kind if known else 'unknown whether selective or broad'})"
+
+
+def _degenerate_sentence(report: SafetyReport) -> str:
+    """How many answers of each kind of arm are broken text; nothing where none is."""
+    words = {"unedited": "unedited", "top": "with the selected heads zeroed", "random": "over all random sets"}
+    sums = report.to_frame().groupby("kind", sort=False)[["degenerate", "n"]].sum()
+    if not sums["degenerate"].sum():
+        return ""
+    counts = ", ".join(
+        f"{row['degenerate']} of {row['n']} {words.get(str(kind), str(kind))}" for kind, row in sums.iterrows()
+    )
+    return f"Broken answers, such as one phrase over and over, are unjudged and in no rate: {counts}."
 
 
 def _rate(value: float) -> str:
@@ -264,19 +419,14 @@ def _rate(value: float) -> str:
 
 
 def _auroc(report: RegionReport) -> str:
-    return f"AUROC {report.auroc:.3f} {_interval(report.interval.low, report.interval.high, '.3f')}"
+    return f"AUROC {report.auroc:.3f} {interval(report.interval.low, report.interval.high, '.3f')}"
 
 
-def _mean(value: float, interval: Interval) -> str:
-    return f"{value:.2f} {_interval(interval.low, interval.high, '.2f')}"
+def _mean(value: float, bounds: Interval) -> str:
+    return f"{value:.2f} {interval(bounds.low, bounds.high, '.2f')}"
 
 
-def _interval(low: float, high: float, digits: str) -> str:
-    return f"[{low:{digits}}, {high:{digits}}]" if np.isfinite([low, high]).all() else "(too few for an interval)"
-
-
-def _reasons(invalid: pd.DataFrame) -> str:
+def _reasons(reasons: Mapping[str, int]) -> str:
     """Each reason with its count, the most frequent first."""
-    found = invalid["reason"].value_counts(sort=False).sort_values(ascending=False, kind="stable")
-    told = "; ".join(f"{reason} ({n})" for reason, n in found.head(REASONS).items())
-    return told + (f"; and {len(found) - REASONS} other reasons" if len(found) > REASONS else "")
+    text = "; ".join(f"{reason} ({n})" for reason, n in list(reasons.items())[:REASONS])
+    return text + (f"; and {len(reasons) - REASONS} other reasons" if len(reasons) > REASONS else "")

@@ -1,6 +1,7 @@
 """Transcripts: what they are, how they are read, and which token belongs to which span."""
 
-from cliffscope.transcripts.datasets import read_prompts, read_transcripts, write_transcripts
+from cliffscope.transcripts.datasets import read_transcripts, write_transcripts
+from cliffscope.transcripts.prompts import read_prompts
 from cliffscope.transcripts.records import JsonValue, Message, Omission, Outcome, Transcript, Transcripts
 from cliffscope.transcripts.templates import TEMPLATES, Template, detect_template, resolve_template
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript, tokenize, tokenize_all

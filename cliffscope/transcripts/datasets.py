@@ -1,16 +1,13 @@
-"""Which transcripts and prompts does a file hold?
+"""Which transcripts does a file hold?
 
-1. `read_transcripts` and `write_transcripts`: CliffScope's JSONL, one transcript a line, with an exact round trip.
-2. `read_prompts`: published prompt sets as CSV, TSV, JSON, JSONL, plain text or Parquet. The prompt column is found by
-   its name, and rows that are left out are counted.
-
-Every error names the file, the line and the field. This file knows no tokenizer and no model.
+CliffScope's JSONL holds one transcript a line, with an exact round trip. A line that is not a transcript is left out
+with the reason, as long as such lines are few. Every error names the file, the line and the field. This file knows no
+tokenizer and no model; prompts.py reads the tables of others.
 """
 
 import json
 import os
-import random
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,22 +15,14 @@ from typing import NoReturn
 
 from cliffscope.errors import DataError
 from cliffscope.store import RowLog, open_log, write_atomically
+from cliffscope.transcripts.control_tokens import escaped
+from cliffscope.transcripts.messages import parse_messages, refuse_field, shown
 from cliffscope.transcripts.records import JsonValue, Message, Omission, Outcome, Transcript, Transcripts
-from cliffscope.transcripts.tables import TableRow, parse_json, read_rows, read_text
+from cliffscope.transcripts.tables import BrokenRow, TableRow, read_json_lines
 
-PROMPT_COLUMNS = (
-    "prompt",
-    "goal",
-    "Goal",
-    "forbidden_prompt",
-    "Behavior",
-    "instruction",
-    "question",
-    "text",
-    "turns",
-    "messages",
-)
-_FIELDS = (
+STAGE = "read_transcripts"
+
+FIELDS = (
     "id",
     "prompt",
     "messages",
@@ -46,9 +35,12 @@ _FIELDS = (
     "outcome",
     "source",
 )
+"""Fields of a transcript in a file; other keys are kept in `extra`."""
 
 
-def read_transcripts(path: str | os.PathLike[str]) -> Transcripts:
+def read_transcripts(
+    path: str | os.PathLike[str], *, strict: bool = False, escape_control_tokens: bool = False
+) -> Transcripts:
     """Reads transcripts from JSONL, one object a line.
 
     Fields: id, prompt or messages, thinking, answer, thinking_ids, answer_ids, closed, harmful, outcome, source. Only
@@ -56,17 +48,39 @@ def read_transcripts(path: str | os.PathLike[str]) -> Transcripts:
 
     Args:
         path: a UTF-8 file.
+        strict: raise at the first line that is not a transcript instead of leaving it out.
+        escape_control_tokens: words such as `<|im_end|>` in messages stay text wherever the transcripts are tokenized;
+            otherwise they become control tokens, as in transformers.
 
     Returns:
-        The transcripts, in the order of the file.
+        The transcripts, in the order of the file. `.omitted` lists the lines that are not transcripts.
 
     Raises:
-        DataError: the file cannot be read, or a line is not a transcript. The message names path, line and field.
+        DataError: the file cannot be read, or at least half of its lines are not transcripts. The message names path,
+            line and field of the first.
     """
     path = Path(path)
-    # Only "\n" ends a line: JSON strings may hold the other characters at which splitlines() splits.
-    lines = enumerate(read_text(path).split("\n"), start=1)
-    return Transcripts(_parse_line(line, path, number) for number, line in lines if line.strip())
+    rows = [_parse_line(value, path, number) for number, value in read_json_lines(path)]
+    check_broken(rows, path, strict=strict)
+    found = (row for row in rows if isinstance(row, Transcript))
+    return Transcripts(
+        map(escaped, found) if escape_control_tokens else found,
+        omitted=(row for row in rows if isinstance(row, Omission)),
+    )
+
+
+def check_broken(rows: Sequence[Transcript | Omission], path: Path, *, strict: bool = False) -> None:
+    """Raises DataError if at least half of the rows cannot be read, since the fault is then the file's.
+
+    Args:
+        rows: each a transcript, or the reason why it is not one.
+        path: their file.
+        strict: raise for a single one.
+    """
+    broken = [row for row in rows if isinstance(row, Omission)]
+    if broken and (strict or 2 * len(broken) >= len(rows)):
+        others = f" {len(broken)} of {len(rows)} rows of {path} cannot be read." if len(rows) > 1 else ""
+        raise DataError(f"{broken[0].reason}{others}")
 
 
 def write_transcripts(transcripts: Iterable[Transcript], path: str | os.PathLike[str]) -> None:
@@ -130,127 +144,9 @@ def open_transcript_log(path: str | os.PathLike[str], config: Mapping[str, objec
         yield TranscriptLog(transcripts=transcripts, rows=rows)
 
 
-def read_prompts(
-    path: str | os.PathLike[str],
-    *,
-    harmful: bool | None = None,
-    column: str | None = None,
-    limit: int | None = None,
-    seed: int = 0,
-) -> Transcripts:
-    """Reads prompts from a table or a text file.
-
-    Ids are "<file stem>-<row number>", counted from 1, and do not depend on what is left out or sampled. Other columns
-    are kept in `extra`, renamed to "column_<name>" if a transcript has a field of that name. In a conversation, the
-    turns after the last user turn are not part of the prompt.
-
-    Args:
-        path: .csv, .tsv, .json, .jsonl, .parquet, or .txt with one prompt a line.
-        harmful: label for every prompt; None reads a true/false column `harmful`, or XSTest's column `label` (`safe` or
-            `unsafe`), if there is one.
-        column: column of the prompt; None looks for the usual names.
-        limit: number of prompts to sample, in file order; None keeps all.
-        seed: seed of the sample.
-
-    Returns:
-        Prompts as transcripts without thinking and answer. `.omitted` lists empty prompts and exact duplicates.
-
-    Raises:
-        DataError: the file cannot be read, lacks the column, or holds no prompt.
-    """
-    path = Path(path)
-    if limit is not None and limit < 1:
-        raise DataError(f"limit={limit}: expected at least 1. Omit it to read every prompt.")
-    rows = read_rows(path)
-    column = _find_column(rows, path, column)
-    prompts: list[Transcript] = []
-    omitted: list[Omission] = []
-    seen: dict[tuple[Message, ...], str] = {}
-    for number, row in enumerate(rows, start=1):
-        prompt = _prompt_of(row, column, harmful, path, number)
-        reason = _reason_to_omit(prompt, seen)
-        if reason is None:
-            prompts.append(prompt)
-            seen[prompt.messages] = prompt.id
-        else:
-            omitted.append(Omission(stage="read_prompts", reason=reason, id=prompt.id))
-    if not prompts:
-        raise DataError(
-            f"{path} holds no prompt: all {len(rows)} rows are empty in column {column!r}. Choose a different column."
-        )
-    if limit is not None and limit < len(prompts):
-        sample = sorted(random.Random(seed).sample(range(len(prompts)), limit))
-        prompts = [prompts[i] for i in sample]
-    return Transcripts(prompts, omitted=omitted)
-
-
-def _find_column(rows: list[TableRow], path: Path, column: str | None) -> str:
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    if column is not None and column in columns:
-        return column
-    usual = [name for name in PROMPT_COLUMNS if name in columns]
-    if column is None and usual:
-        return usual[0]
-    expected = f"the column {column!r}" if column is not None else f"any of the columns {', '.join(PROMPT_COLUMNS)}"
-    raise DataError(
-        f"{path} does not have {expected}. It has: {', '.join(columns)}. Rename the column with the prompts to "
-        "'prompt', or pass read_prompts(column=...)."
-    )
-
-
-def _prompt_of(row: TableRow, column: str, harmful: bool | None, path: Path, number: int) -> Transcript:
-    messages = _messages_of(row.get(column), path, number, column)
-    if harmful is None:
-        harmful = _harmful_of(row.get("harmful"), row.get("label"))
-    source = row.get("source")
-    return Transcript(
-        id=f"{path.stem}-{number}",
-        messages=messages,
-        harmful=harmful,
-        source=source if isinstance(source, str) and source else path.stem,
-        extra={
-            f"column_{key}" if key in _FIELDS else key: value
-            for key, value in row.items()
-            if key not in (column, "harmful", "source")
-        },
-    )
-
-
-def _harmful_of(value: JsonValue, label: JsonValue) -> bool | None:
-    """A boolean, also as CSV text, or XSTest's label; any other value is no label."""
-    if value is None and isinstance(label, str):
-        return {"unsafe": True, "safe": False}.get(label)
-    if isinstance(value, str):
-        return {"true": True, "false": False}.get(value.strip().lower())
-    return value if isinstance(value, bool) else None
-
-
-def _messages_of(value: JsonValue, path: Path, number: int, column: str) -> tuple[Message, ...]:
-    """A prompt as text, as turns (the first one counts), or as messages up to the last user message."""
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        messages = _parse_messages(value, path, number, column)
-        last = max(i for i, message in enumerate(messages) if message.role == "user")
-        return messages[: last + 1]
-    if isinstance(value, list) and value:
-        value = value[0] if isinstance(value[0], str) else str(value[0])
-    if value is None or value == []:
-        value = ""
-    if not isinstance(value, str):
-        _fail(path, number, column, value, "text")
-    return (Message(role="user", content=value),)
-
-
-def _reason_to_omit(prompt: Transcript, seen: Mapping[tuple[Message, ...], str]) -> str | None:
-    if not prompt.prompt.strip():
-        return "empty prompt"
-    if prompt.messages in seen:
-        return f"exact duplicate of {seen[prompt.messages]}"
-    return None
-
-
 def _record(transcript: Transcript) -> dict[str, object]:
     """The transcript as JSON-ready fields. Raises DataError if an extra key has the name of a field."""
-    clash = [key for key in transcript.extra if key in _FIELDS]
+    clash = [key for key in transcript.extra if key in FIELDS]
     if clash:
         raise DataError(f"The extra keys {clash} of {transcript.id!r} are names of transcript fields. Rename them.")
     record: dict[str, object] = {"id": transcript.id}
@@ -258,7 +154,7 @@ def _record(transcript: Transcript) -> dict[str, object]:
         record["prompt"] = transcript.messages[0].content
     else:
         record["messages"] = [{"role": m.role, "content": m.content} for m in transcript.messages]
-    return record | {name: getattr(transcript, name) for name in _FIELDS[3:]} | dict(transcript.extra)
+    return record | {name: getattr(transcript, name) for name in FIELDS[3:]} | dict(transcript.extra)
 
 
 def _format_line(transcript: Transcript) -> str:
@@ -273,8 +169,14 @@ def _format_line(transcript: Transcript) -> str:
     return line + "\n"
 
 
-def _parse_line(line: str, path: Path, number: int) -> Transcript:
-    return parse_record(parse_json(line, f"{path}:{number}"), path, number)
+def _parse_line(value: JsonValue | BrokenRow, path: Path, number: int) -> Transcript | Omission:
+    try:
+        if not isinstance(value, BrokenRow):
+            return parse_record(value, path, number)
+        reason = value.reason
+    except DataError as error:
+        reason = str(error)
+    return Omission(stage=STAGE, reason=reason, id=f"{path.stem}-{number}")
 
 
 def parse_record(record: object, path: Path, number: int) -> Transcript:
@@ -292,7 +194,7 @@ def parse_record(record: object, path: Path, number: int) -> Transcript:
         DataError: the object is not a transcript. The message names path, line and field.
     """
     if not isinstance(record, dict):
-        raise DataError(f"{path}:{number}: expected a JSON object, got {_shown(record)}.")
+        raise DataError(f"{path}:{number}: expected a JSON object, got {shown(record)}.")
     reader = _Fields(record, path, number)
     return Transcript(
         id=reader.text("id", f"{path.stem}-{number}") or "",
@@ -305,7 +207,7 @@ def parse_record(record: object, path: Path, number: int) -> Transcript:
         harmful=reader.flag("harmful", None),
         outcome=reader.outcome(),
         source=reader.text("source", "") or "",
-        extra={key: value for key, value in record.items() if key not in _FIELDS},
+        extra={key: value for key, value in record.items() if key not in FIELDS},
     )
 
 
@@ -346,31 +248,9 @@ class _Fields:
                 raise DataError(
                     f"{self._path}:{self._number}: 'prompt' and 'messages' exclude each other. Keep one of them."
                 )
-            return _parse_messages(self._record["messages"], self._path, self._number, "messages")
+            return parse_messages(self._record["messages"], f"{self._path}:{self._number}", "messages")
         prompt = self.text("prompt", None)
         return (Message(role="user", content=self._fail("prompt", "text") if prompt is None else prompt),)
 
     def _fail(self, name: str, expected: str) -> NoReturn:
-        _fail(self._path, self._number, name, self._record.get(name), expected)
-
-
-def _parse_messages(value: JsonValue, path: Path, number: int, field: str) -> tuple[Message, ...]:
-    expected = 'a list of {"role": text, "content": text} with at least one user message'
-    messages: list[Message] = []
-    for item in value if isinstance(value, list) else ():
-        role, content = (item.get("role"), item.get("content")) if isinstance(item, dict) else (None, None)
-        if not isinstance(role, str) or not isinstance(content, str):
-            _fail(path, number, field, value, expected)
-        messages.append(Message(role=role, content=content))
-    if not any(message.role == "user" for message in messages):
-        _fail(path, number, field, value, expected)
-    return tuple(messages)
-
-
-def _fail(path: Path, number: int, field: str, value: JsonValue, expected: str) -> NoReturn:
-    raise DataError(f"{path}:{number}: field {field!r} is {_shown(value)}; expected {expected}.")
-
-
-def _shown(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 80 else f"{shown[:77]}..."
+        refuse_field(f"{self._path}:{self._number}", name, self._record.get(name), expected)

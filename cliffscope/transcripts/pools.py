@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TypeAlias
+from typing import NoReturn, TypeAlias
 
 import pyarrow
 import pyarrow.parquet
@@ -22,7 +22,7 @@ import pyarrow.parquet
 from cliffscope.errors import DataError
 from cliffscope.transcripts.datasets import parse_record
 from cliffscope.transcripts.records import Omission, Transcript, Transcripts
-from cliffscope.transcripts.tables import parse_json
+from cliffscope.transcripts.tables import decode_line, json_value, parse_json
 
 PoolSource: TypeAlias = str | Path | Transcripts | Iterable[Mapping[str, object]]
 WINDOW_ROWS = 1024
@@ -125,10 +125,13 @@ def _parse(place: str, value: object, *, strict: bool) -> Transcript | Omission:
     path, _, number = place.rpartition(":")
     try:
         if isinstance(value, bytes):
-            value = parse_json(_text(value, place), place)
+            value = parse_json(decode_line(value, place), place)
         elif isinstance(value, Mapping):
-            # Values of other libraries (dates, NumPy numbers) must become JSON first; a null field counts as absent.
-            plain = json.dumps({str(k): v for k, v in value.items() if v is not None}, default=str)
+            # Values of other libraries (dates, bytes, NumPy numbers) must become JSON first; a null field counts as
+            # absent.
+            plain = json.dumps(
+                {str(k): json_value(v) for k, v in value.items() if v is not None}, default=_refuse_bytes
+            )
             value = parse_json(plain, place)
         return parse_record(value, Path(path or "pool"), int(number) if number.isdigit() else 0)
     except (DataError, TypeError, ValueError) as error:
@@ -137,11 +140,8 @@ def _parse(place: str, value: object, *, strict: bool) -> Transcript | Omission:
         return Omission(stage=POOL_STAGE, reason=str(error), id=place)
 
 
-def _text(line: bytes, place: str) -> str:
-    try:
-        return line.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{place} is not UTF-8: byte {error.start} cannot be decoded. Save it as UTF-8.") from error
+def _refuse_bytes(value: object) -> NoReturn:
+    raise DataError(f"{value!r:.80} is not text: expected UTF-8.")
 
 
 def _bytes(value: object) -> bytes:

@@ -19,11 +19,14 @@ import pandas as pd
 
 from cliffscope.errors import DataError
 from cliffscope.notebook import Shown
+from cliffscope.text import is_unicode
 
 # None, bool, int, float, str, or lists and dicts of these; run-time type checkers do not support recursive aliases.
 JsonValue: TypeAlias = object
 FORCED = "forced_closing"
 """Key in `extra`: whether the thinking was closed at its budget, and not by the model."""
+CUT = "cut_answer"
+"""Key in `extra`: whether the answer reached its budget before it ended."""
 
 
 class Outcome(StrEnum):
@@ -73,7 +76,13 @@ class Message:
 
 @dataclass(frozen=True, kw_only=True)
 class Transcript:
-    """One prompt, its thinking, its answer and its labels. In a bare prompt, thinking and answer are None."""
+    """One prompt, its thinking, its answer and its labels. In a bare prompt, thinking and answer are None.
+
+    Control characters and NUL are allowed in every text.
+
+    Raises:
+        DataError: a text holds half of a surrogate pair, which no tokenizer and no file accepts.
+    """
 
     id: str
     """Unique within a collection."""
@@ -98,6 +107,17 @@ class Transcript:
     """Where the prompt comes from."""
     extra: Mapping[str, JsonValue] = field(default_factory=dict, hash=False)
     """Other keys of the file, unchanged."""
+
+    def __post_init__(self) -> None:
+        """Rejects text that could be neither tokenized nor written."""
+        texts = {"id": self.id, "thinking": self.thinking, "answer": self.answer, "source": self.source}
+        texts |= {f"messages[{i}]": f"{message.role}{message.content}" for i, message in enumerate(self.messages)}
+        for name, text in texts.items():
+            if text is not None and not is_unicode(text):
+                raise DataError(
+                    f"Field {name!r} of transcript {self.id!r} holds half of a surrogate pair. Replace it with valid "
+                    "Unicode, such as text.encode('utf-8', 'replace').decode()."
+                )
 
     @property
     def prompt(self) -> str:
@@ -126,6 +146,13 @@ class Omission:
     """Reason, in words for the report."""
     id: str
     """Id of the transcript or row that was left out."""
+
+    def __post_init__(self) -> None:
+        """Shows what no file could hold as escapes: a reason may quote any text."""
+        for name in ("reason", "id"):
+            text = getattr(self, name)
+            if not is_unicode(text):
+                object.__setattr__(self, name, text.encode("utf-8", "backslashreplace").decode())
 
     @property
     def kind(self) -> str:

@@ -36,9 +36,9 @@ class TagPair:
     """An opening tag and the tag that closes it."""
 
     opening: str
-    """Such as `<think>`."""
+    """Such as `<plan>`."""
     closing: str
-    """Such as `</think>`."""
+    """Such as `</plan>`."""
     stem: str
     """What both are about, in lower case."""
 
@@ -52,8 +52,8 @@ def tags_in(text: str) -> list[str]:
     """The tags of a text, in order, each once.
 
     Example:
-        >>> tags_in("<think> so </think>[BEGIN FINAL RESPONSE]")
-        ['<think>', '</think>', '[BEGIN FINAL RESPONSE]']
+        >>> tags_in("<plan> so </plan>[BEGIN FINAL RESPONSE]")
+        ['<plan>', '</plan>', '[BEGIN FINAL RESPONSE]']
     """
     return list(dict.fromkeys(TAG.findall(text)))
 

@@ -214,19 +214,19 @@ def generation_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Tur
         The text that the chat template itself writes.
 
     Raises:
-        TemplateError: rendering fails, the chat template drops the system message, or the prompt does not open thinking
-            as `template` says.
+        TemplateError: rendering fails, the chat template drops a message, or the prompt does not open thinking as
+            `template` says.
     """
     rendered = render_prompt(tokenizer, messages, template.template_kwargs, template.date)
-    lost = [
-        str(turn["content"])
-        for turn in messages
-        if turn["role"] == "system" and str(turn["content"]).strip() not in rendered
-    ]
+    lost = _lost_turns(tokenizer, messages, template, rendered)
+    if lost and lost[-1] is [turn for turn in messages if turn["role"] == "user"][-1]:
+        raise TemplateError(
+            "The chat template does not render the last user message. Use the model's own chat template."
+        )
     if lost:
         raise TemplateError(
-            f"The chat template drops the system message {lost[0][:60]!r}, so the model would never see it. Put it "
-            "into the user's message, or omit it."
+            f"The chat template drops the {lost[0]['role']} message {str(lost[0]['content'])[:60]!r}, so the model "
+            "would never see it. Put it into the user's message, or omit it."
         )
     if not template.thinks:
         return rendered
@@ -242,6 +242,31 @@ def generation_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Tur
             f"{rendered[-60:]!r}. Pass template=None to detect the template, or a template with an opening."
         )
     return rendered
+
+
+def _lost_turns(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Turn], template: Template, rendered: str
+) -> list[Turn]:
+    """Turns that the chat template leaves out.
+
+    Short texts occur elsewhere in a prompt, and a template may trim or escape what it keeps. So each turn is replaced
+    by a word that occurs nowhere else, and a turn is lost if its word is.
+    """
+    texts = [str(turn["content"]).strip() for turn in messages]
+    if len(messages) == 1 and texts[0] in rendered:
+        return []
+    spoken = [(f"q{i}turnq", turn) for i, turn in enumerate(messages) if texts[i]]
+    marked = [{**turn, "content": f"q{i}turnq" if texts[i] else ""} for i, turn in enumerate(messages)]
+    try:
+        text = render_prompt(tokenizer, marked, template.template_kwargs, template.date)
+    except TemplateError:
+        # Some templates accept certain texts only.
+        return [
+            turn
+            for turn, content in zip(messages, texts, strict=True)
+            if turn["role"] != "assistant" and content not in rendered
+        ]
+    return [turn for word, turn in spoken if word not in text]
 
 
 def opening_ids(tokenizer: PreTrainedTokenizerBase, template: Template, rendered: str) -> list[int]:

@@ -1,6 +1,7 @@
 """Which tokens does the model see, and to which span does each belong?
 
-1. The prompt's ids come from the chat template, with exactly one BOS and with thinking opened exactly once.
+1. The prompt's ids come from the chat template, with exactly one BOS and with thinking opened exactly once. Control
+   tokens in its messages become real ones, as in transformers, and are counted, unless they are to stay text.
 2. The thinking's ids are those that were generated, or the text encoded on its own.
 3. The closing's ids are encoded once and spliced, so that no boundary falls inside a token; where the model closed its
    thinking in another way, they are those that it saw.
@@ -12,16 +13,19 @@ user content. A complete assistant turn is never rendered, since most chat templ
 The tags are in families.py; transcripts and their collection are in records.py.
 """
 
-from collections.abc import Iterable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import takewhile
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Int64
 from transformers import PreTrainedTokenizerBase
 
 from cliffscope.errors import DataError, SpanError, TemplateError
+from cliffscope.transcripts.control_tokens import Escaping, find_control_tokens, is_escaped
 from cliffscope.transcripts.records import JsonValue, Message, Omission, Outcome, Transcript, Transcripts
 from cliffscope.transcripts.templates import Template, closing_ids, encode, generation_prompt, opening_ids
 
@@ -36,12 +40,13 @@ __all__ = [
     "TokenizedTranscript",
     "Transcript",
     "Transcripts",
-    "foreign_boundaries",
     "spliced_thinking",
     "tokenize",
     "tokenize_all",
 ]
 
+Made = TypeVar("Made")
+_log = logging.getLogger(__name__)
 CLOSING_IDS = "closing_ids"
 """Key in a transcript's `extra`: ids of its closing as the model saw them, where the template's would be others, as
 behind thinking that was closed without a newline."""
@@ -68,6 +73,8 @@ class TokenizedTranscript:
     """[pos] Ids that the model sees."""
     bounds: tuple[int, int, int, int]
     """Positions at which prompt, thinking, closing and answer end; the last is the number of positions."""
+    control_tokens: int = 0
+    """Number of words in the messages that became control tokens."""
 
     def __post_init__(self) -> None:
         """Checks that the spans cover every token once."""
@@ -149,6 +156,7 @@ def tokenize(
     *,
     with_answer: bool = False,
     max_length: int | None = None,
+    escape_control_tokens: bool | None = None,
 ) -> TokenizedTranscript:
     """Turns a transcript into token ids whose spans cover every token once.
 
@@ -161,38 +169,80 @@ def tokenize(
         template: from `resolve_template`.
         with_answer: append the answer. Off by default, since every measurement ends at the final position.
         max_length: maximum number of tokens; None sets no limit. Nothing is ever truncated.
+        escape_control_tokens: keep control tokens in messages other than the assistant's as text; None does as the
+            transcript's `extra` says, and otherwise as transformers does, which makes them real.
 
     Returns:
         Ids and bounds.
 
     Raises:
-        TemplateError: the chat template fails, or writes BOS twice.
+        TemplateError: the chat template refuses or drops a message, or BOS would stand twice. The message names the
+            transcript.
         SpanError: a required span is missing.
         DataError: the text contains the closing tag, or is longer than `max_length`.
     """
-    prompt, tail = _prompt_ids(transcript, tokenizer, template)
-    if max_length is not None and len(prompt) > max_length:
-        raise DataError(
-            f"The prompt of {transcript.id!r} has {len(prompt)} tokens, more than max_length={max_length}. Nothing is "
-            "truncated: drop the transcript, or raise max_length."
-        )
+    escape = is_escaped(transcript) if escape_control_tokens is None else escape_control_tokens
+    tokens = tokenize_before_answer(transcript, tokenizer, template, escape_control_tokens=escape)
+    if with_answer:
+        tokens = append_answer(tokens, transcript, tokenizer, template)
+    check_length(tokens, max_length)
+    return tokens
+
+
+def tokenize_before_answer(
+    transcript: Transcript,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    *,
+    escape_control_tokens: bool,
+) -> TokenizedTranscript:
+    """Prompt, thinking and closing of a transcript of any length; arguments and errors as of `tokenize`."""
+    escape = escape_control_tokens
+    try:
+        prompt, tail = _prompt_ids(transcript, tokenizer, template, escape=escape)
+    except TemplateError as error:
+        raise TemplateError(f"{transcript.id!r}: {error}") from error
     if template.thinks:
         thinking, closing = _thinking_and_closing(transcript, tokenizer, template)
     else:
         _check_no_thinking(transcript, template)
         thinking, closing = [], prompt[len(prompt) - tail :]
         prompt = prompt[: len(prompt) - tail]
-    answer = _answer_ids(transcript, tokenizer, template) if with_answer else []
-    stops = np.cumsum([len(prompt), len(thinking), len(closing), len(answer)]).tolist()
-    if max_length is not None and stops[3] > max_length:
-        raise DataError(
-            f"{transcript.id!r} has {stops[3]} tokens ({len(thinking)} of thinking), more than "
-            f"max_length={max_length}. Nothing is truncated: drop the transcript, or raise max_length."
-        )
+    stops = np.cumsum([len(prompt), len(thinking), len(closing)]).tolist()
     return TokenizedTranscript(
         id=transcript.id,
-        token_ids=np.asarray([*prompt, *thinking, *closing, *answer], dtype=np.int64),
-        bounds=(stops[0], stops[1], stops[2], stops[3]),
+        token_ids=np.asarray([*prompt, *thinking, *closing], dtype=np.int64),
+        bounds=(stops[0], stops[1], stops[2], stops[2]),
+        control_tokens=0 if escape else len(find_control_tokens(transcript, tokenizer)),
+    )
+
+
+def append_answer(
+    tokens: TokenizedTranscript, transcript: Transcript, tokenizer: PreTrainedTokenizerBase, template: Template
+) -> TokenizedTranscript:
+    """The tokens of a transcript with its answer behind them; raises SpanError if there is none."""
+    answer = np.asarray(_answer_ids(transcript, tokenizer, template), dtype=np.int64)
+    return TokenizedTranscript(
+        id=tokens.id,
+        token_ids=np.concatenate([tokens.token_ids, answer]),
+        bounds=(*tokens.bounds[:3], tokens.n_pos + len(answer)),
+        control_tokens=tokens.control_tokens,
+    )
+
+
+def check_length(tokens: TokenizedTranscript, max_length: int | None) -> None:
+    """Raises DataError for a transcript of more than `max_length` tokens; None sets no limit."""
+    if max_length is None or tokens.n_pos <= max_length:
+        return
+    n_thinking = tokens.bounds[1] - tokens.bounds[0]
+    if tokens.bounds[0] > max_length:
+        raise DataError(
+            f"The prompt of {tokens.id!r} has {tokens.bounds[0]} tokens, more than max_length={max_length}. Nothing is "
+            "truncated: drop the transcript, or raise max_length."
+        )
+    raise DataError(
+        f"{tokens.id!r} has {tokens.n_pos} tokens ({n_thinking} of thinking), more than max_length={max_length}. "
+        "Nothing is truncated: drop the transcript, or raise max_length."
     )
 
 
@@ -217,56 +267,71 @@ def tokenize_all(
         The tokenized transcripts in order, and one omission for each that is missing.
 
     Raises:
-        TemplateError: the chat template fails, which is a fault of the set-up rather than of one transcript.
+        TemplateError: the chat template fails for every transcript, which is a fault of the set-up.
     """
-    tokenized: list[TokenizedTranscript] = []
-    omitted: list[Omission] = []
-    for transcript in transcripts:
-        try:
-            tokenized.append(tokenize(transcript, tokenizer, template, with_answer=with_answer, max_length=max_length))
-        except (DataError, SpanError) as error:
-            omitted.append(Omission(stage="tokenize", reason=str(error), id=transcript.id))
-    return tokenized, tuple(omitted)
+    tokenized, omitted = make_each(
+        transcripts,
+        lambda t: tokenize(t, tokenizer, template, with_answer=with_answer, max_length=max_length),
+        stage="tokenize",
+    )
+    tell_control_tokens(tokenized)
+    return tokenized, omitted
 
 
-def foreign_boundaries(
-    transcripts: Iterable[Transcript], tokenizer: PreTrainedTokenizerBase, template: Template
-) -> tuple[str, ...]:
-    """Transcripts that came as text and end their thinking at a boundary that the tokenizer would not make.
-
-    A token such as `.</` may hold the end of the thinking and the beginning of its closing. Where the generated ids are
-    not there, thinking and closing are encoded apart, as no generation by this tokenizer has them.
+def make_each(
+    transcripts: Iterable[Transcript], make: Callable[[Transcript], Made], *, stage: str
+) -> tuple[list[Made], tuple[Omission, ...]]:
+    """Makes something of each transcript, so that one that cannot be tokenized does not end the work on the others.
 
     Args:
-        transcripts: with thinking.
-        tokenizer: the model's own.
-        template: from `resolve_template`.
+        transcripts: in any order.
+        make: raises DataError, SpanError or TemplateError for a transcript of which nothing can be made.
+        stage: step, for the omissions.
 
     Returns:
-        Their ids, in order; none for a template without thinking.
+        What was made, in order, and one omission for each transcript of which nothing was.
+
+    Raises:
+        TemplateError: the chat template fails for every transcript, which is a fault of the set-up.
     """
-    if not template.thinks:
-        return ()
-    foreign = []
+    made: list[Made] = []
+    omitted: list[Omission] = []
+    of_template: list[TemplateError] = []
     for transcript in transcripts:
-        text, ids = transcript.thinking, transcript.thinking_ids
-        if not text or (ids is not None and _decodes_to(ids, text, tokenizer)):
-            continue
-        thinking = _strip_newlines(text, template)
-        apart = [*encode(tokenizer, thinking), *closing_ids(tokenizer, template)]
-        if encode(tokenizer, thinking + template.closing) != apart:
-            foreign.append(transcript.id)
-    return tuple(foreign)
+        try:
+            made.append(make(transcript))
+        except (DataError, SpanError, TemplateError) as error:
+            omitted.append(Omission(stage=stage, reason=str(error), id=transcript.id))
+            if isinstance(error, TemplateError):
+                of_template.append(error)
+    if of_template and len(of_template) == len(omitted) and not made:
+        raise of_template[0]
+    return made, tuple(omitted)
+
+
+def tell_control_tokens(tokenized: Sequence[TokenizedTranscript]) -> None:
+    """Warns if words of messages became control tokens."""
+    changed = [row for row in tokenized if row.control_tokens]
+    if changed:
+        _log.warning(
+            "%d of %d transcripts hold control tokens of this tokenizer in their messages, such as %r (%d), which the "
+            "model reads as real ones. Read them with escape_control_tokens=True to keep them text.",
+            len(changed),
+            len(tokenized),
+            changed[0].id,
+            changed[0].control_tokens,
+        )
 
 
 def _prompt_ids(
-    transcript: Transcript, tokenizer: PreTrainedTokenizerBase, template: Template
+    transcript: Transcript, tokenizer: PreTrainedTokenizerBase, template: Template, *, escape: bool
 ) -> tuple[list[int], int]:
     """Ids up to the start of thinking, and how many of them follow the user's content."""
     if not any(message.role == "user" for message in transcript.messages):
         raise DataError(f"Transcript {transcript.id!r} has no user message, so there is no prompt. Add one.")
-    rendered = _render(transcript.messages, tokenizer, template)
-    ids = encode(tokenizer, rendered)
+    escaping = Escaping(transcript.messages, tokenizer) if escape else None
+    rendered = _render(transcript.messages if escaping is None else escaping.messages, tokenizer, template)
+    ids = encode(tokenizer, rendered) if escaping is None else escaping.encode(rendered)
     tail = 0 if template.thinks else _tail_length(transcript, tokenizer, template, ids)
     return [*_with_one_bos(ids, tokenizer), *opening_ids(tokenizer, template, rendered)], tail
 
@@ -282,7 +347,7 @@ def _with_one_bos(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[in
     if ids[:2] == [bos, bos]:
         raise TemplateError(
             f"The rendered prompt starts with BOS ({tokenizer.bos_token!r}) twice, but a model expects it once. Remove "
-            "it from the messages or from the chat template."
+            "it from the messages or from the chat template, or read the transcript with escape_control_tokens=True."
         )
     adds_bos = tokenizer.encode("a")[:1] == [bos]
     return [bos, *ids] if adds_bos and ids[:1] != [bos] else ids
@@ -319,8 +384,8 @@ def _thinking_and_closing(
         )
     _check_no_tags(transcript.id, text, template)
     rule, ids = ClosingRule.of(tokenizer, template), transcript.thinking_ids
-    if ids is None or not _decodes_to(ids, text, tokenizer):
-        return encode(tokenizer, _strip_newlines(text, template)), list(rule.whole)
+    if ids is None or not decodes_to(ids, text, tokenizer):
+        return encode(tokenizer, strip_newlines(text, template)), list(rule.whole)
     seen = transcript.extra.get(CLOSING_IDS)
     if seen is not None:
         return list(ids), _seen_closing(transcript.id, seen, tokenizer, template)
@@ -383,18 +448,19 @@ def _answer_ids(transcript: Transcript, tokenizer: PreTrainedTokenizerBase, temp
         raise SpanError(
             f"Span 'answer' of {transcript.id!r} is missing: answer is None. Generate it, or pass with_answer=False."
         )
-    if ids is None or not _decodes_to(ids, text, tokenizer):
+    if ids is None or not decodes_to(ids, text, tokenizer):
         return encode(tokenizer, text.lstrip("\n") if template.closing.endswith("\n") else text)
     return list(ids)
 
 
-def _strip_newlines(text: str, template: Template) -> str:
+def strip_newlines(text: str, template: Template) -> str:
+    """Thinking without newlines at its ends, if the template's closing begins with one."""
     if template.closing.startswith("\n"):
         text = text.strip("\n")
     return text
 
 
-def _decodes_to(ids: tuple[int, ...], text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+def decodes_to(ids: tuple[int, ...], text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the ids decode to the text, apart from space at the edges and an end-of-turn token."""
     stripped = text.strip()
     return any(_decode(ids, tokenizer, skip_special=skip).strip() == stripped for skip in (False, True))

@@ -29,7 +29,10 @@ from cliffscope.study.artefact_kinds import Artefact, Place, Table
 from cliffscope.study.artefacts import ANSWER, PROBE, SELECTED_HEADS, TRANSCRIPT_TABLE, TRANSCRIPTS
 from cliffscope.study.config import StudyConfig
 from cliffscope.study.saved_readouts import load_answer_readout, load_probe
-from cliffscope.transcripts.records import Omission, Outcome, Split, Transcripts
+from cliffscope.transcripts.records import FORCED, Omission, Outcome, Split, Transcripts
+
+CUT_OFF = "its thinking was closed at its budget, and not by the model"
+"""Why a transcript takes part in no claim."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +75,8 @@ class Workspace:
     """The run directory; stages read through the properties and `table`."""
     progress: Progress
     """Called with stage, items done and items in all."""
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """Key of each stage by its name."""
 
     @cached_property
     def model(self) -> LensModel:
@@ -82,7 +87,7 @@ class Workspace:
             return model
         if isinstance(pinned, str):
             return replace(model, template=replace(model.template, date=pinned))
-        self.store.update(**{DATE: model.template.date})
+        self.store.update({DATE: model.template.date})
         return model
 
     @cached_property
@@ -136,11 +141,27 @@ class Workspace:
         """The heads that are edited, best first."""
         return self.table(SELECTED_HEADS).sort_values("rank", ignore_index=True)
 
-    def part(self, *splits: Split, harmful: bool | None = None, outcome: Outcome | None = None) -> Transcripts:
-        """Transcripts of some splits, by label and outcome."""
+    @property
+    def closed(self) -> Transcripts:
+        """Transcripts whose thinking the model ended itself: no claim rests on the others."""
+        return Transcripts(t for t in self.transcripts if not t.extra.get(FORCED))
+
+    @property
+    def left_open(self) -> tuple[Omission, ...]:
+        """The others."""
+        return tuple(Omission(stage="claims", reason=CUT_OFF, id=t.id) for t in self.transcripts if t.extra.get(FORCED))
+
+    def part(
+        self,
+        *splits: Split,
+        harmful: bool | None = None,
+        outcome: Outcome | None = None,
+        forced: bool = True,
+    ) -> Transcripts:
+        """Transcripts of some splits, by label and outcome; without those of a forced closing unless `forced`."""
         return Transcripts(
             t
-            for t in self.transcripts
+            for t in (self.transcripts if forced else self.closed)
             if self.splits[t.id] in splits
             and (harmful is None or t.harmful is harmful)
             and (outcome is None or t.outcome == outcome)
@@ -150,9 +171,9 @@ class Workspace:
         """A progress callback of one stage."""
         return lambda done: self.progress(stage, done, total)
 
-    def answers(self, key: str) -> AbstractContextManager[ArmAnswers]:
-        """Answers of arms, which survive a crash; those of another key are refused."""
-        return open_answers(self.store, key)
+    def answers(self, stage: str) -> AbstractContextManager[ArmAnswers]:
+        """Answers of a stage's arms, which survive a crash; those of another key are refused."""
+        return open_answers(self.store, self.keys[stage])
 
     def folder(self, place: Place) -> Path:
         """Where a place that another library fills lies."""
@@ -174,20 +195,21 @@ class Stage(ABC):
     """Fields of `StudyConfig` that its results depend on."""
     files: ClassVar[tuple[str, ...]] = ()
     """Fields of `StudyConfig` that name input files, which count by content."""
+    switch: ClassVar[str | None] = None
+    """Field of `StudyConfig` that requests the stage; None for a stage that always runs."""
     uses_model: ClassVar[bool] = True
     """Whether its results depend on the model itself."""
 
-    def wanted(self, config: StudyConfig) -> bool:  # noqa: ARG002
-        """Whether the configuration asks for it."""
-        return True
+    def requested(self, config: StudyConfig) -> bool:
+        """Whether the configuration requests it."""
+        return self.switch is None or bool(getattr(config, self.switch))
 
     @abstractmethod
-    def run(self, work: Workspace, key: str) -> StageOutputs:
+    def run(self, work: Workspace) -> StageOutputs:
         """Does the work.
 
         Args:
             work: what earlier stages left.
-            key: the stage's key, for answers that are kept while it runs.
 
         Returns:
             The results.

@@ -1,4 +1,4 @@
-"""Stage 4: every head's effect on refusal, on the fit and validate splits."""
+"""Stage 5: every head's effect on refusal, on the fit and validate splits."""
 
 from cliffscope.heads.ranking import rank_heads
 from cliffscope.readouts.probe import FEWEST
@@ -12,17 +12,18 @@ class HeadStage(Stage):
     """Ranks all heads on harmful transcripts that were complied with."""
 
     name = "heads"
-    version = 3
+    version = 4
     needs = ("transcripts", "readouts")
     makes = (HEADS, HEADS_FACTS)
     settings = ("readout", "method", "seed")
 
-    def run(self, work: Workspace, key: str) -> StageOutputs:  # noqa: ARG002
+    def run(self, work: Workspace) -> StageOutputs:
         """Ranks, or says that too few transcripts were complied with."""
         if work.readout is None:
             return StageOutputs()
-        suppressed = work.part(Split.FIT, Split.VALIDATE, harmful=True, outcome=Outcome.COMPLIED)
-        held_out = work.part(Split.TEST, harmful=True, outcome=Outcome.COMPLIED)
+        seen = (Split.FIT, Split.VALIDATE)
+        suppressed = work.part(*seen, harmful=True, outcome=Outcome.COMPLIED, forced=False)
+        held_out = work.part(Split.TEST, harmful=True, outcome=Outcome.COMPLIED, forced=False)
         if len(suppressed) < FEWEST or len(held_out) < FEWEST:
             sentence = verdicts.no_heads(len(suppressed), len(held_out), FEWEST)
             return StageOutputs(findings=(Finding(topic="heads", sentence=sentence),), notes=(sentence,))
@@ -31,8 +32,8 @@ class HeadStage(Stage):
             work.readout,
             suppressed,
             method=work.config.method,
-            harmless=work.part(Split.FIT, Split.VALIDATE, harmful=False),
-            refused=work.part(Split.FIT, Split.VALIDATE, harmful=True, outcome=Outcome.REFUSED),
+            harmless=work.part(*seen, harmful=False, forced=False),
+            refused=work.part(*seen, harmful=True, outcome=Outcome.REFUSED, forced=False),
             seed=work.config.seed,
             progress=work.counter(self.name, len(suppressed)),
         )
@@ -47,6 +48,7 @@ class HeadStage(Stage):
                     "readout": ranking.readout,
                     "can_tell": ranking.can_tell,
                     "gap": ranking.gap,
+                    "measured": ranking.measured,
                     "least_q": ranking.least_q,
                     "significant": [str(head) for head in ranking.significant()],
                 },

@@ -1,4 +1,4 @@
-"""Stage 6: the held-out transcripts once more with heads edited, and what the first heads read in them."""
+"""Stage 8: the held-out transcripts once more with heads edited, and what the first heads read in them."""
 
 from collections.abc import Mapping, Sequence
 
@@ -28,17 +28,17 @@ class ReadingStage(Stage):
     """Traces complied harmful test transcripts under the edit and under one random set; traces what heads read."""
 
     name = "reading"
-    version = 1
+    version = 2
     needs = ("transcripts", "readouts", "traces", "suppression")
     makes = (EDITED_ALIGNED, EDITED_CLIFFS, HEAD_SOURCES)
     settings = ("plateau", "seed")
 
-    def run(self, work: Workspace, key: str) -> StageOutputs:  # noqa: ARG002
+    def run(self, work: Workspace) -> StageOutputs:
         """Traces, or makes nothing where no head was selected."""
         selected = head_refs(work.selected_heads())
         if work.probe is None or not selected:
             return StageOutputs()
-        transcripts = work.part(Split.TEST, harmful=True, outcome=Outcome.COMPLIED)
+        transcripts = work.part(Split.TEST, harmful=True, outcome=Outcome.COMPLIED, forced=False)
         bins = work.table(ALIGNED).drop_duplicates("bin")
         closing = int((bins["span"] == "closing").sum())
         controls = min(1, count_sets(work.model.shape, selected, same_layers=True))

@@ -1,4 +1,4 @@
-"""Stage 10, on request: the model fine-tuned on the selection, measured before and after."""
+"""Stage 13, on request: the model fine-tuned on the selection, measured before and after."""
 
 from cliffscope.model.load import load_model
 from cliffscope.repairing.comparison import compare_repair
@@ -6,7 +6,6 @@ from cliffscope.repairing.finetune import repair
 from cliffscope.repairing.formats import own_refusal
 from cliffscope.study import verdicts
 from cliffscope.study.artefacts import REPAIR, REPAIRED, SELECTED
-from cliffscope.study.config import StudyConfig
 from cliffscope.study.stages.base import Finding, Stage, StageOutputs, Workspace
 from cliffscope.transcripts.records import Outcome, Split, Transcripts
 
@@ -18,13 +17,10 @@ class RepairStage(Stage):
     version = 1
     needs = ("transcripts", "selection")
     makes = (REPAIR, REPAIRED)
+    switch = "repair"
     settings = ("judge", "harmless_judge", "system", "max_thinking", "max_answer", "temperature", "seed")
 
-    def wanted(self, config: StudyConfig) -> bool:
-        """Only on request."""
-        return config.repair
-
-    def run(self, work: Workspace, key: str) -> StageOutputs:  # noqa: ARG002
+    def run(self, work: Workspace) -> StageOutputs:
         """Repairs and measures, or says that there is nothing to train on."""
         config = work.config
         selected = SELECTED.read(work.store.path) if work.has(SELECTED) else Transcripts()

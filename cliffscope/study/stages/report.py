@@ -10,15 +10,15 @@ class ReportStage(Stage):
     """Renders the report from the run directory alone."""
 
     name = "report"
-    version = 1
+    version = 2
     needs = (
-        *("transcripts", "readouts", "traces", "heads", "suppression", "reading"),
-        *("safety", "side effects", "selection", "repair"),
+        *("transcripts", "readouts", "transfer", "traces", "heads", "suppression", "early closings", "reading"),
+        *("safety", "side effects", "witnesses", "selection", "repair"),
     )
     makes = (REPORT,)
     settings = ("repair",)
     uses_model = False
 
-    def run(self, work: Workspace, key: str) -> StageOutputs:  # noqa: ARG002
+    def run(self, work: Workspace) -> StageOutputs:
         """Renders the page."""
         return StageOutputs(files={REPORT: render(read_run(work.store.path))})

@@ -1,4 +1,4 @@
-"""Stage 9: the training examples with the largest cliff."""
+"""Stage 12: the training examples with the largest cliff."""
 
 from cliffscope.readouts.trace import Cliffs
 from cliffscope.selection.choice import select_from_cliffs
@@ -17,7 +17,7 @@ class SelectionStage(Stage):
     makes = (SELECTION, SELECTED)
     settings = ("criterion", "plateau", "select_fraction", "seed")
 
-    def run(self, work: Workspace, key: str) -> StageOutputs:  # noqa: ARG002
+    def run(self, work: Workspace) -> StageOutputs:
         """Selects; the test split is never part of the pool, since what is repaired is measured on it."""
         if work.probe is None:
             return StageOutputs()
@@ -30,7 +30,7 @@ class SelectionStage(Stage):
             seed=config.seed,
         )
         return StageOutputs(
-            files={SELECTION: selection.to_frame(), SELECTED: selection.chosen},
+            files={SELECTION: selection.to_frame(), SELECTED: selection.selected},
             findings=(Finding(topic="selection", sentence=verdicts.of_selection(selection)),),
             omitted=selection.omitted,
         )

@@ -1,4 +1,4 @@
-"""Stage 8: how far the edited model departs from the unedited one on harmless transcripts."""
+"""Stage 10: how far the edited model departs from the unedited one on harmless transcripts."""
 
 from cliffscope.evaluation.side_effects import measure_side_effects
 from cliffscope.heads.controls import count_sets
@@ -24,7 +24,7 @@ class SideEffectStage(Stage):
     makes = (SIDE_EFFECTS,)
     settings = ("controls", "seed")
 
-    def run(self, work: Workspace, key: str) -> StageOutputs:  # noqa: ARG002
+    def run(self, work: Workspace) -> StageOutputs:
         """Measures, or makes nothing where no head was selected or no harmless transcript has an answer."""
         selected = head_refs(work.selected_heads())
         answered = Transcripts(t for t in work.part(Split.TEST, harmful=False) if t.answer is not None)

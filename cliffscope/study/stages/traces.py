@@ -1,4 +1,4 @@
-"""Stage 3: the refusal score of every token, and the cliff of every transcript."""
+"""Stage 4: the refusal score of every token, and the cliff of every transcript."""
 
 from collections.abc import Sequence
 
@@ -22,12 +22,12 @@ class TraceStage(Stage):
     """Traces every transcript and measures the cliffs."""
 
     name = "traces"
-    version = 2
+    version = 3
     needs = ("transcripts", "readouts")
     makes = (CLIFFS, TRACES, LAYER_TRACES, ALIGNED)
     settings = ("plateau", "seed")
 
-    def run(self, work: Workspace, key: str) -> StageOutputs:  # noqa: ARG002
+    def run(self, work: Workspace) -> StageOutputs:
         """Traces, or makes nothing where there is no probe."""
         if work.probe is None:
             return StageOutputs()

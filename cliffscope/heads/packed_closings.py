@@ -204,7 +204,8 @@ def _run_pack(
         stack.enter_context(model.residual_hook(visit))
         for one in edit.edits if edit else ():
             for layer in sorted({ref.layer for ref in one.heads if ref.layer <= job.readout.layer}):
-                stack.enter_context(model.head_hook(layer, _copy_edit(one, layer, n, len(closing))))
+                change = _copy_edit(one, layer, n, len(closing))
+                stack.enter_context(model.head_hook(layer, change, preserve_norm=one.preserve_norm))
         model.decoder(
             input_ids=repeat(torch.tensor([*closing, *tree.tokens], device=device), "t -> 1 (n t)", n=n),
             attention_mask=branch_masks(model, layout, starts, window.entering[0]),

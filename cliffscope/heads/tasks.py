@@ -12,7 +12,7 @@ from cliffscope.heads.methods import Effects, Method, Task
 from cliffscope.model.load import LensModel
 from cliffscope.readouts.readout import Readout
 from cliffscope.transcripts.records import Omission, Transcripts
-from cliffscope.transcripts.transcript import TokenizedTranscript, tokenize_all
+from cliffscope.transcripts.transcript import TokenizedTranscript
 
 
 def choose_method(method: Method | str, factor: float | None = None) -> Method:
@@ -81,7 +81,7 @@ def usable_tokens(
     Raises:
         DataError: nothing is left.
     """
-    every, omitted = tokenize_all(transcripts, model.tokenizer, model.template, max_length=model.shape.context)
+    every, omitted = model.tokenize_all(transcripts)
     span = method.span(scope)
     filled = [span.positions(t).stop > span.positions(t).start for t in every]
     tokens = [t for t, ok in zip(every, filled, strict=True) if ok]
