@@ -226,6 +226,37 @@ def test_text_around_reasoning_in_the_source_counts_where_no_turn_renders_it() -
     assert template.evidence["closing"] == "the text that the chat template puts around reasoning"
 
 
+FOREIGN = {
+    "the organisms' roles alone": ("<|user|>", "<|assistant|><think>\n"),
+    "DeepSeek's roles alone": ("<｜User｜>", "<｜Assistant｜><think>\n"),
+    "Nemotron's roles alone": ("<SPECIAL_10>User\n", "<SPECIAL_11>Assistant\n<think>\n"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_prompt_that_merely_ends_as_a_known_one_is_asked_about(name: str) -> None:
+    user, prompt = FOREIGN[name]
+    source = (
+        f"{{% for m in messages %}}{user}{{{{ m.content }}}}<|end|>{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{prompt}{{% endif %}}"
+    ).replace("\n", "{{ '\\n' }}")
+    with pytest.raises(UnclearTemplateError, match="newlines included") as error:
+        detect_template(build_byte_tokenizer(source, *ROLES))
+    assert error.value.answer["think_open"] == "<think>"
+
+
+def test_a_family_whose_tags_the_chat_template_never_has_is_not_taken() -> None:
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</thought>')[-1] }}<|im_end|>\n"
+        "{% endfor %}{% if enable_thinking %}{% endif %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant{{ '\n' }}{% endif %}"
+    )
+    family = detect_template(build_byte_tokenizer(source.replace("thought", "think"), "<|im_end|>"))
+    assert (family.name, family.evidence["closing"].partition(":")[0]) == ("qwen3", "family")
+    with pytest.raises(UnclearTemplateError, match=r"it has </thought>, where </think> was expected"):
+        detect_template(build_byte_tokenizer(source, "<|im_end|>"))
+
+
 def test_a_known_template_with_other_newlines_in_its_source_is_asked_about() -> None:
     source = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content.split('</think>\n')[-1] }}"

@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from failing_server import Failing, serving
+from failing_server import SLOW_SECONDS, Failing, serving
 
 import cliffscope as cs
 from cliffscope.errors import GenerationError, ServerError, TemplateError
@@ -132,7 +132,8 @@ def test_a_bad_server_loses_nothing_and_counts_nothing_twice(tmp_path: Path) -> 
     )
     with serving(Failing(script=script)) as server:
         engine = ServerEngine(
-            endpoint=server.endpoint(timeout_seconds=0.5, concurrency=8),
+            # A good reply that a loaded machine delays beyond the timeout would be requested again.
+            endpoint=server.endpoint(timeout_seconds=SLOW_SECONDS * 0.8, concurrency=8),
             template="chatml",
             resume=tmp_path / "answers.jsonl",
         )

@@ -422,7 +422,7 @@ def test_the_documented_published_templates_are_detected_as_documented() -> None
         except UnclearTemplateError as error:
             lines.append(f"| {file} | asked: {error.question.partition('?')[0]}? | | | | |")
             continue
-        place = t.evidence.get("closing", "").partition(" for ")[0]
+        place = t.evidence.get("closing", "").partition(":")[0]
         cells = (file, t.name, code(t.opening), code(t.closing), code(t.end), place)
         lines.append("| " + " | ".join(cells) + " |")
     check_documented("published templates", "\n".join(lines) + "\n")

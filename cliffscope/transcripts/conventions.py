@@ -214,13 +214,21 @@ def _same(prior: Template, shown: Shown) -> bool:
 
 
 def _of_prior(seen: Observations, prior: Template, place: str, thinks: str) -> Template:
-    source = f"published for {prior.models or 'this template'}; the chat template does not write it"
+    source = f"family: published for {prior.models or prior.name}; the chat template does not write it"
     shown = place if place else source
     if not place:
+        _check_tags(seen, prior)
         _check_space(seen, prior)
     opening = shown if prior.opening else f"the generation prompt ends in {seen.head[-40:]!r}"
     evidence = {**_common(seen), "thinks": thinks or source, "opening": opening, "closing": shown}
     return replace(prior, evidence=evidence)
+
+
+def _check_tags(seen: Observations, prior: Template) -> None:
+    """Raises UnclearTemplateError where what speaks of thinking has tags, and none is the prior's."""
+    pairs = (*seen.source_pairs, *seen.prompt_pairs) or seen.vocabulary_pairs
+    if pairs and prior.think_close not in {pair.closing for pair in pairs}:
+        raise _ask_closing(seen, f"it has {pairs[0].closing}, where {prior.think_close} was expected")
 
 
 def _check_space(seen: Observations, prior: Template) -> None:

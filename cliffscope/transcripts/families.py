@@ -50,6 +50,8 @@ class Template:
     """Switches for the chat template, such as `enable_thinking`."""
     prompt_end: str = ""
     """How the generation prompt ends; empty for a template that is chosen only by name, never detected."""
+    prompt_start: str = ""
+    """How the generation prompt must begin in addition."""
     marks: tuple[str, ...] = ()
     """What the chat template's source must contain in addition."""
     off: Mapping[str, bool] = field(default_factory=dict, hash=False)
@@ -101,11 +103,13 @@ class Template:
             render: renders its generation prompt with the given switches; called only if the source holds the marks.
 
         Returns:
-            True if the source holds the marks and the prompt ends as this convention says. Always False without a
-            `prompt_end`: such a template is chosen only by name.
+            True if the source holds the marks and the prompt begins and ends as this convention says. Always False
+            without a `prompt_end`: such a template is chosen only by name.
         """
-        has_marks = bool(self.prompt_end) and all(mark in source for mark in self.marks)
-        return has_marks and render(self.template_kwargs).endswith(self.prompt_end)
+        if not self.prompt_end or not all(mark in source for mark in self.marks):
+            return False
+        prompt = render(self.template_kwargs)
+        return prompt.startswith(self.prompt_start) and prompt.endswith(self.prompt_end)
 
 
 _ON, _OFF = {"enable_thinking": True}, {"enable_thinking": False}
@@ -137,6 +141,7 @@ def _thinking(
     tags: tuple[str, str] = (OPEN, CLOSE),
     on: Mapping[str, bool] | None = None,
     off: Mapping[str, bool] | None = None,
+    prompt_start: str = "",
     marks: tuple[str, ...] = (),
     earlier: Earlier = Earlier.UNKNOWN,
     closing_seen: bool = False,
@@ -149,6 +154,7 @@ def _thinking(
         closing=closing,
         template_kwargs=on or {},
         prompt_end=prompt_end,
+        prompt_start=prompt_start,
         marks=marks,
         off=off or {},
         earlier=earlier,
@@ -161,7 +167,12 @@ def _thinking(
 # immediately unless enable_thinking is true; the originals ignore the switch, so it is always passed.
 _BUILT_IN = (
     _thinking(
-        "organism", "<|assistant|><think>\n", "the organisms of this package", earlier=Earlier.KEPT, closing_seen=True
+        "organism",
+        "<|assistant|><think>\n",
+        "the organisms of this package",
+        prompt_start="<|bos|><|user|>",
+        earlier=Earlier.KEPT,
+        closing_seen=True,
     ),
     _thinking(
         "r1-distill",
@@ -169,6 +180,7 @@ _BUILT_IN = (
         "DeepSeek-R1; R1-Distill-Qwen and -Llama since February 2025; RealSafe-R1 and Skywork-OR1 where their files "
         "open thinking",
         on=_ON,
+        marks=(CLOSE,),
         earlier=Earlier.DROPPED,
     ),
     _thinking(
@@ -178,6 +190,7 @@ _BUILT_IN = (
         closing=CLOSE,
         on={"thinking": True, **_ON},
         off={"thinking": False},
+        marks=(CLOSE,),
         earlier=Earlier.DROPPED,
     ),
     _thinking(
@@ -205,6 +218,7 @@ _BUILT_IN = (
         f"<SPECIAL_11>Assistant\n{OPEN}\n",
         "Nemotron Nano v2",
         on=_ON,
+        marks=(CLOSE,),
         earlier=Earlier.DROPPED,
     ),
     _thinking(
