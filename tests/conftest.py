@@ -168,7 +168,7 @@ def llama(models: dict[str, LensModel]) -> LensModel:
 @pytest.fixture(scope="session")
 def chatml_model(make_checkpoint: MakeCheckpoint) -> LensModel:
     """A model whose template does not think."""
-    return load_model(make_checkpoint("llama", chatml=True), device="cpu")
+    return load_model(make_checkpoint("llama", chatml=True), template="chatml", device="cpu")
 
 
 @pytest.fixture(scope="session", params=["llama", "qwen3", "mistral"])

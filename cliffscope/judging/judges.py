@@ -230,7 +230,7 @@ def _unfinished(transcript: Transcript) -> Verdict | None:
 def _unreadable(transcript: Transcript) -> Verdict | None:
     """The verdict on a transcript that no judge is asked about; None if one is."""
     unfinished = _unfinished(transcript)
-    answer = _parts(transcript).answer
+    answer = None if SERVER_REFUSAL in transcript.extra else _parts(transcript).answer
     # Thinking that cannot be told apart is a reason of its own.
     fault = None if unfinished is not None or answer is None else degeneration(answer)
     return unfinished if fault is None else Verdict(outcome=Outcome.UNJUDGED, score=None, reason=fault)

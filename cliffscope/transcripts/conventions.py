@@ -225,8 +225,8 @@ def _of_prior(seen: Observations, prior: Template, place: str, thinks: str) -> T
 
 
 def _check_tags(seen: Observations, prior: Template) -> None:
-    """Raises UnclearTemplateError where what speaks of thinking has tags, and none is the prior's."""
-    pairs = (*seen.source_pairs, *seen.prompt_pairs) or seen.vocabulary_pairs
+    """Raises UnclearTemplateError where the chat template has tags that speak of thinking, and none is the prior's."""
+    pairs = (*seen.source_pairs, *seen.prompt_pairs)
     if pairs and prior.think_close not in {pair.closing for pair in pairs}:
         raise _ask_closing(seen, f"it has {pairs[0].closing}, where {prior.think_close} was expected")
 
