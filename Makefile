@@ -19,7 +19,7 @@ demo: $(DEMO)
 
 # The picture of the README and of the documentation's first page.
 picture: $(STAMP) demo
-	$(BIN)/cliffscope figures runs/demo --out docs/figures --only cliff --format svg --format json
+	$(BIN)/cliffscope figures runs/demo --out docs/figures --only closings --format svg --format json
 
 test: $(STAMP) chromium
 	$(PYTEST)

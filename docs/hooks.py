@@ -24,14 +24,14 @@ GROUND = "ground"
 """Page of the modules that lie in no room."""
 EXAMPLES, TUTORIALS = DOCS.parent / "examples", DOCS / "tutorials"
 PLOTLY = Path("assets") / "javascripts" / "plotly.min.js"
-MARK = "<!-- figure: cliff -->"
-LIVE = """<div id="cliff" style="height:{height}px"></div>
-<noscript><img src="figures/cliff.svg" alt="Mean refusal score by position and group"></noscript>
-<script type="application/json" id="cliff-data">{data}</script>
+MARK = "<!-- figure: closings -->"
+LIVE = """<div id="closings" style="height:{height}px"></div>
+<noscript><img src="figures/closings.svg" alt="What would be answered, had the thinking ended earlier"></noscript>
+<script type="application/json" id="closings-data">{data}</script>
 <script src="{plotly}"></script>
 <script>
-  const figure = JSON.parse(document.getElementById("cliff-data").textContent);
-  Plotly.newPlot("cliff", figure.data, figure.layout, {{displayModeBar: false, responsive: true}});
+  const figure = JSON.parse(document.getElementById("closings-data").textContent);
+  Plotly.newPlot("closings", figure.data, figure.layout, {{displayModeBar: false, responsive: true}});
 </script>
 """
 log = logging.getLogger("mkdocs.hooks.tutorials")
@@ -97,7 +97,7 @@ def on_page_markdown(markdown: str, **_kwargs: Any) -> str:
     """Puts the live figure where a page asks for it."""
     if MARK not in markdown:
         return markdown
-    figure = json.loads((DOCS / "figures" / "cliff.json").read_text(encoding="utf-8"))
+    figure = json.loads((DOCS / "figures" / "closings.json").read_text(encoding="utf-8"))
     live = LIVE.format(height=figure["layout"]["height"], data=embed(figure), plotly=PLOTLY.as_posix())
     return markdown.replace(MARK, live)
 

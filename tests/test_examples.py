@@ -83,13 +83,24 @@ def test_a_notebook_runs_and_shows_its_results(path: Path, tmp_path: Path, monke
         found = re.search(r"found: +(.*)\nplanted: (.*)", said)
         assert found is not None
         assert sorted(found[1].split()) == sorted(found[2].split()) == sorted(planted)
+        # The text says that the probe reads harm: its score stays above one half where the model complies.
+        complied = re.search(r"Calibration\(.*complied [\d.]+ \[([\d.]+), ", said)
+        assert complied is not None
+        assert float(complied[1]) > 0.5
     elif path.stem == "02_bring_your_model":
         assert (tmp_path / "runs" / "mine" / "report.html").is_file()
         assert "Refusal is suppressed, and the selected heads do it" in shown
     elif path.stem == "03_heads_in_depth":
         rows = dict(re.findall(r"^ *(\w+) (L\d+H\d+ L\d+H\d+)", said, re.MULTILINE))
         assert {name for name, heads in rows.items() if sorted(heads.split()) == sorted(planted)} >= {"zero", "mean"}
+        on_probe = re.search(r"on the probe: (.*)", said)
+        assert on_probe is not None
+        assert sorted(on_probe[1].split()) == sorted(planted)
     else:
+        falls = re.search(r"(\d+) of (\d+) transcripts fall", said)
+        assert falls is not None
+        assert int(falls[1]) <= 0.1 * int(falls[2])
+        assert re.search(r"^Selection\(.* by suppression", said, re.MULTILINE)
         assert (tmp_path / "repaired" / "model.safetensors").is_file()
         assert (tmp_path / "edited" / "model.safetensors").is_file()
     publish(notebook, path.name)
