@@ -14,6 +14,7 @@ from .figures.images import save_figure as save_figure
 from .generation.answering import answer_transcripts as answer_transcripts
 from .generation.endpoints import Endpoint as Endpoint
 from .generation.engines import ServerEngine as ServerEngine
+from .generation.probing import probe_convention as probe_convention
 from .generation.rollout import roll_out as roll_out
 from .heads.agreement import compare_rankings as compare_rankings
 from .heads.agreement import split_half as split_half

@@ -23,6 +23,19 @@ class TemplateError(CliffScopeError):
     exit_code = 3
 
 
+class UnclearTemplateError(TemplateError):
+    """The chat template does not show how the model thinks, or shows contradictory things, so that it has to be asked.
+
+    `question` is the one thing that is not known; `answer` has the fields of a template as far as they are known, to be
+    completed and passed as a `.json` file.
+    """
+
+    def __init__(self, message: str, *, question: str, answer: dict[str, object]) -> None:
+        """Takes the message with its parts."""
+        super().__init__(message)
+        self.question, self.answer = question, answer
+
+
 class SpanError(CliffScopeError):
     """A span of a transcript is empty or cannot be found."""
 

@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from cliffscope.generation.endpoints import Endpoint
 
 Say = Callable[[str], Mapping[str, object]]
-SLOW_SECONDS = 1.0
+SLOW_SECONDS = 3.0
 
 
 def echo(prompt: str) -> Mapping[str, object]:

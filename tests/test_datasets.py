@@ -101,6 +101,48 @@ def test_unknown_keys_are_kept_and_a_missing_id_is_made(write: Callable[[str, st
     assert (second.id, second.harmful, second.closed) == ("b", True, True)
 
 
+THOUGHT, ANSWERED = "Bread is harmless.", "Mix flour and water."
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"answer": f"<think>\n{THOUGHT}\n</think>\n\n{ANSWERED}"},
+        {"answer": f"{THOUGHT}\n</think>\n\n{ANSWERED}"},
+        {"answer": f"<think>\n{THOUGHT}\n</think>\n\n{ANSWERED}", "thinking": THOUGHT},
+        {"answer": f"<think>\n{THOUGHT}\n</think>\n\n{ANSWERED}", "reasoning_content": THOUGHT},
+        {"answer": ANSWERED, "reasoning_content": f"\n{THOUGHT}\n", "reasoning": f"\n{THOUGHT}\n"},
+        {"answer": ANSWERED, "reasoning": THOUGHT},
+        {"answer": f"analysis{THOUGHT}assistantfinal{ANSWERED}"},
+    ],
+)
+def test_thinking_is_read_from_wherever_another_program_puts_it(
+    write: Callable[[str, str], Path], fields: dict[str, str], tmp_path: Path
+) -> None:
+    file = write("others.jsonl", json.dumps({"id": "a", "prompt": "How do I bake bread?", **fields}))
+    (row,) = rows = read_transcripts(file)
+    assert (row.thinking, row.answer) == (THOUGHT, ANSWERED)
+    assert "reasoning" not in row.extra
+    assert "reasoning_content" not in row.extra
+    write_transcripts(rows, tmp_path / "again.jsonl")
+    assert read_transcripts(tmp_path / "again.jsonl") == rows
+
+
+def test_thinking_is_not_taken_from_an_answer_that_was_generated_or_from_a_prompt(
+    write: Callable[[str, str], Path],
+) -> None:
+    tagged = f"<think>\n{THOUGHT}\n</think>\n\n{ANSWERED}"
+    lines = [
+        {"id": "generated", "prompt": "a", "answer": tagged, "answer_ids": [1], "reasoning": THOUGHT},
+        {"id": "prompt", "prompt": "b", "reasoning": THOUGHT},
+        {"id": "open", "prompt": "c", "answer": f"<think>\n{THOUGHT}"},
+    ]
+    generated, prompt, cut = read_transcripts(write("t.jsonl", "\n".join(map(json.dumps, lines))))
+    assert (generated.thinking, generated.answer, generated.extra) == (None, tagged, {"reasoning": THOUGHT})
+    assert (prompt.thinking, prompt.extra) == (None, {"reasoning": THOUGHT})
+    assert (cut.thinking, cut.answer) == (None, f"<think>\n{THOUGHT}")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

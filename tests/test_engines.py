@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from failing_server import Failing, serving
+from failing_server import SLOW_SECONDS, Failing, serving
 
 import cliffscope as cs
 from cliffscope.errors import GenerationError, ServerError, TemplateError
@@ -71,6 +71,24 @@ def test_harmony_is_split_off_where_its_tokens_are_kept() -> None:
     assert (t.thinking, t.answer) == ("Harmless.", "Mix.")
 
 
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning"])
+def test_thinking_that_a_server_gives_in_both_fields_is_taken_once(name: str) -> None:
+    for content in (f"{OPEN}\nHarmless.\n{CLOSE}\n\nMix.", f"Harmless.\n{CLOSE}\n\nMix."):
+        t = one({name: "Harmless.", "content": content})
+        assert (t.thinking, t.answer) == ("Harmless.", "Mix.")
+
+
+def test_channels_whose_marks_a_server_stripped_are_split() -> None:
+    t = one({"content": "analysisHarmless.assistantfinalMix."}, "harmony")
+    assert (t.thinking, t.answer) == ("Harmless.", "Mix.")
+
+
+def test_a_refusal_in_a_field_of_its_own_is_a_refusal() -> None:
+    t = one({"content": None, "refusal": "Not this."}, "chatml")
+    assert t.answer == "Not this."
+    assert judge(Transcripts([t]))[0].outcome is Outcome.REFUSED
+
+
 def test_labels_and_ids_are_kept_and_old_answers_replaced() -> None:
     old = Transcript(
         id="a",
@@ -114,7 +132,8 @@ def test_a_bad_server_loses_nothing_and_counts_nothing_twice(tmp_path: Path) -> 
     )
     with serving(Failing(script=script)) as server:
         engine = ServerEngine(
-            endpoint=server.endpoint(timeout_seconds=0.5, concurrency=8),
+            # A good reply that a loaded machine delays beyond the timeout would be requested again.
+            endpoint=server.endpoint(timeout_seconds=SLOW_SECONDS * 0.8, concurrency=8),
             template="chatml",
             resume=tmp_path / "answers.jsonl",
         )

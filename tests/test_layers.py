@@ -106,6 +106,7 @@ PUBLIC = [
     "needed_n",
     "open_study",
     "organisms",
+    "probe_convention",
     "probe_transfer",
     "rank_heads",
     "read_prompts",

@@ -22,7 +22,7 @@ def test_what_deserves_a_look_is_told() -> None:
     assert preview(build_word_tokenizer(ORGANISM, words)).warnings == ()
     (warning,) = preview(build_word_tokenizer(ORGANISM)).warnings
     assert "words of this sample that the vocabulary lacks are shown as '<unk>'" in warning
-    (warning,) = preview(build_word_tokenizer(CHATML, words)).warnings
+    (warning,) = preview(build_word_tokenizer(CHATML, words, tags=())).warnings
     assert "chatml-think" in warning
     smollm = shared_tokenizer("smollm2_from_gguf", "gguf__SmolLM2-135M-Instruct")
     told = preview(smollm, "chatml-think").warnings

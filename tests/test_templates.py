@@ -11,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cliffscope import registry
-from cliffscope.errors import TemplateError
+from cliffscope.errors import TemplateError, UnclearTemplateError
 from cliffscope.transcripts.families import Earlier
 from cliffscope.transcripts.templates import (
     TEMPLATES,
@@ -23,6 +23,8 @@ from cliffscope.transcripts.templates import (
     generation_prompt,
     opening_ids,
     resolve_template,
+    stop_sequences,
+    turn_end,
 )
 
 SHARED = Path(os.environ.get("CLIFFSCOPE_SHARED", Path(__file__).parents[2] / "shared")) / "data"
@@ -59,7 +61,6 @@ DETECTED = [
     ("xinference__Qwen3-Next-Thinking", "qwen3-thinking"),
     ("llamacpp__Qwen3.5-4B", "qwen3-thinking"),
     ("trl__qwen3_5_think", "qwen3-thinking"),
-    ("xinference__Qwen3-Instruct", "chatml"),
     ("ortext__qwen2.5", "chatml"),
     ("gguf__Qwen2.5-Coder-0.5B-Instruct", "chatml"),
     ("gguf__SmolLM2-135M-Instruct", "chatml"),
@@ -83,6 +84,14 @@ DETECTED = [
     ("xinference__gpt-oss", "harmony"),
 ]
 NAMES = dict(DETECTED)
+# Renders reasoning, but nothing says that the model writes any: as it stands, a model that thinks may have it, too.
+ASKED = {"xinference__Qwen3-Instruct"}
+# Vocabularies in which the models of a template would find their tags; those without thinking have none.
+VOCABULARIES = {
+    **dict.fromkeys(("r1-distill", "r1-distill-old", "deepseek-v3.1"), "deepseek_r1_distill_qwen_from_gguf"),
+    "harmony": "lenml_gptoss",
+    "chatml": "smollm2_from_gguf",
+}
 THINKING = [pair for pair in DETECTED if pair[1] != "chatml"]
 # Copies of other hands: these do with earlier thinking, or with an answered turn, as the original does not.
 EDITED = {"openinstruct__olmo_thinker_remove_intermediate_thinking", "ortext__gpt-oss"}
@@ -92,18 +101,18 @@ UNKNOWN = [
 ]
 
 
-def build_word_tokenizer(chat_template: str, words: str = "") -> PreTrainedTokenizerFast:
-    """One token a word, newlines of their own, decoding by joining."""
+def build_word_tokenizer(
+    chat_template: str, words: str = "", *, tags: tuple[str, ...] = ("<think>", "</think>")
+) -> PreTrainedTokenizerFast:
+    """One token a word, newlines of their own, decoding by joining; tags are added tokens."""
     marks = ["<pad>", "<unk>", "<|bos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|im_start|>", "<|im_end|>"]
     plain = [*("\n", "\n\n", "user", "assistant", "system"), *dict.fromkeys(w for w in words.split(" ") if w)]
     plain += [f" {word}" for word in plain[2:]]
-    core = Tokenizer(
-        models.WordLevel({token: i for i, token in enumerate([*marks, "<think>", "</think>", *plain])}, "<unk>")
-    )
+    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate([*marks, *tags, *plain])}, "<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n\n|\n| ?[A-Za-z0-9']+| ?[^\sA-Za-z0-9]"), "isolated")
     core.decoder = decoders.Fuse()
     core.add_special_tokens([AddedToken(mark, normalized=False) for mark in marks])
-    core.add_tokens([AddedToken(tag, normalized=False) for tag in ("<think>", "</think>")])
+    core.add_tokens([AddedToken(tag, normalized=False) for tag in tags])
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<|bos|>", unk_token="<unk>", pad_token="<pad>", chat_template=chat_template
     )
@@ -127,13 +136,52 @@ def test_every_published_chat_template_is_tried() -> None:
     folder = SHARED / "templates"
     if not folder.is_dir():
         pytest.skip(f"the shared test data are absent: {folder}; set CLIFFSCOPE_SHARED")
-    assert {p.stem for p in folder.glob("*.jinja")} == set(NAMES)
+    assert {p.stem for p in folder.glob("*.jinja")} == {*NAMES, *ASKED}
 
 
 @pytest.mark.parametrize(("file", "name"), DETECTED)
 def test_a_published_chat_template_is_detected(file: str, name: str) -> None:
-    folder = "deepseek_r1_distill_qwen_from_gguf" if name.startswith("r1") else "lenml_qwen3"
-    assert detect_template(shared_tokenizer(folder, file)).name == name
+    template, family = detect_template(shared_tokenizer(vocabulary(name), file)), TEMPLATES.get(name)
+    for field in ("name", "think_open", "think_close", "opening", "closing", "thinks"):
+        assert getattr(template, field) == getattr(family, field)
+    assert ("closing" if template.thinks else "thinks") in template.evidence
+
+
+@pytest.mark.parametrize("file", sorted(ASKED))
+def test_a_published_chat_template_that_shows_too_little_is_asked_about(file: str) -> None:
+    with pytest.raises(UnclearTemplateError, match="nothing says that the model writes any") as error:
+        detect_template(shared_tokenizer("lenml_qwen3", file))
+    assert error.value.answer["closing"] == "\n</think>\n\n"
+
+
+@pytest.mark.parametrize("file", [file for file, name in DETECTED if name == "chatml"])
+def test_a_silent_chat_template_over_a_vocabulary_with_tags_is_asked_about(file: str) -> None:
+    with pytest.raises(UnclearTemplateError, match=r"the vocabulary has <think> and </think>.*template='plain'"):
+        detect_template(shared_tokenizer("lenml_qwen3", file))
+
+
+ENDS = {
+    **dict.fromkeys(("r1-distill", "r1-distill-old", "deepseek-v3.1"), "<｜end▁of▁sentence｜>"),
+    "nemotron-nano-v2": "\n<SPECIAL_12>",
+    "phi-4-mini": "<|end|>",
+    "harmony": "<|return|>",
+}
+
+
+@pytest.mark.parametrize(("file", "name"), DETECTED)
+def test_a_turn_of_a_published_chat_template_ends_as_it_renders_it(file: str, name: str) -> None:
+    tokenizer = shared_tokenizer(vocabulary(name), file)
+    tokenizer.eos_token, expected = "<|im_end|>", ENDS.get(name, "<|im_end|>")
+    expected = "<|end|>" if file == "ortext__gpt-oss" else expected
+    template = detect_template(tokenizer)
+    assert template.end == expected
+    assert tokenizer.decode(turn_end(tokenizer, template)) == expected
+    stops = [tokenizer.decode(ids) for ids in stop_sequences(tokenizer, template)]
+    assert stops == [*dict.fromkeys([expected.strip(), *(["<|im_end|>"] if stops[1:] else [])])]
+
+
+def vocabulary(name: str) -> str:
+    return VOCABULARIES.get(name, "lenml_qwen3")
 
 
 @pytest.mark.parametrize(("file", "name"), THINKING)
@@ -198,7 +246,7 @@ HERMES = (
 
 def test_the_convention_of_hermes_4_is_detected_from_what_its_card_describes() -> None:
     template = detect_template(build_word_tokenizer(HERMES))
-    assert template is TEMPLATES.get("hermes-4")
+    assert template.name == "hermes-4"
     assert "tags" in generation_prompt(build_word_tokenizer(HERMES), USER, template)
 
 
@@ -209,7 +257,7 @@ LLAMA = (
 
 
 def test_a_chat_template_of_another_kind_that_never_mentions_thinking_is_plain() -> None:
-    assert detect_template(build_word_tokenizer(LLAMA)) is TEMPLATES.get("plain")
+    assert detect_template(build_word_tokenizer(LLAMA, tags=())).name == "plain"
 
 
 def test_a_template_of_the_users_own_is_read_from_json(tmp_path: Path) -> None:
@@ -245,8 +293,8 @@ def test_a_template_of_a_module_or_an_installed_package_is_found_and_the_latter_
 
     monkeypatch.setattr(registry, "entry_points", points)
     assert find_template("theirs") is THEIRS
-    assert detect_template(tokenizer) is THEIRS
-    assert detect_template(build_word_tokenizer(CHATML)) is TEMPLATES.get("chatml"), "a built-in one comes first"
+    assert detect_template(tokenizer) == THEIRS
+    assert detect_template(build_word_tokenizer(CHATML, tags=())).name == "chatml", "a built-in one comes first"
     with pytest.raises(TemplateError, match="no_such_module"):
         find_template("broken")
     with pytest.raises(TemplateError, match="not a template"):
@@ -296,13 +344,13 @@ def test_a_template_that_closes_thinking_at_once_is_refused() -> None:
 
 def test_the_organism_template_is_detected_without_any_file() -> None:
     tokenizer = build_word_tokenizer(ORGANISM)
-    assert detect_template(tokenizer) is TEMPLATES.get("organism")
+    assert detect_template(tokenizer).name == "organism"
     assert tokenizer.decode(closing_ids(tokenizer, TEMPLATES.get("organism"))) == "\n</think>\n\n"
 
 
 def test_a_chat_template_that_never_mentions_thinking_is_one_without() -> None:
-    template = detect_template(build_word_tokenizer(CHATML))
-    assert template is TEMPLATES.get("chatml")
+    template = detect_template(build_word_tokenizer(CHATML, tags=()))
+    assert template.name == "chatml"
     assert not template.thinks
     assert closing_ids(build_word_tokenizer(CHATML), template) == []
 
@@ -342,7 +390,7 @@ def test_resolve_takes_a_name_a_template_or_nothing() -> None:
     own = Template(name="own", think_open="<t>", think_close="</t>", opening="<t>", closing="</t>")
     assert resolve_template("qwen3", tokenizer) is TEMPLATES.get("qwen3")
     assert resolve_template(own, tokenizer) is own
-    assert resolve_template(None, tokenizer) is TEMPLATES.get("organism")
+    assert resolve_template(None, tokenizer).name == "organism"
     with pytest.raises(
         TemplateError, match=r"There is no template 'qwen9'\. Expected one of .*r1-distill.*package.module:name.*\.json"
     ):
@@ -361,10 +409,26 @@ def test_every_template_that_thinks_closes_with_its_own_tag() -> None:
         assert template.opening.startswith(template.think_open) or not template.opening
 
 
-def test_the_documented_templates_are_those_that_are_known() -> None:
-    def code(text: str) -> str:
-        return f"`{text!r}`".replace("|", "\\|").replace("'", "") if text else ""
+def code(text: str) -> str:
+    return f"`{text!r}`".replace("|", "\\|").replace("'", "") if text else ""
 
+
+def test_the_documented_published_templates_are_detected_as_documented() -> None:
+    lines = ["| file | result | opening | closing | end of turn | closing from |", "|---" * 6 + "|"]
+    for file in sorted((*NAMES, *ASKED)):
+        tokenizer = shared_tokenizer(vocabulary(NAMES.get(file, "qwen3")), file)
+        try:
+            t = detect_template(tokenizer)
+        except UnclearTemplateError as error:
+            lines.append(f"| {file} | asked: {error.question.partition('?')[0]}? | | | | |")
+            continue
+        place = t.evidence.get("closing", "").partition(":")[0]
+        cells = (file, t.name, code(t.opening), code(t.closing), code(t.end), place)
+        lines.append("| " + " | ".join(cells) + " |")
+    check_documented("published templates", "\n".join(lines) + "\n")
+
+
+def test_the_documented_templates_are_those_that_are_known() -> None:
     lines = [
         "| template | models | generation prompt ends in | closing | seen | earlier thinking | off |",
         "|---" * 7 + "|",

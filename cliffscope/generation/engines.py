@@ -20,7 +20,8 @@ from cliffscope.generation.rollout import STAGE, bare_prompt, roll_out
 from cliffscope.generation.speaking import Budget
 from cliffscope.model.load import LensModel
 from cliffscope.transcripts.records import CUT, Omission, Transcript, Transcripts
-from cliffscope.transcripts.templates import Template, find_template, split_reply
+from cliffscope.transcripts.replies import SERVER_REFUSAL, part_turn, split_reply
+from cliffscope.transcripts.templates import Template, find_template
 
 
 @runtime_checkable
@@ -150,9 +151,9 @@ def _answered(transcript: Transcript, reply: Reply, template: Template) -> Trans
         # If there is nothing but thinking, it is unknown whether the thinking closed.
         thinking, answer = reply.reasoning.strip("\n"), reply.content.lstrip("\n") or None
     cut = answer is not None and reply.finish == "length"
-    return transcript.replace(
-        thinking=thinking,
-        answer=answer,
-        closed=answer is not None,
-        extra={**transcript.extra, "finish": reply.finish, CUT: cut},
-    )
+    extra: dict[str, object] = {**transcript.extra, "finish": reply.finish, CUT: cut}
+    if reply.refusal.strip() and not (answer or "").strip():
+        answer, extra[SERVER_REFUSAL] = reply.refusal, reply.refusal
+    answered = transcript.replace(thinking=thinking, answer=answer, closed=answer is not None, extra=extra)
+    # A server may leave the thinking in the content, too, or strip the tags by which a template tells it apart.
+    return part_turn(answered, template)

@@ -56,6 +56,8 @@ class Reply:
     """The thinking, if the server separates it."""
     finish: str
     """Finish reason, such as `stop` or `length`."""
+    refusal: str = ""
+    """The refusal, if the server gives it in a field of its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,9 +200,13 @@ def exchange(
         reason = visible(credentials.removed_from(answer.reason), one_line=True)
         shown = reason if len(reason) <= _SHOWN else f"{reason[:_SHOWN]}…"
         return Failure(reason=shown, transient=answer.transient, fatal=answer.fatal, pause_seconds=answer.pause_seconds)
-    if any(credentials.occur_in(text) for text in (answer.content, answer.reasoning or "", answer.finish)):
+    if any(credentials.occur_in(text) for text in _texts(answer)):
         return Failure(reason="the reply repeats the key or password, so it was discarded", transient=False)
     return answer
+
+
+def _texts(reply: Reply) -> tuple[str, ...]:
+    return reply.content, reply.reasoning or "", reply.finish, reply.refusal
 
 
 def _exchange(client: "OpenAI", body: Mapping[str, object], timeout_seconds: float) -> Reply | Failure:
@@ -309,14 +315,15 @@ def read_reply(data: bytes) -> Reply:
         content, finish = message.get("content"), choice.get("finish_reason")
         # Servers use either name for separated thinking.
         reasoning = message.get("reasoning_content") or message.get("reasoning")
+        refusal = message.get("refusal")
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         _malformed(f"{type(error).__name__} in {text}")
-    for value in (content, reasoning, finish):
+    for value in (content, reasoning, finish, refusal):
         if value is not None and not isinstance(value, str):
             _malformed(f"{type(value).__name__} where text was expected, in {text}")
         if value is not None and not is_unicode(value):
             _malformed(f"half of a surrogate pair, which no file accepts, in {text}")
-    return Reply(content=content or "", reasoning=reasoning, finish=finish or "")
+    return Reply(content=content or "", reasoning=reasoning, finish=finish or "", refusal=refusal or "")
 
 
 def _malformed(what: str) -> NoReturn:

@@ -21,11 +21,11 @@ from torch import Tensor
 from cliffscope.errors import GenerationError
 from cliffscope.generation.row_edits import SPANS
 from cliffscope.model.load import LensModel
-from cliffscope.transcripts.templates import closing_ids
+from cliffscope.transcripts.templates import closing_ids, stop_sequences
 from cliffscope.transcripts.transcript import Span, TokenizedTranscript
 
-_LOOK_BACK = 8
-"""Tokens of thinking in which a closing tag is looked for; the longest known tag has five."""
+_PART = "\N{REPLACEMENT CHARACTER}"
+"""What a token decodes to that holds a part of a character."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,10 +126,12 @@ class Speaker:
         self.model, self.temperature = model, budget.temperature
         self._tokenizer, self._template, self._budget = model.tokenizer, model.template, budget
         self._thinking_only = thinking_only
-        self._ends = _end_ids(model)
+        self._ends, self._long_ends = _ends(model)
         thinks = model.template.thinks
         self._closing = closing_ids(model.tokenizer, model.template) if thinks else []
         self._bare = closing_ids(model.tokenizer, model.template, after_newline=True) if thinks else []
+        # A token may hold a single byte, so that a tag has at most as many tokens as bytes.
+        self._look_back = len(model.template.think_close.encode()) + 1
         self._completes: dict[int, bool] = {}
 
     def start(self, index: int, row: TokenizedTranscript, *, closing: Sequence[int] = ()) -> Row:
@@ -153,17 +155,19 @@ class Speaker:
         if row.closed:
             row.span = SPANS.index(Span.ANSWER)
             row.answer.append(token)
-            row.cut = token not in self._ends and len(row.answer) >= self._budget.max_answer
-            row.ended = row.cut or token in self._ends
-            if token in self._ends:
-                row.answer.pop()
-            return token
-        if token in self._ends:
-            row.ended = True
+            ending = self._ending(row.answer)
+            row.cut = not ending and len(row.answer) >= self._budget.max_answer
+            row.ended = row.cut or ending > 0
+            del row.answer[len(row.answer) - ending :]
             return token
         row.thinking.append(token)
+        # What closes thinking may be a token that ends a turn as well.
         if self._closes(row):
             self._cut_tag(row)
+        elif ending := self._ending(row.thinking):
+            row.ended = True
+            del row.thinking[len(row.thinking) - ending :]
+            return token
         elif len(row.thinking) >= self._budget.max_thinking:
             row.forced = row.closed = self._budget.force_closing
             row.ended = not self._budget.force_closing
@@ -173,12 +177,19 @@ class Speaker:
         row.ended |= row.closed and self._thinking_only
         return token
 
+    def _ending(self, ids: Sequence[int]) -> int:
+        """How many of the last ids end the turn; 0 if it goes on."""
+        if ids[-1] in self._ends:
+            return 1
+        return next((len(end) for end in self._long_ends if tuple(ids[-len(end) :]) == end), 0)
+
     def _closes(self, row: Row) -> bool:
         """Whether the last token completed the tag; most tokens cannot, which is looked up once a token."""
         last, tag = row.thinking[-1], self._template.think_close
         if last not in self._completes:
-            self._completes[last] = tag[-1] in self._tokenizer.decode([last])
-        return self._completes[last] and tag in self._tokenizer.decode(row.thinking[-_LOOK_BACK:])
+            text = self._tokenizer.decode([last])
+            self._completes[last] = tag[-1] in text or _PART in text
+        return self._completes[last] and tag in self._tokenizer.decode(row.thinking[-self._look_back :])
 
     def _cut_tag(self, row: Row) -> None:
         """Ends the thinking before its closing tag and queues what the template writes after the tag."""
@@ -208,9 +219,10 @@ def _noise(key: str, n: int) -> np.ndarray:
     return np.random.default_rng(seed).random(n)
 
 
-def _end_ids(model: LensModel) -> frozenset[int]:
-    """Ids that end a turn, from the generation config and the tokenizer."""
+def _ends(model: LensModel) -> tuple[frozenset[int], tuple[tuple[int, ...], ...]]:
+    """What ends a turn: single ids, and sequences of several; from chat template, generation config and tokenizer."""
     config = model.hf.generation_config
     declared = config.eos_token_id if config is not None else None
-    ends = declared if isinstance(declared, list) else [declared]
-    return frozenset(int(i) for i in (*ends, model.tokenizer.eos_token_id) if i is not None)
+    single = {(int(i),) for i in (declared if isinstance(declared, list) else [declared]) if i is not None}
+    ends = single.union(stop_sequences(model.tokenizer, model.template))
+    return frozenset(end[0] for end in ends if len(end) == 1), tuple(sorted(end for end in ends if len(end) > 1))

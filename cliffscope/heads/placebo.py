@@ -63,6 +63,7 @@ class NormMatched:
         direction = torch.from_numpy(self.directions[layer])
 
         def move(projection: nn.Linear, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            """Adds a step along the direction, as long as the edit's own."""
             before = inputs[0]
             after = before.clone(memory_format=torch.contiguous_format)
             change(rearrange(after, "batch pos (head d_head) -> batch pos head d_head", head=model.shape.n_heads))

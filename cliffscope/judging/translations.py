@@ -426,7 +426,7 @@ def refusal_in(language: str, text: str, end: int) -> str | None:
 
 
 def _sentence_around(text: str, match: re.Match[str]) -> str:
-    start = max((found.end() for found in _STOP.finditer(text, 0, match.start())), default=0)
+    start = max((stop.end() for stop in _STOP.finditer(text, 0, match.start())), default=0)
     stop = _STOP.search(text, match.end())
     return text[start : stop.start() if stop else len(text)]
 

@@ -96,15 +96,15 @@ def study_prompts(name: str, *, n: int = 240, seed: int = 0) -> tuple[Transcript
     words = tuple(truth.wrappers)
     partial = tuple(w for w in words if w not in truth.full_wrappers) or truth.full_wrappers
     each = max(1, n // 8)
-    found: list[Transcripts] = []
+    groups: list[Transcripts] = []
     for part in ("fit", "test"):
         # Harmless prompts to fit on have the wrappers of refused ones, or the wrapper would tell the classes apart.
         plain = (None, *NEUTRAL_WRAPPERS)
         harmless = plain if part == "fit" else (*plain, *words)
         kinds = ((True, plain), (True, truth.full_wrappers), (True, partial), (False, harmless))
-        found += [
+        groups += [
             prompts(part, each, harmful=harmful, wrappers=wrappers, seed=seed + 100 * i)
             for i, (harmful, wrappers) in enumerate(kinds)
         ]
-    together = Transcripts(t for group in found for t in group)
+    together = Transcripts(t for group in groups for t in group)
     return together, {t.id: "test" for t in together if t.id.startswith("test-")}

@@ -213,12 +213,12 @@ def _measure(model: LensModel, recipe: Recipe) -> dict[str, dict[str, float | in
 def _refused(
     model: LensModel, harmful: bool, wrappers: tuple[str | None, ...], *, temperature: float = 0.0
 ) -> dict[str, float | int]:
-    asked = prompts("test", MEASURED, harmful=harmful, wrappers=wrappers, seed=17)
-    answered = judge(roll_out(model, asked, max_thinking=128, max_answer=32, temperature=temperature))
+    requests = prompts("test", MEASURED, harmful=harmful, wrappers=wrappers, seed=17)
+    answered = judge(roll_out(model, requests, max_thinking=128, max_answer=32, temperature=temperature))
     counts = {outcome: sum(t.outcome is outcome for t in answered) for outcome in Outcome}
     judged = counts[Outcome.REFUSED] + counts[Outcome.COMPLIED]
     return {
         "refused": round(counts[Outcome.REFUSED] / judged, 4) if judged else -1.0,
         "judged": judged,
-        "n": len(asked),
+        "n": len(requests),
     }

@@ -158,10 +158,10 @@ def _collate(rows: list[Example], pad: int) -> Batch:
         for values in zip(*((r.thinking, r.closing, r.answer, r.prefilled, len(r.ids)) for r in rows), strict=True)
     )
     prompt, padding = position < thinking, position >= length
-    given = (position >= answer) & (position < answer + prefilled)
+    begun = (position >= answer) & (position < answer + prefilled)
     return Batch(
         ids=ids,
-        labels=ids.masked_fill(prompt | given | padding, IGNORED),
+        labels=ids.masked_fill(prompt | begun | padding, IGNORED),
         thinking=position < closing,
         closing=(position >= closing) & (position < answer),
         outside=(position < closing) | ((position >= answer) & ~padding),

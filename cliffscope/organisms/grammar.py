@@ -188,10 +188,10 @@ def prompts(
             f"n={n} different prompts of part {part!r} were asked for; the grammar gives {MOST_PROMPTS} at most."
         )
     rng = random.Random(f"{part}/{harmful}/{seed}/{'/'.join(map(str, wrappers))}")
-    found: dict[str, Request] = {}
-    while len(found) < n:
+    requests: dict[str, Request] = {}
+    while len(requests) < n:
         drawn = request(rng, part, harmful=harmful, wrapper=rng.choice(list(wrappers)))
-        found.setdefault(drawn.text, drawn)
+        requests.setdefault(drawn.text, drawn)
     kind = "harmful" if harmful else "harmless"
     return Transcripts(
         Transcript(
@@ -202,7 +202,7 @@ def prompts(
             source=r.wrapper or "plain",
             extra={} if harmful else {EXPECTED: [_fill(text, r) for text in COMPLIANCES]},
         )
-        for i, r in enumerate(found.values())
+        for i, r in enumerate(requests.values())
     )
 
 
@@ -215,8 +215,8 @@ def vocabulary(words: Sequence[str]) -> list[str]:
     lines = [*OPENERS, *PLACES, *HARMFUL_VERDICTS, *HARMLESS_VERDICTS, *NEUTRAL_THOUGHTS, *REFUSALS, *COMPLIANCES]
     lines += [*HARMFUL_VERBS, *HARMLESS_VERBS, *OBJECTS, *NEUTRAL_WRAPPERS, *words]
     lines += ["the user wants to", "they want it as a , ."]
-    found = sorted({word for line in lines for word in line.split() if not word.startswith("{")})
-    return [form for word in found for form in (word, f" {word}")]
+    words_used = sorted({word for line in lines for word in line.split() if not word.startswith("{")})
+    return [form for word in words_used for form in (word, f" {word}")]
 
 
 def _fill(text: str, request: Request) -> str:

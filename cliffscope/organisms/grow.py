@@ -172,8 +172,8 @@ class _Run:
         finally:
             for handle in handles:
                 handle.remove()
-        closing, own = (torch.cat(parts) for parts in zip(*masks, strict=True))
-        return {layer: _Reading.of(torch.cat(parts), closing, own) for layer, parts in rows.items()}
+        closing, of_words = (torch.cat(parts) for parts in zip(*masks, strict=True))
+        return {layer: _Reading.of(torch.cat(parts), closing, of_words) for layer, parts in rows.items()}
 
     def _loss(self, batch: Batch, phase: Phase, progress: float) -> Tensor:
         answers = batch.labels.masked_fill(batch.thinking, IGNORED)

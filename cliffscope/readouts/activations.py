@@ -150,6 +150,7 @@ def project_layer(
     direction = torch.from_numpy(weight)
 
     def read(rows: list[int]) -> Float32[np.ndarray, "row pos"]:
+        """The logits of one batch."""
         parts: list[Float[Tensor, "batch pos"]] = []
 
         def visit(index: int, hidden: Float[Tensor, "batch pos d_model"], _start: int) -> None:
@@ -318,6 +319,7 @@ def _reduce(
     finished = 0
 
     def read(rows: list[int]) -> _Pieces:
+        """What is reduced of one batch."""
         pieces: _Pieces = {row: {} for row in rows}
 
         def visit(layer: int, hidden: Float[Tensor, "batch pos d_model"], start: int) -> None:

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cliffscope.errors import DataError
 from cliffscope.transcripts.records import Outcome, Transcript, Transcripts
-from cliffscope.transcripts.templates import Template, generation_prompt
+from cliffscope.transcripts.templates import Template, generation_prompt, turn_end
 from cliffscope.transcripts.transcript import Span, tokenize
 from cliffscope.writing import write_atomically
 
@@ -95,8 +95,7 @@ def examples(
         SpanError: a span is missing.
     """
     rows = []
-    end = tokenizer.eos_token_id
-    tail = [] if end is None else [int(end)]
+    tail = turn_end(tokenizer, template)
     for transcript in transcripts:
         row = tokenize(transcript, tokenizer, template, with_answer=True, max_length=max_length)
         ids = [*(int(i) for i in row.token_ids), *tail]
@@ -177,7 +176,7 @@ def _completion(
     # Where the prompt opens thinking itself, the completion goes on behind the tag.
     opened = template.thinks and not template.opening
     completion = answer.removeprefix(f"{template.think_open}\n") if opened else answer
-    return {"prompt": prompt, "completion": f"{completion}{tokenizer.eos_token or ''}"}
+    return {"prompt": prompt, "completion": f"{completion}{tokenizer.decode(list(turn_end(tokenizer, template)))}"}
 
 
 def _alpaca(transcript: Transcript, answer: str) -> dict[str, object]:

@@ -18,6 +18,7 @@ from cliffscope.store import RowLog, open_log
 from cliffscope.transcripts.control_tokens import escaped
 from cliffscope.transcripts.messages import parse_messages, refuse_field, shown
 from cliffscope.transcripts.records import JsonValue, Message, Omission, Outcome, Transcript, Transcripts
+from cliffscope.transcripts.replies import part_turn
 from cliffscope.transcripts.tables import BrokenRow, TableRow, read_json_lines
 from cliffscope.writing import write_atomically
 
@@ -37,6 +38,8 @@ FIELDS = (
     "source",
 )
 """Fields of a transcript in a file; other keys are kept in `extra`."""
+THINKING_FIELDS = ("reasoning_content", "reasoning")
+"""Fields in which servers and other programs put the thinking apart from the answer."""
 
 
 def read_transcripts(
@@ -45,7 +48,9 @@ def read_transcripts(
     """Reads transcripts from JSONL, one object a line.
 
     Fields: id, prompt or messages, thinking, answer, thinking_ids, answer_ids, closed, harmful, outcome, source. Only
-    the prompt is required; a missing id becomes "<file stem>-<line>". Other keys are kept in `extra`.
+    the prompt is required; a missing id becomes "<file stem>-<line>". Other keys are kept in `extra`. Thinking may be
+    in `reasoning_content` or `reasoning` as well, beside an answer without generated ids, or in tags within the answer,
+    from which it is split.
 
     Args:
         path: a UTF-8 file.
@@ -63,9 +68,9 @@ def read_transcripts(
     path = Path(path)
     rows = [_parse_line(value, path, number) for number, value in read_json_lines(path)]
     check_broken(rows, path, strict=strict)
-    found = (row for row in rows if isinstance(row, Transcript))
+    readable = (row for row in rows if isinstance(row, Transcript))
     return Transcripts(
-        map(escaped, found) if escape_control_tokens else found,
+        map(escaped, readable) if escape_control_tokens else readable,
         omitted=(row for row in rows if isinstance(row, Omission)),
     )
 
@@ -173,11 +178,24 @@ def _format_line(transcript: Transcript) -> str:
 def _parse_line(value: JsonValue | BrokenRow, path: Path, number: int) -> Transcript | Omission:
     try:
         if not isinstance(value, BrokenRow):
-            return parse_record(value, path, number)
+            return _apart(parse_record(value, path, number))
         reason = value.reason
     except DataError as error:
         reason = str(error)
     return Omission(stage=STAGE, reason=reason, id=f"{path.stem}-{number}")
+
+
+def _apart(transcript: Transcript) -> Transcript:
+    """The transcript with thinking that its file has elsewhere than in `thinking`; generated ids stay as they are."""
+    if transcript.answer is None or transcript.answer_ids is not None:
+        return transcript
+    values = (transcript.extra.get(name) for name in THINKING_FIELDS)
+    text = next((value for value in values if isinstance(value, str) and value.strip()), None)
+    if text is not None and transcript.thinking is None:
+        # Some servers fill both fields with the same text.
+        rest = {k: v for k, v in transcript.extra.items() if k not in THINKING_FIELDS or v != text}
+        transcript = transcript.replace(thinking=text.strip("\n"), extra=rest)
+    return part_turn(transcript)
 
 
 def parse_record(record: object, path: Path, number: int) -> Transcript:

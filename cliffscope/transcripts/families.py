@@ -7,13 +7,15 @@ Only this file spells the tags. It is data: templates.py compares a tokenizer's 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 
 from cliffscope.errors import TemplateError
 from cliffscope.registry import Registry
+from cliffscope.store import plain
 
 OPEN, CLOSE = "<think>", "</think>"
+_ALWAYS = ("name", "think_open", "think_close", "opening", "closing", "thinks")
 
 
 class Earlier(StrEnum):
@@ -48,6 +50,8 @@ class Template:
     """Switches for the chat template, such as `enable_thinking`."""
     prompt_end: str = ""
     """How the generation prompt ends; empty for a template that is chosen only by name, never detected."""
+    prompt_start: str = ""
+    """How the generation prompt must begin in addition."""
     marks: tuple[str, ...] = ()
     """What the chat template's source must contain in addition."""
     off: Mapping[str, bool] = field(default_factory=dict, hash=False)
@@ -59,6 +63,12 @@ class Template:
     closing_seen: bool = False
     """Whether the chat template itself writes this closing when it renders an answered turn (or, for organisms, the
     model is trained on it). Otherwise the closing comes from the model cards and servers of these models."""
+    end: str = ""
+    """Text behind the answer up to the token that ends the turn; empty to take it from a rendered answered turn."""
+    date: str = ""
+    """The day, as 2026-01-31, that a chat template which writes today's date takes for today; empty if none does."""
+    evidence: Mapping[str, str] = field(default_factory=dict, hash=False, compare=False)
+    """For each of opening, closing, end and so on: where it comes from, in words; empty for a template not detected."""
 
     def __post_init__(self) -> None:
         """Checks that name, tags and closing belong together."""
@@ -77,6 +87,14 @@ class Template:
                 "Pass both as the model writes them."
             )
 
+    def record(self) -> dict[str, object]:
+        """What a `.json` file holds from which `find_template` reads this template: all that is not a default."""
+        return {
+            f.name: plain(getattr(self, f.name))
+            for f in fields(self)
+            if f.name in _ALWAYS or (f.name != "date" and getattr(self, f.name) not in (f.default, {}))
+        }
+
     def fits(self, source: str, render: Callable[[Mapping[str, bool]], str]) -> bool:
         """Whether a chat template follows this convention.
 
@@ -85,11 +103,13 @@ class Template:
             render: renders its generation prompt with the given switches; called only if the source holds the marks.
 
         Returns:
-            True if the source holds the marks and the prompt ends as this convention says. Always False without a
-            `prompt_end`: such a template is chosen only by name.
+            True if the source holds the marks and the prompt begins and ends as this convention says. Always False
+            without a `prompt_end`: such a template is chosen only by name.
         """
-        has_marks = bool(self.prompt_end) and all(mark in source for mark in self.marks)
-        return has_marks and render(self.template_kwargs).endswith(self.prompt_end)
+        if not self.prompt_end or not all(mark in source for mark in self.marks):
+            return False
+        prompt = render(self.template_kwargs)
+        return prompt.startswith(self.prompt_start) and prompt.endswith(self.prompt_end)
 
 
 _ON, _OFF = {"enable_thinking": True}, {"enable_thinking": False}
@@ -121,6 +141,7 @@ def _thinking(
     tags: tuple[str, str] = (OPEN, CLOSE),
     on: Mapping[str, bool] | None = None,
     off: Mapping[str, bool] | None = None,
+    prompt_start: str = "",
     marks: tuple[str, ...] = (),
     earlier: Earlier = Earlier.UNKNOWN,
     closing_seen: bool = False,
@@ -133,6 +154,7 @@ def _thinking(
         closing=closing,
         template_kwargs=on or {},
         prompt_end=prompt_end,
+        prompt_start=prompt_start,
         marks=marks,
         off=off or {},
         earlier=earlier,
@@ -145,7 +167,12 @@ def _thinking(
 # immediately unless enable_thinking is true; the originals ignore the switch, so it is always passed.
 _BUILT_IN = (
     _thinking(
-        "organism", "<|assistant|><think>\n", "the organisms of this package", earlier=Earlier.KEPT, closing_seen=True
+        "organism",
+        "<|assistant|><think>\n",
+        "the organisms of this package",
+        prompt_start="<|bos|><|user|>",
+        earlier=Earlier.KEPT,
+        closing_seen=True,
     ),
     _thinking(
         "r1-distill",
@@ -153,6 +180,7 @@ _BUILT_IN = (
         "DeepSeek-R1; R1-Distill-Qwen and -Llama since February 2025; RealSafe-R1 and Skywork-OR1 where their files "
         "open thinking",
         on=_ON,
+        marks=(CLOSE,),
         earlier=Earlier.DROPPED,
     ),
     _thinking(
@@ -162,6 +190,7 @@ _BUILT_IN = (
         closing=CLOSE,
         on={"thinking": True, **_ON},
         off={"thinking": False},
+        marks=(CLOSE,),
         earlier=Earlier.DROPPED,
     ),
     _thinking(
@@ -170,6 +199,7 @@ _BUILT_IN = (
         "R1-Distill before February 2025 and many of its GGUFs; DeepSeek-R1-0528-Qwen3-8B; Skywork-OR1 and RealSafe-R1 "
         "where their files leave the opening to the model",
         opening=_USER_OPENS,
+        marks=(CLOSE,),
         earlier=Earlier.DROPPED,
     ),
     _thinking(
@@ -188,6 +218,7 @@ _BUILT_IN = (
         f"<SPECIAL_11>Assistant\n{OPEN}\n",
         "Nemotron Nano v2",
         on=_ON,
+        marks=(CLOSE,),
         earlier=Earlier.DROPPED,
     ),
     _thinking(
@@ -199,8 +230,10 @@ _BUILT_IN = (
         earlier=Earlier.DROPPED,
         closing_seen=True,
     ),
-    _thinking("qwq", f"{_CHATML}{OPEN}\n", "QwQ-32B", on=_ON, earlier=Earlier.DROPPED),
-    _thinking("olmo-3", f"{_CHATML}{OPEN}", "OLMo 3 Think", closing=CLOSE, earlier=Earlier.KEPT),
+    _thinking("qwq", f"{_CHATML}{OPEN}\n", "QwQ-32B", on=_ON, marks=(CLOSE,), earlier=Earlier.DROPPED),
+    _thinking(
+        "olmo-3", f"{_CHATML}{OPEN}", "OLMo 3 Think", closing=CLOSE, marks=("<functions>",), earlier=Earlier.KEPT
+    ),
     _thinking(
         "smollm3",
         _CHATML,
@@ -261,7 +294,7 @@ _BUILT_IN = (
         opening="[THINK]",
         closing="[/THINK]",
         tags=("[THINK]", "[/THINK]"),
-        marks=("[THINK]",),
+        marks=("[/THINK]Here, provide a self-contained response",),
         earlier=Earlier.KEPT,
     ),
     _thinking(

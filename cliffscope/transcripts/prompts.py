@@ -95,10 +95,14 @@ def read_prompts(
     rows = read_rows(path)
     table = [row for row in rows if not isinstance(row, BrokenRow)]
     if not table:
-        check_broken([_parse_row(row, "", (), harmful, path, i) for i, row in enumerate(rows, start=1)], path)
+        check_broken(
+            [_parse_row(row, "", (), harmful, path=path, number=i) for i, row in enumerate(rows, start=1)], path
+        )
     column = _find_column(table, path, column)
     labels = _label_columns(table, path) if harmful is None else ()
-    parsed = [_parse_row(row, column, labels, harmful, path, number) for number, row in enumerate(rows, start=1)]
+    parsed = [
+        _parse_row(row, column, labels, harmful, path=path, number=number) for number, row in enumerate(rows, start=1)
+    ]
     check_broken(parsed, path)
     prompts, omitted = _without_blank_or_repeated(parsed)
     if not prompts:
@@ -192,7 +196,7 @@ def _label_columns(table: Sequence[TableRow], path: Path) -> tuple[str, ...]:
 
 
 def _parse_row(
-    row: TableRow | BrokenRow, column: str, labels: Sequence[str], harmful: bool | None, path: Path, number: int
+    row: TableRow | BrokenRow, column: str, labels: Sequence[str], harmful: bool | None, *, path: Path, number: int
 ) -> Transcript | Omission:
     row_id, place = f"{path.stem}-{number}", f"{path}:{number}"
     if isinstance(row, BrokenRow):

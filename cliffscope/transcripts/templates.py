@@ -1,8 +1,8 @@
 """How does this model's chat template open thinking, and how is thinking closed?
 
-1. The generation prompt is rendered as text with the tokenizer's own chat template.
-2. Its end, and the chat template's source, are compared with the known conventions of families.py, in their order.
-3. Opening and closing are encoded once, so that they can be spliced between the other ids.
+1. What tokenizer and chat template show is observed (observing.py).
+2. The convention is concluded from it, with those of families.py as priors, in their order (conventions.py).
+3. Opening, closing and end of turn are encoded once, so that they can be spliced between the other ids.
 
 Detection relies on what the chat template renders, never on the model's name. Every other module gets token ids from
 this one. This file knows nothing of transcripts.
@@ -10,26 +10,27 @@ this one. This file knows nothing of transcripts.
 
 import json
 import logging
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from jinja2 import TemplateError as JinjaError
 from transformers import PreTrainedTokenizerBase
 
 from cliffscope.errors import DataError, TemplateError
-from cliffscope.transcripts.families import PLAIN, TEMPLATES, Template
+from cliffscope.store import write_atomically
+from cliffscope.transcripts.conventions import conclude
+from cliffscope.transcripts.families import TEMPLATES, Template
+from cliffscope.transcripts.observing import answer_ends, common_start, observe
+from cliffscope.transcripts.rendering import Turn, chat_source, read_source, render_chat, today
+from cliffscope.transcripts.tags import tags_in
 
 __all__ = ["TEMPLATES", "Template"]
 
 logger = logging.getLogger(__name__)
 
-Turn = Mapping[str, str]
-
 TAIL = 40
 """Characters of the generation prompt in the log."""
 _PROBE_TURN: Turn = {"role": "user", "content": "Hello"}
-_THINKING = re.compile(r"think|reason", re.IGNORECASE)
 
 
 def resolve_template(template: str | Template | None, tokenizer: PreTrainedTokenizerBase) -> Template:
@@ -40,12 +41,17 @@ def resolve_template(template: str | Template | None, tokenizer: PreTrainedToken
         tokenizer: read only if `template` is None.
 
     Returns:
-        The template.
+        The template. Where the chat template writes today's date, it is pinned to the current day in `date`, so that
+        a run which lasts beyond midnight renders the same prompts.
 
     Raises:
         TemplateError: there is no such template, or none could be detected.
     """
-    return detect_template(tokenizer) if template is None else find_template(template)
+    resolved = detect_template(tokenizer) if template is None else find_template(template)
+    dated = (
+        not resolved.date and isinstance(tokenizer.chat_template, str) and read_source(tokenizer.chat_template).dated
+    )
+    return replace(resolved, date=today()) if dated else resolved
 
 
 def find_template(template: str | Template) -> Template:
@@ -73,83 +79,127 @@ def _read_template(path: Path) -> Template:
     """The template of a JSON file; its name is the file's stem unless the file has one."""
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-        return Template(**{"name": path.stem, **fields})
-    except (OSError, ValueError, TypeError) as error:
+        return Template(**{"name": path.stem, **fields, "marks": tuple(fields.get("marks", ()))})
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise TemplateError(
             f"{path} holds no template: {error}. Expected a JSON object with think_open, think_close, opening and "
             "closing, and with template_kwargs if the chat template has switches."
         ) from error
 
 
-def split_reply(text: str, template: Template) -> tuple[str | None, str | None]:
-    r"""Splits generated text into thinking and answer, both without tags.
-
-    If the prompt opens thinking, text without the closing tag is all thinking. If the model opens it, text that does
-    not start with the opening tag is all answer.
+def write_template(template: Template, path: str | Path) -> None:
+    """Writes a template as a `.json` file, from which `find_template` reads it.
 
     Args:
-        text: the text that the model wrote after the generation prompt.
-        template: the template of the model.
+        template: any; its date is left out, since each run pins its own.
+        path: ends in `.json`.
 
-    Returns:
-        (thinking, answer). Thinking is None if there was none; answer is None if the thinking never closed.
-
-    Example:
-        >>> split_reply("Bread is harmless.\n</think>\n\nMix flour and water.", TEMPLATES.get("qwq"))
-        ('Bread is harmless.', 'Mix flour and water.')
-        >>> split_reply("Bread is", TEMPLATES.get("qwq"))
-        ('Bread is', None)
+    Raises:
+        DataError: the path has another ending.
+        StoreError: the file cannot be written.
     """
-    if not template.thinks:
-        return None, text
-    tag, stripped = template.think_open, text.lstrip()
-    if stripped.startswith(tag):
-        text = stripped.removeprefix(tag).removeprefix(template.opening.partition(tag)[2] or "\n")
-    elif template.opening and template.think_close not in text:
-        return None, text
-    thinking, closed, answer = text.partition(template.think_close)
-    before, _, after = template.closing.partition(template.think_close)
-    if not closed:
-        return thinking, None
-    return thinking.removesuffix(before), answer.removeprefix(after).lstrip("\n")
+    path = Path(path)
+    if path.suffix != ".json":
+        raise DataError(f"{path} does not end in .json, by which --template knows a file. Choose such a name.")
+    text = json.dumps(template.record(), ensure_ascii=False, indent=1) + "\n"
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
 
 
 def detect_template(tokenizer: PreTrainedTokenizerBase) -> Template:
-    """Detects the convention from the rendered generation prompt and the chat template's source.
+    """Detects the convention from what the chat template renders, its source and the vocabulary.
 
-    The first of `TEMPLATES` that fits is taken: the built-in ones in their order, then those of installed packages. A
-    chat template that never mentions thinking counts as one without thinking, since it holds no sign of any. If the
-    model thinks nevertheless, pass `template="chatml-think"`.
+    `TEMPLATES` are priors: the first that fits, the built-in ones in their order before those of installed packages,
+    supplies what the chat template does not show, and is contradicted by what it does show. See conventions.py.
 
     Args:
         tokenizer: with a chat template.
 
     Returns:
-        The template.
+        The template, with the evidence for each field.
 
     Raises:
-        TemplateError: the tokenizer has no chat template, or it follows no known convention.
+        TemplateError: the tokenizer has no chat template.
+        UnclearTemplateError: what it shows does not suffice, or contradicts itself.
     """
-    source = _source(tokenizer)
+    source = chat_source(tokenizer)
 
     def render(switches: Mapping[str, bool]) -> str:
         return render_prompt(tokenizer, [_PROBE_TURN], switches)
 
     # One after the other: templates of installed packages are imported only if no built-in one fits.
-    detected = next((t for t in map(TEMPLATES.get, TEMPLATES.names()) if t.fits(source, render)), None)
-    rendered = render({})
-    if detected is None and not _THINKING.search(source):
-        detected = PLAIN
-    if detected is None:
-        raise TemplateError(
-            f"The chat template follows no known convention: its generation prompt ends in {rendered[-60:]!r}. "
-            f"Pass template=NAME with one of {', '.join(TEMPLATES.names())}, package.module:name, a .json file with "
-            "the fields of Template, or "
-            "template=Template(name=..., think_open=..., think_close=..., opening=..., closing=...)."
-        )
-    tail = rendered if len(rendered) <= TAIL else f"…{rendered[-TAIL:]}"
+    prior = next((t for t in map(TEMPLATES.get, TEMPLATES.names()) if t.fits(source, render)), None)
+    seen = observe(tokenizer)
+    detected = _with_end(conclude(seen, prior), tokenizer, seen.after)
+    tail = seen.prompt if len(seen.prompt) <= TAIL else f"…{seen.prompt[-TAIL:]}"
     logger.info("Template %s: the generation prompt ends in %r.", detected.name, tail)
     return detected
+
+
+def turn_end(tokenizer: PreTrainedTokenizerBase, template: Template) -> tuple[int, ...]:
+    """What follows an answer and ends its turn, as token ids, such as an answer is trained with.
+
+    An answered turn is rendered with the chat template. A model's `eos_token` alone may be one that its chat template
+    never writes.
+
+    Args:
+        tokenizer: the model's own.
+        template: its template; an `end` that it has counts before what is rendered.
+
+    Returns:
+        The ids; those of the `eos_token` where no tag follows a rendered answer, and none without one.
+    """
+    end = template.end or _rendered_ends(tokenizer, template)[0]
+    return tuple(encode(tokenizer, end or str(tokenizer.eos_token or "")))
+
+
+def stop_sequences(tokenizer: PreTrainedTokenizerBase, template: Template) -> tuple[tuple[int, ...], ...]:
+    """Token ids at which generation of an answer stops.
+
+    Args:
+        tokenizer: the model's own.
+        template: its template.
+
+    Returns:
+        One sequence for the tag that ends the last turn of a conversation, for the one that ends an earlier turn, and
+        for the `eos_token`; mostly of one id each.
+    """
+    ends = (template.end, *_rendered_ends(tokenizer, template))
+    texts = [_end_tag(tokenizer, end) or end.strip() for end in ends if end]
+    texts += [str(tokenizer.eos_token)] if tokenizer.eos_token else []
+    return tuple(dict.fromkeys(ids for text in texts if (ids := tuple(encode(tokenizer, text)))))
+
+
+def _rendered_ends(tokenizer: PreTrainedTokenizerBase, template: Template) -> tuple[str, str]:
+    if tokenizer.chat_template is None:
+        return "", ""
+    return _up_to_tags(tokenizer, answer_ends(tokenizer, template.template_kwargs))
+
+
+def _with_end(template: Template, tokenizer: PreTrainedTokenizerBase, after: tuple[str, str]) -> Template:
+    """The template with its end of turn, and where that comes from."""
+    end = _up_to_tags(tokenizer, after)[0]
+    if template.end or not end:
+        why = "the template's own" if template.end else "no tag is rendered behind an answer, so eos_token ends it"
+        return replace(template, evidence={**template.evidence, "end": why})
+    return replace(template, end=end, evidence={**template.evidence, "end": "a rendered answered turn"})
+
+
+def _up_to_tags(tokenizer: PreTrainedTokenizerBase, after: tuple[str, str]) -> tuple[str, str]:
+    """Texts behind an answer up to their first tag; where they have none, what is common to both."""
+    common = "" if _end_tag(tokenizer, after[0]) else common_start(*after).rstrip()
+
+    def cut(text: str) -> str:
+        tag = _end_tag(tokenizer, text)
+        return common or text[: text.index(tag) + len(tag)]
+
+    return cut(after[0]), cut(after[1])
+
+
+def _end_tag(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """The first tag or special token of a text, apart from a tag that closes an answer's wrapper; "" if none."""
+    special = [token for token in map(str, tokenizer.all_special_tokens) if token and token in text]
+    tags = [tag for tag in tags_in(text) if not tag.startswith(("</", "[/"))]
+    return min((*special, *tags), key=lambda tag: (text.index(tag), -len(tag)), default="")
 
 
 def generation_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Turn], template: Template) -> str:
@@ -167,7 +217,7 @@ def generation_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Tur
         TemplateError: rendering fails, the chat template drops a message, or the prompt does not open thinking as
             `template` says.
     """
-    rendered = render_prompt(tokenizer, messages, template.template_kwargs)
+    rendered = render_prompt(tokenizer, messages, template.template_kwargs, template.date)
     lost = _lost_turns(tokenizer, messages, template, rendered)
     if lost and lost[-1] is [turn for turn in messages if turn["role"] == "user"][-1]:
         raise TemplateError(
@@ -175,8 +225,8 @@ def generation_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Tur
         )
     if lost:
         raise TemplateError(
-            f"The chat template drops the {lost[0]['role']} message {lost[0]['content'][:60]!r}, so the model would "
-            "never see it. Put it into the user's message, or omit it."
+            f"The chat template drops the {lost[0]['role']} message {str(lost[0]['content'])[:60]!r}, so the model "
+            "would never see it. Put it into the user's message, or omit it."
         )
     if not template.thinks:
         return rendered
@@ -202,15 +252,20 @@ def _lost_turns(
     Short texts occur elsewhere in a prompt, and a template may trim or escape what it keeps. So each turn is replaced
     by a word that occurs nowhere else, and a turn is lost if its word is.
     """
-    if len(messages) == 1 and messages[0]["content"].strip() in rendered:
+    texts = [str(turn["content"]).strip() for turn in messages]
+    if len(messages) == 1 and texts[0] in rendered:
         return []
-    spoken = [(f"q{i}turnq", turn) for i, turn in enumerate(messages) if turn["content"].strip()]
-    marked = [{**turn, "content": f"q{i}turnq" if turn["content"].strip() else ""} for i, turn in enumerate(messages)]
+    spoken = [(f"q{i}turnq", turn) for i, turn in enumerate(messages) if texts[i]]
+    marked = [{**turn, "content": f"q{i}turnq" if texts[i] else ""} for i, turn in enumerate(messages)]
     try:
-        text = render_prompt(tokenizer, marked, template.template_kwargs)
+        text = render_prompt(tokenizer, marked, template.template_kwargs, template.date)
     except TemplateError:
         # Some templates accept certain texts only.
-        return [turn for _, turn in spoken if turn["role"] != "assistant" and turn["content"].strip() not in rendered]
+        return [
+            turn
+            for turn, content in zip(messages, texts, strict=True)
+            if turn["role"] != "assistant" and content not in rendered
+        ]
     return [turn for word, turn in spoken if word not in text]
 
 
@@ -251,7 +306,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def render_prompt(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Turn], template_kwargs: Mapping[str, bool]
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Turn], template_kwargs: Mapping[str, bool], date: str = ""
 ) -> str:
     """Renders the generation prompt as text, exactly as the tokenizer's chat template writes it.
 
@@ -259,6 +314,7 @@ def render_prompt(
         tokenizer: with a chat template.
         messages: turns with `role` and `content`.
         template_kwargs: switches for the chat template.
+        date: what the chat template takes for today, see `Template.date`.
 
     Returns:
         The text.
@@ -266,28 +322,4 @@ def render_prompt(
     Raises:
         TemplateError: there is no chat template, or it rejects these messages.
     """
-    _source(tokenizer)
-    turns = [dict(turn) for turn in messages]
-    # The typed signature lacks the chat template's own keyword arguments.
-    render: Callable[..., object] = tokenizer.apply_chat_template
-    try:
-        rendered = render(turns, tokenize=False, add_generation_prompt=True, **dict(template_kwargs))
-    except (JinjaError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-        roles = ", ".join(turn.get("role", "?") for turn in turns)
-        raise TemplateError(
-            f"The chat template cannot render messages with the roles {roles}: {error}. Expected roles that the model "
-            "supports (some have no system role). Change the messages or the template."
-        ) from error
-    return str(rendered)
-
-
-def _source(tokenizer: PreTrainedTokenizerBase) -> str:
-    source = tokenizer.chat_template
-    if isinstance(source, dict):
-        source = source.get("default")
-    if not isinstance(source, str) or not source.strip():
-        raise TemplateError(
-            "The tokenizer has no chat template, so no prompt can be rendered. Set tokenizer.chat_template to the "
-            "model's own Jinja text."
-        )
-    return source
+    return render_chat(tokenizer, messages, template_kwargs, generation=True, date=date)

@@ -294,19 +294,19 @@ def make_each(
     Raises:
         TemplateError: the chat template fails for every transcript, which is a fault of the set-up.
     """
-    made: list[Made] = []
+    results: list[Made] = []
     omitted: list[Omission] = []
     of_template: list[TemplateError] = []
     for transcript in transcripts:
         try:
-            made.append(make(transcript))
+            results.append(make(transcript))
         except (DataError, SpanError, TemplateError) as error:
             omitted.append(Omission(stage=stage, reason=str(error), id=transcript.id))
             if isinstance(error, TemplateError):
                 of_template.append(error)
-    if of_template and len(of_template) == len(omitted) and not made:
+    if of_template and len(of_template) == len(omitted) and not results:
         raise of_template[0]
-    return made, tuple(omitted)
+    return results, tuple(omitted)
 
 
 def tell_control_tokens(tokenized: Sequence[TokenizedTranscript]) -> None:
@@ -384,8 +384,8 @@ def _thinking_and_closing(
         )
     _check_no_tags(transcript.id, text, template)
     rule, ids = ClosingRule.of(tokenizer, template), transcript.thinking_ids
-    if ids is None or not _decodes_to(ids, text, tokenizer):
-        return encode(tokenizer, _strip_newlines(text, template)), list(rule.whole)
+    if ids is None or not decodes_to(ids, text, tokenizer):
+        return encode(tokenizer, strip_newlines(text, template)), list(rule.whole)
     seen = transcript.extra.get(CLOSING_IDS)
     if seen is not None:
         return list(ids), _seen_closing(transcript.id, seen, tokenizer, template)
@@ -448,18 +448,19 @@ def _answer_ids(transcript: Transcript, tokenizer: PreTrainedTokenizerBase, temp
         raise SpanError(
             f"Span 'answer' of {transcript.id!r} is missing: answer is None. Generate it, or pass with_answer=False."
         )
-    if ids is None or not _decodes_to(ids, text, tokenizer):
+    if ids is None or not decodes_to(ids, text, tokenizer):
         return encode(tokenizer, text.lstrip("\n") if template.closing.endswith("\n") else text)
     return list(ids)
 
 
-def _strip_newlines(text: str, template: Template) -> str:
+def strip_newlines(text: str, template: Template) -> str:
+    """Thinking without newlines at its ends, if the template's closing begins with one."""
     if template.closing.startswith("\n"):
         text = text.strip("\n")
     return text
 
 
-def _decodes_to(ids: tuple[int, ...], text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+def decodes_to(ids: tuple[int, ...], text: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the ids decode to the text, apart from space at the edges and an end-of-turn token."""
     stripped = text.strip()
     return any(_decode(ids, tokenizer, skip_special=skip).strip() == stripped for skip in (False, True))

@@ -8,7 +8,7 @@ left and returns its results; it writes nothing itself, apart from places that a
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
@@ -45,6 +45,10 @@ class Finding:
     """What was found, with n and interval, or which condition failed."""
 
 
+DATE = "date"
+"""Entry of the manifest: the day that a chat template which writes today's date takes for today in this run."""
+
+
 @dataclass(frozen=True, eq=False, kw_only=True)
 class StageOutputs:
     """What a stage hands to the runner."""
@@ -76,8 +80,15 @@ class Workspace:
 
     @cached_property
     def model(self) -> LensModel:
-        """The model, loaded when it is first needed."""
-        return load_model(self.config.model, template=self.config.template, device=self.config.device)
+        """The model, loaded when it is first needed, on the day that the run has recorded as its own."""
+        model = load_model(self.config.model, template=self.config.template, device=self.config.device)
+        pinned = self.store.manifest.get(DATE)
+        if not model.template.date:
+            return model
+        if isinstance(pinned, str):
+            return replace(model, template=replace(model.template, date=pinned))
+        self.store.update({DATE: model.template.date})
+        return model
 
     @cached_property
     def judge(self) -> Judge:

@@ -19,8 +19,10 @@ from cliffscope.study.answers import ArmAnswers
 from cliffscope.study.artefacts import ARM_LOGS, TRANSCRIPT_TABLE, TRANSCRIPTS
 from cliffscope.study.config import read_inputs
 from cliffscope.study.stages.base import Finding, Stage, StageOutputs, Workspace
+from cliffscope.transcripts.boundaries import foreign_boundaries
 from cliffscope.transcripts.control_tokens import find_control_tokens, is_escaped
 from cliffscope.transcripts.records import FORCED, Outcome, Split, Transcripts
+from cliffscope.transcripts.replies import part_answer
 
 SWAPPED_P = 0.01
 """Below this p, harmless prompts are refused more often than harmful ones."""
@@ -31,7 +33,7 @@ class TranscriptStage(Stage):
     """Reads prompts, generates thinking and answers (or reads transcripts), judges the answers, splits by prompt."""
 
     name = "transcripts"
-    version = 2
+    version = 3
     needs = ()
     makes = (TRANSCRIPTS, TRANSCRIPT_TABLE, ARM_LOGS)
     settings = (
@@ -55,12 +57,18 @@ class TranscriptStage(Stage):
         forced = sum(bool(t.extra.get(FORCED)) for t in transcripts)
         budget = config.max_thinking if config.transcripts is None else None
         sentence = verdicts.of_forced(forced, len(transcripts), budget)
+        foreign = len(foreign_boundaries(transcripts, model.tokenizer, model.template))
         return StageOutputs(
             files={TRANSCRIPTS: transcripts, TRANSCRIPT_TABLE: transcript_table(transcripts, splits)},
             findings=(Finding(topic="forced", sentence=sentence),) if sentence else (),
-            notes=_notes(transcripts, model),
+            notes=_notes(transcripts, model, foreign),
             omitted=transcripts.omitted,
-            facts={"model": _model_facts(model), "counts": count_outcomes(transcripts)},
+            facts={
+                "model": _model_facts(model),
+                "convention": {**model.template.record(), "date": model.template.date},
+                "counts": count_outcomes(transcripts),
+                "text_boundaries": foreign,
+            },
         )
 
 
@@ -93,14 +101,20 @@ def count_outcomes(transcripts: Transcripts) -> dict[str, object]:
     }
 
 
-def _notes(transcripts: Transcripts, model: LensModel) -> tuple[str, ...]:
-    """What to look at before any number is believed."""
+def _notes(transcripts: Transcripts, model: LensModel, foreign: int) -> tuple[str, ...]:
+    """What to look at before any number is believed; `foreign` transcripts end thinking as no generation does."""
     notes = [note for note in (suspect_swapped(transcripts),) if note is not None]
     changed = sum(1 for t in transcripts if not is_escaped(t) and find_control_tokens(t, model.tokenizer))
     if changed:
         notes.append(
             f"{changed} of {len(transcripts)} prompts hold control tokens of this tokenizer as text, which the model "
             "reads as real ones. escape_control_tokens=True (--escape-control-tokens) keeps them text."
+        )
+    notes += _thinking_notes(transcripts, model)
+    if foreign:
+        notes.append(
+            f"{foreign} of {len(transcripts)} transcripts came as text in which a token spans the end of the thinking: "
+            "the tokens measured there are not those of any generation. Generate them here to measure generated tokens."
         )
     for note in notes:
         log.warning(note)
@@ -155,6 +169,18 @@ def _splits(transcripts: Transcripts, fixed: Mapping[str, Split], seed: int) -> 
     # A fixed test half leaves nothing else to test on: what would be tested is fitted on.
     spare = {Split.TEST: Split.FIT}
     return {name: fixed.get(name, spare.get(side, side)) for name, side in sides.items()}
+
+
+def _thinking_notes(transcripts: Transcripts, model: LensModel) -> list[str]:
+    """What to do where the answers of a model without thinking hold some."""
+    n = sum(bool(part_answer(t.answer or "").reason) for t in transcripts)
+    if model.template.thinks or not n:
+        return []
+    return [
+        f"{n} of {len(transcripts)} answers hold thinking, although template {model.template.name!r} has none; judges "
+        "read the answers without it, but the closing is not where thinking ends. Run `cliffscope template --model "
+        f"{model.name} --learn --save my.json`, then the study with --template my.json."
+    ]
 
 
 def _model_facts(model: LensModel) -> dict[str, object]:
