@@ -278,10 +278,10 @@ def count_steps(task: Task, folder: Path) -> int:
     return int(place.read_text())
 
 
-def deaths_of(folder: Path, steps: int, rounds: int) -> list[Death]:
+def deaths_of(written: Sequence[Path], steps: int, rounds: int) -> list[Death]:
     """Three quarters of the rounds at steps, spread over all of them, the others, one at least, inside of writes."""
     n_sizes = max(1, rounds // 4)
-    largest = max(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    largest = max(path.stat().st_size for path in written)
     n_steps = rounds - n_sizes
     at = [("step", 1 + int(steps * (i + 0.5) / n_steps)) for i in range(n_steps)]
     return at + [("size", int(largest * (i + 0.5) / n_sizes)) for i in range(n_sizes)]
@@ -299,11 +299,13 @@ def run_task(task: Task, place: Path, rounds: int) -> dict[str, object]:
     started, reference = time.perf_counter(), place / "reference"
     reference.mkdir(parents=True)
     task.prepare(reference)
+    before = {path: path.stat().st_mtime_ns for path in reference.rglob("*")}
     steps = count_steps(task, reference)
+    written = [p for p in reference.rglob("*") if p.is_file() and p.stat().st_mtime_ns != before.get(p)]
     expected = task.result(reference)
     wrong: list[str] = []
     killed = 0
-    for i, death in enumerate(deaths_of(reference, steps, rounds)):
+    for i, death in enumerate(deaths_of(written, steps, rounds)):
         folder = place / f"round-{i}"
         folder.mkdir()
         task.prepare(folder)

@@ -213,7 +213,7 @@ def killed_tasks() -> dict[str, dict[str, object]]:
         check=False,
     )
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(lines) == len(tasks), done.stderr[-3000:]
+    assert len(lines) == len(tasks), f"status {done.returncode}: {done.stderr[-3000:]}"
     return {line["task"]: line for line in lines}
 
 
