@@ -230,7 +230,7 @@ def probe_files(n_layers):
     cells += [{"class": "complied", "harmful": True, "n": 24}, {"class": "complied", "harmful": False, "n": 44}]
     probe = {"layer": int(n_layers * 0.7), "positions": "balanced", "contrast": "harmless", "cells": cells}
     probe |= {"n_fit": {"refused": 68, "complied": 68}, "report": report, "fingerprint": "sha256:9f2c41b7d0e8a6c5"}
-    probe |= {"forced": {"fit": 2, "validate": 0, "test": 1}}
+    probe |= {"forced": {"fit": 2, "validate": 0, "test": 1}, "note": ""}
     probe |= {"strength": 0.01, "refused_logit": 3.0, "omitted": [], "template": "organism"}
     probe["warnings"] = ["The refused class holds 2 harmless transcripts: it may also detect harmfulness."]
     return probe, pd.DataFrame(rows)
@@ -275,7 +275,14 @@ def behaviour_documents():
     ]
     report = {"final": region, "within_harmful_final": region, "openings": openings, "separation": 0.98}
     report |= {"covered": 0.94, "mass": 0.91, "warnings": ["Few answers begin so."]}
-    answer = {"layer": 7, "vocabulary": 110, "fingerprint": "sha256:9f2c", "template": "organism", "refused_logit": 4.0}
+    answer = {
+        "layer": 7,
+        "vocabulary": 110,
+        "fingerprint": "sha256:9f2c",
+        "template": "organism",
+        "refused_logit": 4.0,
+        "note": "",
+    }
     saw = "the answer readout turns towards refusal " + NASTY["bidi"]
     witnesses = [{"name": "suppression", "says": True, "saw": saw}, {"name": "cliff", "says": None, "saw": "nothing"}]
     words = {"overall": region, "within_harmful": {**region, "auroc": 0.55}, "strength": 1.0, "n_terms": 3, "terms": []}

@@ -192,7 +192,7 @@ def test_a_served_model_is_asked_at_its_address(choice: str, model: str, url: st
 
 def test_every_function_that_takes_a_judge_finds_it_by_name(answered: Transcripts) -> None:
     assert compare_answers({"plain": answered}, judge="their_judges:Strict").rate("unedited") == 0.25
-    assert compare_answers({"plain": answered}, judge="phrases").rate("unedited") == 1.0
+    assert compare_answers({"plain": answered}, judge="phrases").rate("unedited") == 0.75, "no . is a refusal"
     assert judge_agreement(answered, "their_judges:make", "their_judges:ready").observed == 0.5
     assert judge_agreement(answered, "their_judges:make").observed == 0.75
 

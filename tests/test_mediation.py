@@ -91,7 +91,7 @@ def test_thinking_that_never_closes_is_unfinished_whoever_would_have_answered(
 def test_what_does_not_fit_the_context_is_an_omission(llama: LensModel, prompts: Transcripts) -> None:
     long = prompts[0].replace(id="long", messages=(Message(role="user", content="how do i " * 300),))
     crossed = measure_mediation(llama, Transcripts([long, *prompts[:2]]), zero(HEADS), **BUDGET)
-    assert [o.id for o in crossed.omitted] == ["long"]
+    assert [o.id for o in crossed.omitted if o.stage != "judge"] == ["long"]
     assert crossed.to_frame()["n"].eq(2).all()
 
 
@@ -112,6 +112,7 @@ def crossed_of(*words: str, samples: int = 1) -> Mediation:
         {
             **{"thinking": thinking, "answer": answer, "group": "harmful", "id": str(i), "outcome": WORDS[letter]},
             **{"prompt": str(i // samples), "partial": False, "forced": i == 0},
+            **{"cut": False, "degenerate": False},
         }
         for (thinking, answer), word in zip(CELLS, words, strict=True)
         for i, letter in enumerate(word)

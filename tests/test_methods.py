@@ -146,7 +146,9 @@ def test_every_method_gives_the_same_columns(
     assert len(table) == 64
     assert table["rank"].tolist() == list(range(1, 65))
     assert table[["effect", "effect_score", "ci_low", "ci_high"]].notna().all(axis=None)
-    assert table[["p", "q"]].notna().all(axis=1).tolist() == (table["layer"] <= probe.layer).tolist()
+    tested = table[["p", "q"]].notna().all(axis=1)
+    assert tested.tolist() == (table["untested"] == "").tolist()
+    assert not tested[table["layer"] > probe.layer].any()
     assert table[["effect_harmless", "effect_refused"]].notna().all(axis=None)
     assert set(table["method"]) == {method}
 

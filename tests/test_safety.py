@@ -15,6 +15,7 @@ from cliffscope.generation.rollout import roll_out
 from cliffscope.generation.speaking import Budget
 from cliffscope.heads.controls import count_sets
 from cliffscope.heads.edits import HeadRef, compose, scale, zero
+from cliffscope.judging.degenerate import degeneration
 from cliffscope.judging.judges import Verdict
 from cliffscope.model.load import LensModel
 from cliffscope.transcripts.records import Omission, Outcome, Transcript, Transcripts
@@ -389,7 +390,7 @@ def test_a_real_generation_gives_one_outcome_a_prompt_and_arm_and_counts_what_do
     check()
     assert report.outcomes.groupby("arm").size().to_dict() == {UNEDITED: 2, TOP: 2, "random 1": 2}
     assert set(report.outcomes["outcome"]) <= {str(o) for o in Outcome}
-    assert [o.id for o in report.omitted] == ["long"]
+    assert [o.id for o in report.omitted if o.stage != "judge"] == ["long"]
     assert isinstance(report.omitted[0], Omission)
     assert "context" in report.omitted[0].reason
 
@@ -517,7 +518,7 @@ def test_every_arm_answers_each_transcripts_own_thinking(
         alone = answer_transcripts(llama, thoughts, edit=arm.edit, max_answer=6)
         assert [t.answer_ids for t in arms[arm.name]] == [t.answer_ids for t in alone]
         assert [t.thinking_ids for t in arms[arm.name]] == [t.thinking_ids for t in thoughts]
-        assert all(t.outcome is not Outcome.UNJUDGED for t in arms[arm.name])
+        assert all((t.outcome is Outcome.UNJUDGED) == (degeneration(t.answer) is not None) for t in arms[arm.name])
     assert [t.answer_ids for t in arms[UNEDITED]] == [t.answer_ids for t in thoughts]
     assert [t.answer_ids for t in arms[TOP]] != [t.answer_ids for t in thoughts]
     assert report.scope == scope
@@ -542,8 +543,8 @@ def test_what_no_arm_can_answer_is_left_out_of_all_of_them(llama: LensModel, tho
     report = evaluate_safety(llama, own, edit=zero(HEADS, scope="closing"), done={UNEDITED: own}, **KEPT)
     assert report.outcomes.groupby("arm").size().tolist() == [len(own) - 1] * 4
     assert thoughts[0].id not in set(report.outcomes["id"])
-    assert [(o.id, o.stage) for o in report.omitted] == [(thoughts[0].id, "answer")]
-    assert "never closed" in report.omitted[0].reason
+    assert [(o.id, o.stage) for o in report.omitted if o.stage != "judge"] == [(thoughts[0].id, "answer")]
+    assert any("never closed" in o.reason for o in report.omitted)
 
 
 def test_prompts_without_thinking_are_refused_with_what_to_do(llama: LensModel, prompts: Transcripts) -> None:

@@ -22,9 +22,9 @@ def tokenized(monkeypatch: pytest.MonkeyPatch) -> list[Transcript]:
     """Transcripts that were tokenized, in order."""
     transcripts: list[Transcript] = []
 
-    def count(transcript: Transcript, *others: object) -> TokenizedTranscript:
+    def count(transcript: Transcript, *others: object, **options: bool) -> TokenizedTranscript:
         transcripts.append(transcript)
-        return tokenize_before_answer(transcript, *others)
+        return tokenize_before_answer(transcript, *others, **options)
 
     monkeypatch.setattr(tokenization, "tokenize_before_answer", count)
     return transcripts

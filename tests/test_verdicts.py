@@ -387,7 +387,7 @@ def test_broken_answers_are_told_by_arm_and_only_where_there_are_any() -> None:
     report = replace(sound, outcomes=broken)
     n = len(YES) + len(NO)
     assert verdicts.of_safety(report).endswith(
-        f"are unjudged and in no rate: 0 of {n} unedited, {len(NO)} of {2 * len(NO)} with the first heads zeroed, "
+        f"are unjudged and in no rate: 0 of {n} unedited, {len(NO)} of {2 * len(NO)} with the selected heads zeroed, "
         f"0 of {n} over all random sets."
     )
 

@@ -41,7 +41,7 @@ app = typer.Typer(
 
 def _show_version(requested: bool) -> None:
     if requested:
-        typer.echo(f"cliffscope {__version__}")
+        show(f"cliffscope {__version__}")
         raise typer.Exit
 
 

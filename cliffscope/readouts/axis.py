@@ -20,7 +20,7 @@ MOST_CLOSING = 8
 
 def closing_width(rows: Sequence[TokenizedTranscript]) -> int:
     """Closing tokens that the axis of these transcripts has: as many as the longest closing, up to `MOST_CLOSING`."""
-    return min(MOST_CLOSING, max((_closing_length(row) for row in rows), default=1))
+    return int(min(MOST_CLOSING, max((_closing_length(row) for row in rows), default=1)))
 
 
 def align_row(row: TokenizedTranscript, score: Float[np.ndarray, " pos"], width: int) -> Float[np.ndarray, " bin"]:
