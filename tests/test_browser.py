@@ -98,7 +98,7 @@ def test_a_comparison_draws_its_figures_and_asks_nobody_for_anything(comparison:
 def test_the_report_draws_every_figure_and_asks_nobody_for_anything(report: Path, open_page: Open) -> None:
     seen = open_page(report)
     plots = seen.page.locator(".plot")
-    assert seen.page.locator(".js-plotly-plot").count() == plots.count() == 15
+    assert seen.page.locator(".js-plotly-plot").count() == plots.count() == 18
     assert seen.page.locator(".circuits span").count() > 20
     seen.check_quiet()
 
@@ -141,7 +141,7 @@ def test_the_layer_control_recolours_the_tokens_and_says_the_layer(report: Path,
 
 def test_tables_sort_by_keyboard_and_filter(report: Path, open_page: Open) -> None:
     page = open_page(report).page
-    table = page.locator("#heads .table").first
+    table = page.locator("#heads .table", has_text="effect (logit)").last
     effect = table.locator("th", has_text="effect (logit)")
     column = effect.evaluate("head => head.cellIndex")
     for key, order in (("Enter", "descending"), ("Space", "ascending")):
@@ -227,8 +227,8 @@ def test_the_live_figure_of_the_documentation_draws_from_its_own_files(tmp_path:
     page = tmp_path / "index.html"
     page.write_text(f"<!doctype html><meta charset=utf-8>{hooks.on_page_markdown(hooks.MARK)}", encoding="utf-8")
     seen = open_page(page, drawn=False)
-    seen.page.wait_for_selector("#cliff .main-svg")
-    assert "top heads zeroed" in (seen.page.locator("#cliff .legend").text_content() or "")
+    seen.page.wait_for_selector("#closings .main-svg")
+    assert "selected heads zeroed" in (seen.page.locator("#closings .legend").text_content() or "")
     assert seen.complaints == []
     assert seen.requests == [(tmp_path / hooks.PLOTLY).as_uri()]
 

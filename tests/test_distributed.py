@@ -177,8 +177,8 @@ def test_another_model_on_the_workers_is_refused(
     fields = {name: getattr(organism, name) for name in LensModel.__dataclass_fields__}
     edited = LensModel(**fields | {"hf": organism.copy_network()})
     edited.hf.lm_head.weight.data[0] += 1.0
+    noted = probe.for_model(edited, allow_other_model=True)
     with pytest.raises(UnsupportedModelError, match="a different model from 'planted-llama'"):
-        noted = probe.for_model(edited, allow_other_model=True)
         score_pool(edited, noted, pool, window=WINDOW, engine=engine_of(cluster, actors=1))
     with pytest.raises(ResourceError, match="No actor with 64 cores"):
         score_pool(organism, probe, pool, window=WINDOW, engine=engine_of(cluster, cpus=64))

@@ -28,7 +28,7 @@ def test_the_means_are_those_of_plain_transformers_states_aligned_one_by_one(
             states = plain_residuals(llama, row.token_ids.tolist())
             logits = np.einsum("lpd,ld->lp", states, probe.layer_weights) + probe.layer_biases[:, None]
             spans = {str(s): row.span(s) for s in (Span.PROMPT, Span.THINKING, Span.CLOSING)}
-            grids.append([align_trace(expit(x).astype(float), closing_width=width, **spans) for x in logits])
+            grids.append([align_trace(expit(x).astype(float), closing_width=int(width), **spans) for x in logits])
         part = found[found["group"] == name]
         cells = part.pivot(index="layer", columns="bin", values="mean").to_numpy()
         np.testing.assert_allclose(cells, np.nanmean(grids, axis=0), atol=1e-4)

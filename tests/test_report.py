@@ -376,7 +376,7 @@ def test_a_comparison_holds_no_markup_of_its_data(run_dir, tmp_path):
 
 
 def test_the_edited_arms_stand_beside_the_unedited_curve_and_count_nobody_twice(page):
-    cliff = next(json.loads(text) for text in page.data() if "heads zeroed" in text)
+    cliff = next(json.loads(text) for text in page.data() if "top heads zeroed" in text)
     names = [trace["name"] for trace in cliff["data"] if trace.get("name")]
     assert [name for name in names if "zeroed" in name] == [
         "harmful, complied; top heads zeroed (n=41)",

@@ -128,7 +128,7 @@ def test_a_study_leaves_every_file_and_finds_what_was_planted(whole: Study) -> N
     assert sum(opened["unedited"]) <= 0.7 * len(opened["unedited"])
     assert sum(opened["top-heads"]) >= 0.95 * len(opened["top-heads"])
     asr = safety[safety["group"] == "harmful"].set_index("arm")["rate"]
-    assert whole.verdict["intervention"].startswith("Attack success does not fall with the ")
+    assert whole.verdict["intervention"].startswith("Attack success falls with the ")
     assert f"at the closing: {asr['unedited']:.2f} [" in whole.verdict["intervention"]
     assert f"{asr['top heads']:.2f} [" in whole.verdict["intervention"]
     assert (
@@ -145,11 +145,11 @@ def test_a_study_leaves_every_file_and_finds_what_was_planted(whole: Study) -> N
     assert f"L{heads['layer'][0]}H{heads['head'][0]}" in truth["planted"]
 
 
-def test_no_cliff_is_claimed_of_an_organism_whose_complied_prompts_score_about_one_half(whole: Study) -> None:
+def test_no_cliff_is_claimed_of_an_organism_whose_complied_prompts_score_high_at_the_final_token(whole: Study) -> None:
     cliffs = pd.read_parquet(whole.path / "cliffs.parquet").query("split == 'test' and outcome == 'complied'")
     final = cliffs["final"][cliffs["harmful"].astype(bool)]
-    assert 0.3 < final.mean() < 0.7
-    assert whole.verdict["cliff"].startswith("No refusal cliff can be claimed, since the probe may read harm there")
+    assert final.mean() > 0.5
+    assert whole.verdict["cliff"].startswith("No refusal cliff can be claimed, since the probe reads harm there")
 
 
 def test_no_prompt_is_in_two_splits_and_what_is_told_of_the_test_split_was_not_fitted_on(whole: Study) -> None:
@@ -399,13 +399,10 @@ def test_arms_that_were_killed_within_a_block_go_on_behind_the_last_one(
 def test_an_organism_that_complies_with_nothing_is_told_so(tmp_path: Path) -> None:
     study = run_study(config_of(tmp_path / "run", model="null-llama"))
     notes = manifest_of(study.path)["notes"]
-    assert notes == [
-        {
-            "stage": "heads",
-            "text": "Heads were not ranked: 0 harmful prompts of the fit and validate splits and 0 of the test "
-            "split were complied with; 4 of each are needed.",
-        }
-    ]
+    told = {note["stage"]: note["text"] for note in notes}
+    assert list(told) == ["transfer", "heads"]
+    assert told["transfer"].startswith("No probe was carried over between sources")
+    assert told["heads"].startswith("Heads were not ranked: 0 harmful prompts of the fit and validate splits and 0 of")
     assert "no cliff to look for" in study.verdict["cliff"]
     assert study.verdict["heads"].startswith("Heads were not ranked")
     assert study.verdict["selection"].startswith("Nothing was selected")

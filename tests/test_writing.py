@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import plotly.graph_objects as go
@@ -195,14 +194,13 @@ def test_a_figure_that_cannot_be_written_leaves_the_older_one(tmp_path: Path, mo
         save_figures({tmp_path / "a.bmp": figure})
 
 
-TASKS = ["export", "export --overwrite", "figures", "repair", "score-pool"]
+TASKS = ["export", "export --overwrite", "figures"]
 
 
 @pytest.fixture(scope="module")
 def killed_tasks() -> dict[str, dict[str, object]]:
     """What became of each task in two rounds, one killed between its steps and one inside of a write."""
-    tasks = [task for task in TASKS if task != "repair" or find_spec("trl")]
-    words = [word for task in tasks for word in ("--task", task)]
+    words = [word for task in TASKS for word in ("--task", task)]
     done = subprocess.run(
         [sys.executable, "benchmarks/kills.py", *words, "--rounds", "2"],
         env={**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
@@ -213,7 +211,7 @@ def killed_tasks() -> dict[str, dict[str, object]]:
         check=False,
     )
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert len(lines) == len(tasks), f"status {done.returncode}: {done.stderr[-3000:]}"
+    assert len(lines) == len(TASKS), f"status {done.returncode}: {done.stderr[-3000:]}"
     return {line["task"]: line for line in lines}
 
 
@@ -222,8 +220,6 @@ def killed_tasks() -> dict[str, dict[str, object]]:
 def test_nothing_is_lost_when_a_process_is_killed_in_the_middle_of_a_write(
     killed_tasks: dict[str, dict[str, object]], task: str
 ) -> None:
-    """benchmarks/kills.py does 25 rounds of each, and of the repair of a study."""
-    if task == "repair":
-        pytest.importorskip("trl", reason="the extra repair is not installed")
+    """benchmarks/kills.py does 25 rounds of each, of scoring a pool, and of repairs alone and in a study."""
     assert killed_tasks[task]["killed"] == 2
     assert killed_tasks[task]["wrong"] == []

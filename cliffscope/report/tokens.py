@@ -26,7 +26,7 @@ SPAN_TOKENS = 400
 """Most tokens shown of one span."""
 HEAT_TOKENS = 600
 """Most tokens of a heat map: the last ones, where the cliff is."""
-HEAT_CELLS = 24_000
+HEAT_CELLS = 18_000
 """Most cells of a heat map, which bounds the page at any number of layers."""
 TOKEN = 80
 """Most characters shown of one token."""
