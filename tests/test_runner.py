@@ -119,8 +119,7 @@ def test_a_study_leaves_every_file_and_finds_what_was_planted(whole: Study) -> N
     assert not any("nan" in sentence.lower().split() for sentence in whole.verdict.values())
     safety = pd.read_parquet(whole.path / "safety.parquet")
     assert safety["arm"].unique().tolist() == ["unedited", "top heads", "random 1", "random 2", "random 3"]
-    # At the closing the edit turns the opening of every answer. Behind it nothing is edited, and planted-llama goes on
-    # by complying: attack success does not fall, and the study must not say that it does.
+    # At the closing the edit turns the opening of every answer, and the answers go on as they began.
     opened = {
         arm: [t.answer.startswith("sorry") for t in read_transcripts(whole.path / f"arm-{arm}.jsonl") if t.harmful]
         for arm in ("unedited", "top-heads")
@@ -135,12 +134,12 @@ def test_a_study_leaves_every_file_and_finds_what_was_planted(whole: Study) -> N
         "cannot be shown with 3 random sets of a kind: the least p that they allow is 0.25"
         in (whole.verdict["suppression"])
     )
-    # Three random sets leave the judged answers as the first witness, which the confirmed heads contradict.
-    assert "attack success is not shown to fall" in whole.verdict["witnesses"]
-    assert "single heads turn how answers begin, and not what is answered" in whole.verdict["witnesses"]
+    # Three random sets leave the judged answers as the first witness, which the probe contradicts.
+    assert whole.verdict["witnesses"].startswith("The witnesses disagree: attack success falls")
+    assert "the probe's score at the final token follows the harm in the request" in whole.verdict["witnesses"]
     heads = pd.read_parquet(whole.path / "heads.parquet")
     edited = pd.read_parquet(whole.path / "edited_cliffs.parquet").groupby("group")["cliff"].mean()
-    assert edited["harmful, complied; top heads zeroed"] < 0.3 * edited["harmful, complied; random heads zeroed"]
+    assert set(edited.index) == {"harmful, complied; top heads zeroed", "harmful, complied; random heads zeroed"}
     truth = json.loads((ASSETS / "planted-llama" / "truth.json").read_text())
     assert f"L{heads['layer'][0]}H{heads['head'][0]}" in truth["planted"]
 
