@@ -89,7 +89,7 @@ def test_a_notebook_runs_and_shows_its_results(path: Path, tmp_path: Path, monke
         assert float(complied[1]) > 0.5
     elif path.stem == "02_bring_your_model":
         assert (tmp_path / "runs" / "mine" / "report.html").is_file()
-        assert "Refusal is suppressed, and the selected heads do it" in shown
+        assert "That the selected heads suppress refusal cannot be shown with 3 random sets" in shown
     elif path.stem == "03_heads_in_depth":
         rows = dict(re.findall(r"^ *(\w+) (L\d+H\d+ L\d+H\d+)", said, re.MULTILINE))
         assert {name for name, heads in rows.items() if sorted(heads.split()) == sorted(planted)} >= {"zero", "mean"}
