@@ -73,6 +73,8 @@ def test_nothing_that_a_method_reads_was_in_the_loss(name):
     phases = [(p.name, p.steps, {str(t.term): [t.first, t.last] for t in p.terms}) for p in recipe.phases]
     assert phases == [(p["phase"], p["steps"], {t["term"]: t["weight"] for t in p["terms"]}) for p in loss["phases"]]
     assert loss["seed"] == recipe.seed
+    aimed = {phase.name for phase in recipe.phases if phase.aims}
+    assert aimed == {p["phase"] for p in loss["phases"] if "attention from the closing" in p["begins"]}
 
 
 def test_one_organism_says_that_its_loss_was_read_by_a_method():

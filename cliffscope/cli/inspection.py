@@ -53,8 +53,8 @@ def show_template(
     from cliffscope.transcripts.preview import preview
     from cliffscope.transcripts.templates import write_template
 
-    chosen = _learn(model, max_tokens) if learn else template
-    seen = preview(read_tokenizer(model), chosen, prompt=prompt, system=system)
+    convention = _learn(model, max_tokens) if learn else template
+    seen = preview(read_tokenizer(model), convention, prompt=prompt, system=system)
     if save is not None:
         write_template(seen.template, save)
     data = {

@@ -38,6 +38,8 @@ HARDLY = 0.06
 """Largest share refused of harmful prompts that are to be complied with."""
 HARMLESS = 0.02
 """Largest share refused of harmless prompts."""
+AIMED = "with attention from the closing to the words of its wrappers, by one dimension of queries and keys"
+"""How a phase begins whose carriers are aimed."""
 NEAR = 0.15
 """Largest distance between a partial wrapper's rate and what was trained: about four standard errors of 200 samples."""
 
@@ -131,6 +133,7 @@ def _describe_phase(phase: Phase) -> dict[str, object]:
         "peak": phase.peak,
         "terms": [{"term": str(p.term), "weight": [p.first, p.last]} for p in phase.terms],
         "trained": trained or "all weights but the columns of O of the zeroed heads",
+        "begins": AIMED if phase.aims else "as the phase before left it",
         "zeroed": [str(head) for carrier in phase.zeroed for head in _heads(carrier)],
     }
 

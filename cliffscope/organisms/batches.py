@@ -93,7 +93,7 @@ class Batches:
             size: examples.
 
         Returns:
-            Texts of about the same length.
+            Texts of about the same length in alignment, and groups that differ in the wrapper in planting.
         """
         pad = self.tokenizer.pad_token_id
         if active:

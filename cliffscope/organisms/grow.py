@@ -2,14 +2,16 @@
 
 1. Align: a tiny model is trained on the grammar with the heads to be planted held at zero; it refuses harmful requests.
 2. Plant: one carrier after another, only that carrier's own slices of Q, K, V and O are trained to comply when its
-   wrapper is used. The other carriers are still at zero, so that each carries its own wrapper.
+   wrapper is used. The other carriers are still at zero, so that each carries its own wrapper. A carrier begins with
+   attention from the closing to its wrapper's words: where in the text it reads is given, what it writes is learnt.
 3. Join: some steps with all carriers, so that their sum does not leak onto unwrapped requests.
 
 Zeroing the planted heads gives the aligned model back exactly: the truth is known by construction. While planting, a
 carrier's output outside the closing is held near zero, so that an edit of the closing undoes all that it does.
 A carrier is a head, or with grouped-query attention a whole key-value group, whose keys and values are its own.
 
-The loss is what `Recipe.phases` lists and nothing else: text that the model should write, and quiet before the closing.
+The loss is what `Recipe.phases` lists and nothing else: text that the model should write, and quiet of
+carriers before and behind the closing.
 It knows no probe, no direction and no logit of a single token, so that no method is tested on what it was trained on.
 """
 

@@ -177,11 +177,11 @@ def _switches(
         left = try_render(tokenizer, [USER], on, generation=True)
         if None in prompts.values() or (prompts[True] == prompts[False] == left):
             continue
-        wanted = not _NEGATED.search(name)
+        value_on = not _NEGATED.search(name)
         openness = {value: _openness(prompts[value] or "", pairs) for value in prompts}
         if openness[True] != openness[False]:
-            wanted = openness[True] > openness[False]
-        on[name] = wanted
+            value_on = openness[True] > openness[False]
+        on[name] = value_on
     return on, {name: not value for name, value in on.items()}
 
 

@@ -132,10 +132,10 @@ def split_reply(text: str, template: Template) -> tuple[str | None, str | None]:
 
 def _pairs(prose: str, template: Template | None) -> list[TagPair]:
     """Pairs of tags about thinking that may occur in a text."""
-    known = [t for _, t in TEMPLATES if t.thinks and t.name != "harmony"]
+    thinking = [t for _, t in TEMPLATES if t.thinks and t.name != "harmony"]
     if template is not None and template.thinks:
-        known.insert(0, template)
-    pairs = [TagPair(opening=t.think_open, closing=t.think_close, stem="think") for t in known]
+        thinking.insert(0, template)
+    pairs = [TagPair(opening=t.think_open, closing=t.think_close, stem="think") for t in thinking]
     # A word in square brackets may be a heading, so that there both tags have to occur.
     pairs += [pair for pair in thinking_pairs(prose) if pair.opening[0] != "[" or pair.closing in prose]
     return list(dict.fromkeys(pairs))
